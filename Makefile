@@ -1,0 +1,93 @@
+# kmsplugin: make builds ./kmsplugin, make help lists the rest.
+
+VERSION = 0.1.0
+BEARSSL_VERSION ?= 0.6
+
+PREFIX ?= /usr/local
+SBINDIR ?= $(PREFIX)/sbin
+DESTDIR ?=
+
+CC = cc
+CFLAGS ?= -O2 -g
+LIBS ?= -lnghttp2 -lprotobuf-c -lbearssl
+PROTOC_C ?= protoc-c
+
+# Flags of the project, kept apart from the user's CFLAGS and LDFLAGS.
+STD = -std=c11 -DVERSION='"$(VERSION)"' -DBEARSSL_VERSION='"$(BEARSSL_VERSION)"'
+WARN = -Wall -Wextra -Wpedantic -Wshadow -Wpointer-arith -Wstrict-prototypes -Wmissing-prototypes -Wwrite-strings -Wvla
+HARDEN_CC = -fPIE \
+	-fstack-protector-strong \
+	-fstack-clash-protection \
+	-D_FORTIFY_SOURCE=2
+HARDEN_LD = -pie -Wl,-z,relro,-z,now -Wl,-z,noexecstack -Wl,--as-needed
+# CET (indirect jumps land only where they may) exists on x86 alone.
+ifneq (,$(filter x86_64% i686%,$(shell $(CC) -dumpmachine)))
+HARDEN_CC += -fcf-protection
+endif
+SANITIZE = -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer
+
+SOURCES = kmsplugin.c kms.pb-c.c
+HEADERS = kms.pb-c.h Makefile
+
+all: kmsplugin
+
+help:
+	@echo 'make                build ./kmsplugin'
+	@echo 'make run            build it and serve on a socket under /tmp'
+	@echo 'make test           quick tests, with Debian packages only'
+	@echo 'make test-kube      tests with Kubernetes'\'' own client code (Go)'
+	@echo 'make lint           static analysis of C and shell'
+	@echo 'make install        PREFIX=$(PREFIX), DESTDIR=$(DESTDIR)'
+	@echo 'make uninstall, make clean'
+	@echo 'make proto          generate kms.pb-c.[ch] from kms.proto'
+
+kmsplugin: $(SOURCES) $(HEADERS)
+	$(CC) $(STD) $(WARN) $(HARDEN_CC) $(CPPFLAGS) $(CFLAGS) -o $@ $(SOURCES) $(HARDEN_LD) $(LDFLAGS) $(LIBS)
+
+# A server to try out. KMS_KEK or KMS_KEK_FILE, if set, is used; else a throw-away KEK.
+RUN_DIR = /tmp/kmsplugin-$(shell id -u)
+run: kmsplugin
+	@mkdir -p -m 0700 $(RUN_DIR)
+	@echo 'probe it:  ./kmsplugin probe unix://$(RUN_DIR)/kms.sock'
+	@if [ -z "$$KMS_KEK$$KMS_KEK_FILE" ]; then KMS_KEK=$$(./kmsplugin genkey) && export KMS_KEK; \
+		echo 'no KMS_KEK is set: this KEK is made up, and gone when the server stops' >&2; fi; \
+		exec ./kmsplugin serve --listen unix://$(RUN_DIR)/kms.sock
+
+proto:
+	$(PROTOC_C) --c_out=. kms.proto
+
+# Tests. Unit tests include kmsplugin.c, so they are built as it is.
+build/unit: test/unit.c $(SOURCES) $(HEADERS)
+	@mkdir -p build
+	$(CC) $(STD) $(WARN) -I. $(CPPFLAGS) $(CFLAGS) -o $@ test/unit.c kms.pb-c.c $(LDFLAGS) $(LIBS)
+
+build/unit-asan: test/unit.c $(SOURCES) $(HEADERS)
+	@mkdir -p build
+	$(CC) $(STD) $(WARN) -I. $(CPPFLAGS) $(SANITIZE) -o $@ test/unit.c kms.pb-c.c $(LDFLAGS) $(LIBS)
+
+build/kmsplugin-asan: $(SOURCES) $(HEADERS)
+	@mkdir -p build
+	$(CC) $(STD) $(WARN) $(CPPFLAGS) $(SANITIZE) -o $@ $(SOURCES) $(LDFLAGS) $(LIBS)
+
+test: kmsplugin
+	./test.sh
+
+test-kube: kmsplugin
+	test/kube/run.sh
+
+CHECKS = -*,bugprone-*,clang-analyzer-*,cert-*,-bugprone-easily-swappable-parameters,-cert-dcl03-c,-clang-analyzer-security.insecureAPI.DeprecatedOrUnsafeBufferHandling
+lint:
+	clang-tidy --quiet --warnings-as-errors='*' --checks='$(CHECKS)' kmsplugin.c -- $(STD)
+	cppcheck --quiet --std=c11 --enable=warning,performance,portability --inline-suppr --error-exitcode=1 $(STD) kmsplugin.c
+	shellcheck test.sh test/kube/run.sh .ci/run
+
+install: kmsplugin
+	install -D -m 0755 kmsplugin $(DESTDIR)$(SBINDIR)/kmsplugin
+
+uninstall:
+	rm -f $(DESTDIR)$(SBINDIR)/kmsplugin
+
+clean:
+	rm -rf kmsplugin build
+
+.PHONY: all help run proto test test-kube lint install uninstall clean

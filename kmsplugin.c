@@ -1,0 +1,3899 @@
+/*
+ * kmsplugin - a Kubernetes KMS plugin: envelope encryption under one KEK.
+ *
+ * kube-apiserver encrypts what it stores in etcd with data keys (DEKs), and asks
+ * a KMS plugin over gRPC on a UNIX socket to wrap and unwrap those keys. This
+ * program is such a plugin, whole: it seals with XAES-256-GCM under a key
+ * encryption key (KEK) that comes from a variable or a file.
+ *
+ * Contents, in the order of the file: each part uses only what stands above it.
+ *
+ *     Constants      every limit, with its reason
+ *     Types          every structure, with its owner
+ *     Text           a small printf, log lines, death with one sentence
+ *     Bytes          wiping, hex, base64, UTF-8, protobuf fields, random bytes
+ *     Memory         blocks that are counted, kept and wiped; the arena
+ *     Sealing        AES-GCM, XAES-256-GCM, the sealed form, the key ring
+ *     Keys           where KEKs come from and which are refused
+ *     KMS service    the six RPCs: bytes in, bytes and a status out
+ *     Metrics        counters, and their text for Prometheus
+ *     gRPC           methods, grpc-timeout, percent-encoding
+ *     HTTP requests  the rules for header fields
+ *     HTTP/2         nghttp2's callbacks, in the order of a stream's life
+ *     Connections    reading, writing, closing; what gives way at a limit
+ *     Endpoints      unix:///path and unix:///@name, bound or inherited
+ *     Event loop     one thread, one epoll, no waiting anywhere else
+ *     Probe          a gRPC client that tries every RPC
+ *     Rescue         opening etcd values without an API server
+ *     Options        the command line
+ *
+ * The way of one request: the loop (server_run) finds a connection readable;
+ * conn_read hands its bytes to nghttp2, which calls on_header for each field
+ * (request_field judges it) and on_data_chunk_recv for the body (body_append
+ * takes the gRPC frame apart). At END_STREAM stream_end calls kms_call, which
+ * unpacks the message, seals or opens, and packs the answer; stream_answer hands
+ * it to nghttp2 as HEADERS, DATA and trailers. When all that was read has been
+ * dealt with, conn_flush sends everything in one system call.
+ */
+#define _GNU_SOURCE /* accept4, struct ucred, environ */
+#include <bearssl.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <grp.h>
+#include <limits.h>
+#include <nghttp2/nghttp2.h>
+#include <poll.h>
+#include <pwd.h>
+#include <signal.h>
+#include <stdarg.h>
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+#include <strings.h>
+#include <sys/epoll.h>
+#include <sys/mman.h>
+#include <sys/prctl.h>
+#include <sys/random.h>
+#include <sys/resource.h>
+#include <sys/signalfd.h>
+#include <sys/socket.h>
+#include <sys/stat.h>
+#include <sys/un.h>
+#include <time.h>
+#include <unistd.h>
+
+#include "kms.pb-c.h"
+
+#ifndef VERSION /* the Makefile knows both */
+#error "VERSION and BEARSSL_VERSION come from the Makefile"
+#endif
+
+/* ---------------------------------------------------------------- Constants
+ *
+ * Limits hold whatever a peer does; together they keep the process under
+ * 16 MiB of resident memory.
+ */
+#define DEFAULT_ENDPOINT "unix:///run/kmsplugin/kms.sock"
+
+enum {
+    /* The sealed form (section Sealing). */
+    KEK_BYTES = 32,
+    FINGERPRINT_BYTES = 16,
+    NONCE_BYTES = 24,
+    TAG_BYTES = 16,
+    BLOCK_BYTES = 16,
+    HEADER_BYTES = 1 + FINGERPRINT_BYTES,
+    SEALED_OVERHEAD = HEADER_BYTES + NONCE_BYTES + TAG_BYTES,
+    SEALED_FORMAT = 0x01,
+
+    /* Keys. */
+    KEK_MAX = 16,                       /* a rotation needs two, a long-lived cluster some more */
+    KEK_TEXT_MAX = 4096,                /* sixteen keys of 44 characters with much white space */
+    KEY_ID_LEN = 2 * FINGERPRINT_BYTES,
+
+    /* Messages. */
+    GRPC_PREFIX_BYTES = 5,              /* compressed flag, 32-bit length */
+    MESSAGE_MAX = 64 * 1024,            /* Kubernetes' own plugins and KMS libraries take as much */
+    V2_CIPHERTEXT_MAX = 1024,           /* kube-apiserver refuses a longer one */
+    V1_REQUEST_OVERHEAD = 9 + 4,        /* version "v1beta1"; tag and length of cipher */
+    V1_CIPHERTEXT_MAX = MESSAGE_MAX - V1_REQUEST_OVERHEAD, /* what a Decrypt can bring back */
+
+    /* HTTP/2. */
+    STREAMS_MAX = 256,                  /* a connection; grpc-go assumes 100 until told */
+    STREAM_WINDOW_BYTES = 128 * 1024,   /* holds any request whole: streams need no WINDOW_UPDATE */
+    FIELDS_MAX_BYTES = 16 * 1024,       /* a header list, as RFC 9113 6.5.2 counts it */
+    FIELD_OVERHEAD_BYTES = 32,          /* a field in that count */
+    MESSAGE_TEXT_MAX = 160,             /* grpc-message, percent-encoded */
+    METRICS_BYTES = 32 * 1024,          /* all series there can be take some 20 KB */
+
+    /* The server. */
+    CONNECTIONS_DEFAULT = 256,          /* an apiserver opens one a provider entry and reload */
+    CONNECTIONS_LIMIT = 4096,           /* what --max-connections may ask for */
+    ALL_STREAMS_MAX = 4096,             /* open streams over all connections */
+    BUFFERED_MAX = 4 * 1024 * 1024,     /* requests and unread answers over all connections */
+    HEAP_MAX = 11 * 1024 * 1024,        /* those, streams, and nghttp2's own memory */
+    UNREAD_PAUSE_BYTES = 256 * 1024,    /* unread answers at which a peer's window stays shut */
+    LISTENERS_MAX = 16,
+    ACCEPT_BURST = 16,                  /* connections a wake-up takes from one listener */
+    EVENTS_MAX = 64,                    /* what one epoll_wait brings */
+    IN_BYTES = 16 * 1024,               /* read a turn: no peer keeps the loop longer than that */
+    OUT_BYTES = 64 * 1024,              /* sent a turn: the answers to a full read fit */
+    ALLOWED_UIDS_MAX = 32,
+    BACKLOG = 128,
+    RESERVED_FILES = 32,                /* descriptors that are not connections */
+
+    /* Times. */
+    PREFACE_TIMEOUT_MS = 10 * 1000,     /* accept to the client's SETTINGS */
+    REQUEST_TIMEOUT_MS = 10 * 1000,     /* HEADERS to the end of the body */
+    UNREAD_TIMEOUT_MS = 10 * 1000,      /* an answer made to an answer taken */
+    DRAIN_TIMEOUT_MS = 5 * 1000,        /* SIGTERM to exit */
+    ACCEPT_PAUSE_MS = 100,              /* no descriptors: how long to leave newcomers waiting */
+    REFUSED_LOG_MS = 1000,              /* at most one line of refused peers in this time */
+    TIDY_AFTER_MS = 1000,               /* quiet time after which kept memory goes back */
+    STALE_RETRY_MS = 100,               /* a socket bound but not yet listening gets this long */
+
+    /* Memory. */
+    ARENA_BYTES = 1024 * 1024,          /* one message unpacked: 64 KiB holds at most some 8,000 fields */
+    ARENA_KEEP_BYTES = 64 * 1024,       /* of which this much stays resident */
+    HEAP_CLASSES = 6,                   /* blocks of 64 to 2,048 bytes are kept for reuse */
+    HEAP_CLASS0_BYTES = 64,
+    HEAP_KEEP_BYTES = 1024 * 1024,      /* kept at most, and only under load (TIDY_AFTER_MS) */
+    RANDOM_BYTES = 170 * NONCE_BYTES,   /* one getrandom(2) for 170 nonces */
+    STACK_WIPE_BYTES = 8 * 1024,        /* deeper than BearSSL ever was below the loop */
+
+    /* Rescue. */
+    RESCUE_INPUT_MAX = 64 * 1024 * 1024, /* etcd refuses values over 1.5 MiB by default */
+    AUDIT_ROWS_MAX = 64,                /* pairs of API and key_id in one cluster */
+
+    LOG_LINE_MAX = 1024,                /* under PIPE_BUF: a line is written whole or not at all */
+    UNMAPPED_UID = 65534,               /* what the kernel shows for a uid without a mapping */
+};
+
+/* ------------------------------------------------------------------- Types */
+
+enum log_level { LOG_ERROR, LOG_WARN, LOG_INFO, LOG_DEBUG };
+
+/* Text under construction; what does not fit is cut off. Borrows its buffer. */
+struct text {
+    char *buf;
+    size_t len, cap;
+    bool logfmt; /* strings are written as logfmt values, quoted and escaped */
+};
+
+/* One field of an encoded protobuf message; borrows its bytes. */
+struct field {
+    uint32_t number;
+    unsigned wire_type; /* 0 varint, 1 64 bits, 2 bytes, 5 32 bits */
+    const uint8_t *bytes;
+    size_t len;
+};
+
+/* Random bytes bought in bulk, each given out once and wiped as it goes. */
+struct random {
+    size_t left;
+    uint8_t bytes[RANDOM_BYTES];
+};
+
+/* A fast or a constant-time implementation, whichever this CPU has. */
+struct suite {
+    const br_block_ctr_class *ctr;
+    br_ghash ghash;
+    const char *name;
+};
+
+/* A key encryption key: its AES key schedule and what follows from it. */
+struct kek {
+    br_aes_gen_ctr_keys aes;
+    uint8_t k1[BLOCK_BYTES]; /* CMAC's first subkey */
+    uint8_t fingerprint[FINGERPRINT_BYTES];
+    char key_id[KEY_ID_LEN + 1];
+};
+
+/* The configured KEKs. The first seals, all open. Lives in pages of its own. */
+struct ring {
+    struct suite suite;
+    size_t count;
+    struct kek keks[KEK_MAX];
+    char text[KEK_TEXT_MAX + 1]; /* KMS_KEK, or the file; wiped once parsed */
+};
+
+/* Which API a ciphertext belongs to; the value is sealed into it. */
+enum api { API_V1 = 0x01, API_V2 = 0x02 };
+
+enum opened { OPENED, OPEN_MALFORMED, OPEN_UNKNOWN_KEY, OPEN_FORGED };
+
+/* https://github.com/grpc/grpc/blob/master/doc/statuscodes.md: those in use. */
+enum grpc_code {
+    GRPC_OK = 0,
+    GRPC_INVALID_ARGUMENT = 3,
+    GRPC_DEADLINE_EXCEEDED = 4,
+    GRPC_NOT_FOUND = 5,
+    GRPC_RESOURCE_EXHAUSTED = 8,
+    GRPC_UNIMPLEMENTED = 12,
+    GRPC_INTERNAL = 13,
+    GRPC_CODES = 17,
+};
+
+enum rpc {
+    V2_STATUS,
+    V2_ENCRYPT,
+    V2_DECRYPT,
+    V1_VERSION,
+    V1_ENCRYPT,
+    V1_DECRYPT,
+    RPC_UNKNOWN,
+    RPCS,
+};
+
+/* Memory for one message: handed out in order, wiped and taken back at once. */
+struct arena {
+    uint8_t *base; /* mapped, ARENA_BYTES */
+    size_t used;
+    bool exhausted; /* since the last reset */
+};
+
+/* The service: everything an RPC needs, and no socket. */
+struct kms {
+    struct ring *ring;
+    struct random random;
+    struct arena arena;
+    ProtobufCAllocator allocator; /* draws on the arena */
+};
+
+/* What an RPC came to. Everything pointed to is constant or in the arena. */
+struct answer {
+    enum grpc_code code;
+    const char *message; /* with an error */
+    const uint8_t *bytes; /* with GRPC_OK: the encoded response */
+    size_t len;
+    const char *uid, *key_id; /* for the log */
+};
+
+/* Histogram bounds in microseconds, and the same in seconds as Prometheus wants them. */
+#define BUCKETS(X)                                                                     \
+    X(50, "0.00005") X(100, "0.0001") X(250, "0.00025") X(500, "0.0005") X(1000, "0.001") \
+    X(2500, "0.0025") X(5000, "0.005") X(10000, "0.01") X(100000, "0.1") X(1000000, "1")
+#define BUCKET_COUNT(us, s) +1
+enum { BUCKETS_LEN = 0 BUCKETS(BUCKET_COUNT) };
+
+struct metrics {
+    uint64_t requests[RPCS][GRPC_CODES];
+    uint64_t buckets[RPCS][BUCKETS_LEN + 1]; /* the last is +Inf; not cumulative */
+    uint64_t microseconds[RPCS];
+    uint64_t accepted, refused;
+    uint64_t start_time_s; /* since 1970 */
+    int statm; /* /proc/self/statm, or -1 */
+};
+
+/* A counted block of memory: kept in a list of its class when it is free. */
+struct block {
+    uint32_t size; /* asked for */
+    uint32_t class; /* HEAP_CLASSES: too large to be kept */
+    struct block *next; /* when free */
+    uint8_t bytes[];
+};
+
+struct heap {
+    struct block *free[HEAP_CLASSES];
+    size_t kept; /* bytes on those lists */
+    size_t in_use; /* bytes asked for and not given back */
+};
+
+enum http_method { METHOD_OTHER, METHOD_POST, METHOD_GET, METHOD_CONNECT };
+
+enum { SEEN_METHOD = 1, SEEN_SCHEME = 2, SEEN_PATH = 4, SEEN_AUTHORITY = 8, SEEN_PROTOCOL = 16,
+       SEEN_REGULAR = 32, SEEN_CONTENT_TYPE = 64, SEEN_CONTENT_LENGTH = 128, SEEN_TIMEOUT = 256 };
+
+/* The head of a request, judged field by field; nothing of the peer's is kept. */
+struct request {
+    unsigned seen;
+    enum http_method method;
+    enum rpc rpc; /* RPC_UNKNOWN for any other path */
+    bool metrics; /* the path is /metrics */
+    bool grpc; /* content-type */
+    bool trailers; /* the head is complete: what comes now are trailers */
+    bool malformed; /* RFC 9113 8.1.1: the stream is to be reset */
+    bool bad_timeout;
+    uint64_t timeout_us; /* grpc-timeout; UINT64_MAX without */
+    uint64_t content_length; /* UINT64_MAX without */
+    size_t field_bytes;
+};
+
+enum stream_state {
+    STREAM_HEAD, /* header block incomplete */
+    STREAM_BODY, /* waiting for END_STREAM */
+    STREAM_ANSWERED, /* response submitted; what the peer still sends is dropped */
+};
+
+/* One request and its response. Owned by its connection. */
+struct stream {
+    struct stream *next, **link;
+    struct conn *conn;
+    int32_t id;
+    enum stream_state state;
+    struct request request;
+    uint64_t start_us;
+    int64_t deadline_ms; /* of the state it is in */
+    uint64_t received; /* bytes of DATA */
+    uint8_t prefix[GRPC_PREFIX_BYTES];
+    size_t prefix_len;
+    uint8_t *body; /* the message; a buffer of the connection */
+    size_t body_len, body_cap;
+    uint8_t *reply; /* the DATA to send; a buffer of the connection */
+    size_t reply_sent, reply_len;
+    bool reply_grpc; /* trailers follow */
+};
+
+enum source_kind { SOURCE_SIGNAL, SOURCE_LISTENER, SOURCE_CONN };
+
+/* What epoll reports on. First member of those it is part of. */
+struct source {
+    enum source_kind kind;
+    int fd;
+};
+
+/* A socket that accepts. A path that we made is removed at exit. */
+struct listener {
+    struct source source;
+    struct sockaddr_un address;
+    socklen_t address_len;
+    bool made; /* the file is ours to remove, as long as it is this one: */
+    dev_t dev;
+    ino_t ino;
+};
+
+/* One peer. Owned by the server's list; freed by server_reap alone. */
+struct conn {
+    struct source source;
+    struct conn *next, **link;
+    struct server *server;
+    nghttp2_session *session;
+    struct stream *streams;
+    size_t stream_count;
+    bool closed; /* descriptor and session are gone, the struct goes at the end of the turn */
+    bool greeted; /* the client's SETTINGS have come */
+    bool writing; /* epoll waits for room to write, and for nothing else */
+    struct ucred peer;
+    int64_t idle_since_ms;
+    int64_t preface_deadline_ms;
+    int64_t out_deadline_ms; /* while out holds something */
+    uint8_t *out; /* what the socket did not take; a buffer */
+    size_t out_sent, out_len;
+    size_t held; /* bytes of the heap, all told */
+    size_t unread; /* bytes of answers among them */
+    size_t unconsumed; /* received, and not yet given back to the peer's window */
+};
+
+struct serve_options {
+    const char *endpoints[LISTENERS_MAX];
+    size_t endpoint_count;
+    mode_t mode;
+    gid_t group;
+    bool has_group;
+    uid_t uids[ALLOWED_UIDS_MAX];
+    size_t uid_count;
+    size_t max_connections;
+};
+
+struct server {
+    const struct serve_options *options;
+    size_t max_connections; /* as asked for, or as descriptors allow */
+    struct kms kms;
+    struct metrics metrics;
+    struct heap heap;
+    int epoll;
+    struct source signals;
+    int notify; /* to the service manager, or -1 */
+    struct listener listeners[LISTENERS_MAX];
+    size_t listener_count;
+    struct conn *conns;
+    size_t conn_count, stream_count; /* closed ones do not count */
+    size_t buffered; /* bytes of requests and unread answers */
+    nghttp2_session_callbacks *callbacks;
+    nghttp2_option *session_options;
+    int64_t now_ms; /* monotonic, once a wake-up */
+    uint64_t now_us;
+    int64_t next_ms; /* nothing times out before this; INT64_MAX: nothing at all */
+    int64_t resume_accept_ms, drain_ms; /* INT64_MAX: not under way */
+    int64_t refused_logged_ms;
+    uint64_t refused_unlogged;
+    struct ucred refused_peer; /* the last one */
+    size_t out_len;
+    uint8_t in[IN_BYTES], out[OUT_BYTES];
+};
+
+/* -------------------------------------------------------------------- Text
+ *
+ * printf of stdio would be a tenth of the static binary, so there is a small one
+ * here. It knows %s %.*s %c %d %u %x %lu %llu %zu, %% and zero-padded widths;
+ * the compiler checks the arguments as it does for printf.
+ *
+ * Log lines are logfmt: key=value pairs, the time (RFC 3339, UTC) first. In a
+ * log line every %s is written as a value, quoted and escaped where need be, so
+ * that no peer can forge a line or a pair.
+ */
+
+static enum log_level log_level = LOG_INFO;
+
+static void text_char(struct text *t, char c) {
+    if (t->len < t->cap)
+        t->buf[t->len++] = c;
+}
+
+static void text_bytes(struct text *t, const char *s, size_t n) {
+    for (size_t i = 0; i < n; i++)
+        text_char(t, s[i]);
+}
+
+/* A logfmt value: bare when plain, else in quotes with \xNN for what does not print. */
+static void text_value(struct text *t, const char *s, size_t n) {
+    bool plain = n > 0;
+    for (size_t i = 0; i < n && plain; i++)
+        plain = s[i] > ' ' && s[i] < 0x7f && s[i] != '"' && s[i] != '=' && s[i] != '\\';
+    if (plain) {
+        text_bytes(t, s, n);
+        return;
+    }
+    text_char(t, '"');
+    for (size_t i = 0; i < n; i++) {
+        uint8_t c = (uint8_t)s[i];
+        if (c == '"' || c == '\\') {
+            text_char(t, '\\');
+            text_char(t, (char)c);
+        } else if (c >= ' ' && c < 0x7f) {
+            text_char(t, (char)c);
+        } else {
+            text_bytes(t, "\\x", 2);
+            text_char(t, "0123456789abcdef"[c >> 4]);
+            text_char(t, "0123456789abcdef"[c & 15]);
+        }
+    }
+    text_char(t, '"');
+}
+
+static void text_number(struct text *t, unsigned long long n, unsigned base, int width) {
+    char digits[24];
+    int len = 0;
+    do
+        digits[len++] = "0123456789abcdef"[n % base];
+    while ((n /= base) > 0);
+    for (; width > len; width--)
+        text_char(t, '0');
+    while (len > 0)
+        text_char(t, digits[--len]);
+}
+
+static void text_vadd(struct text *t, const char *format, va_list args) {
+    for (const char *f = format; *f; f++) {
+        if (*f != '%') {
+            text_char(t, *f);
+            continue;
+        }
+        int width = 0, longs = 0, precision = -1;
+        for (f++; *f >= '0' && *f <= '9'; f++)
+            width = 10 * width + (*f - '0');
+        if (*f == '.') {
+            precision = va_arg(args, int);
+            f += 2; /* ".*" */
+        }
+        for (; *f == 'l' || *f == 'z'; f++)
+            longs += *f == 'l' ? 1 : 3;
+        if (*f == 's') {
+            const char *s = va_arg(args, const char *);
+            size_t n = precision < 0 ? strlen(s) : strnlen(s, (size_t)precision);
+            (t->logfmt ? text_value : text_bytes)(t, s, n);
+        } else if (*f == 'c') {
+            text_char(t, (char)va_arg(args, int));
+        } else if (*f == '%') {
+            text_char(t, '%');
+        } else if (*f == 'd') {
+            int n = va_arg(args, int);
+            if (n < 0)
+                text_char(t, '-');
+            text_number(t, (unsigned)(n < 0 ? -n : n), 10, width);
+        } else { /* u, x */
+            unsigned long long n = longs == 3   ? va_arg(args, size_t)
+                                   : longs == 2 ? va_arg(args, unsigned long long)
+                                   : longs == 1 ? va_arg(args, unsigned long)
+                                                : va_arg(args, unsigned);
+            text_number(t, n, *f == 'x' ? 16 : 10, width);
+        }
+    }
+}
+
+__attribute__((format(printf, 2, 3)))
+static void text_add(struct text *t, const char *format, ...) {
+    va_list args;
+    va_start(args, format);
+    text_vadd(t, format, args);
+    va_end(args);
+}
+
+/* Writes all of it, or as much as the descriptor takes. 0, or -1 with errno. */
+static int write_all(int fd, const void *bytes, size_t len) {
+    const uint8_t *at = bytes;
+    while (len > 0) {
+        ssize_t n = write(fd, at, len);
+        if (n < 0 && errno == EINTR)
+            continue;
+        if (n < 0)
+            return -1;
+        at += n;
+        len -= (size_t)n;
+    }
+    return 0;
+}
+
+/* Prints on stdout or stderr: for verbs, never for the running server. */
+__attribute__((format(printf, 2, 3)))
+static void print(int fd, const char *format, ...) {
+    char buf[4096];
+    struct text t = {.buf = buf, .cap = sizeof buf};
+    va_list args;
+    va_start(args, format);
+    text_vadd(&t, format, args);
+    va_end(args);
+    if (write_all(fd, buf, t.len) < 0 && fd == STDOUT_FILENO)
+        _exit(1);
+}
+
+/* Ends the program with one sentence on stderr and exit status 1. */
+__attribute__((format(printf, 1, 2), noreturn))
+static void die(const char *format, ...) {
+    char buf[LOG_LINE_MAX];
+    struct text t = {.buf = buf, .cap = sizeof buf - 1};
+    text_add(&t, "kmsplugin: ");
+    va_list args;
+    va_start(args, format);
+    text_vadd(&t, format, args);
+    va_end(args);
+    buf[t.len++] = '\n';
+    write_all(STDERR_FILENO, buf, t.len);
+    exit(1);
+}
+
+/* Ends the program for bad usage: the sentence, a hint, and exit status 2. */
+__attribute__((format(printf, 1, 2), noreturn))
+static void die_usage(const char *format, ...) {
+    char buf[LOG_LINE_MAX];
+    struct text t = {.buf = buf, .cap = sizeof buf - 1};
+    va_list args;
+    va_start(args, format);
+    text_vadd(&t, format, args);
+    va_end(args);
+    print(STDERR_FILENO, "kmsplugin: %.*s\nTry 'kmsplugin --help'.\n", (int)t.len, buf);
+    exit(2);
+}
+
+/*
+ * Writes one log line: time, level, then the pairs of `format`, "msg=..." first.
+ * A line that stderr cannot take at once is dropped: a reader that has stopped
+ * must not stop the server.
+ */
+__attribute__((format(printf, 2, 3)))
+static void log_line(enum log_level level, const char *format, ...) {
+    if (level > log_level)
+        return;
+    struct pollfd room = {.fd = STDERR_FILENO, .events = POLLOUT};
+    if (poll(&room, 1, 0) < 1 || !(room.revents & POLLOUT))
+        return;
+    char buf[LOG_LINE_MAX];
+    struct text t = {.buf = buf, .cap = sizeof buf - 1, .logfmt = true};
+    struct timespec now;
+    clock_gettime(CLOCK_REALTIME, &now);
+    struct tm utc;
+    gmtime_r(&now.tv_sec, &utc);
+    static const char *const names[] = {"error", "warn", "info", "debug"};
+    text_add(&t, "time=%04d-%02d-%02dT%02d:%02d:%02d.%03dZ level=%s ", utc.tm_year + 1900,
+             utc.tm_mon + 1, utc.tm_mday, utc.tm_hour, utc.tm_min, utc.tm_sec,
+             (int)(now.tv_nsec / 1000000), names[level]);
+    va_list args;
+    va_start(args, format);
+    text_vadd(&t, format, args);
+    va_end(args);
+    buf[t.len++] = '\n';
+    while (write(STDERR_FILENO, buf, t.len) < 0 && errno == EINTR)
+        continue;
+}
+
+/* ------------------------------------------------------------------- Bytes */
+
+/*
+ * Overwrites the stack below the caller, where BearSSL's functions have left
+ * round keys and plaintext. Not inlined, so that its array lies where they were.
+ */
+__attribute__((noinline))
+static void stack_wipe(void) {
+    uint8_t below[STACK_WIPE_BYTES];
+    explicit_bzero(below, sizeof below);
+}
+
+static void hex_encode(const uint8_t *bytes, size_t len, char *out) {
+    for (size_t i = 0; i < len; i++) {
+        *out++ = "0123456789abcdef"[bytes[i] >> 4];
+        *out++ = "0123456789abcdef"[bytes[i] & 15];
+    }
+    *out = '\0';
+}
+
+/* All ones when low <= c <= high, else 0; without a branch. */
+static unsigned in_range(unsigned c, unsigned low, unsigned high) {
+    return 0u - (((low - 1 - c) & (c - high - 1)) >> 31);
+}
+
+/*
+ * Decodes padded, canonical base64 (RFC 4648 section 4) and returns the number of
+ * bytes that it stands for, or -1. Writes them only if they are no more than cap.
+ * The text is a key: no branch and no index depends on it, but for the padding.
+ */
+static long base64_decode(const char *text, size_t len, uint8_t *out, size_t cap) {
+    if (len == 0 || len % 4 != 0)
+        return -1;
+    size_t padding = text[len - 1] != '=' ? 0 : text[len - 2] != '=' ? 1 : 2;
+    size_t total = len / 4 * 3 - padding, n = 0;
+    uint32_t bits = 0, bad = 0;
+    for (size_t i = 0; i < len; i++) {
+        unsigned c = (uint8_t)text[i];
+        unsigned value = (in_range(c, 'A', 'Z') & (c - 'A')) | (in_range(c, 'a', 'z') & (c - 'a' + 26)) |
+                         (in_range(c, '0', '9') & (c - '0' + 52)) | (in_range(c, '+', '+') & 62) |
+                         (in_range(c, '/', '/') & 63);
+        unsigned known = in_range(c, 'A', 'Z') | in_range(c, 'a', 'z') | in_range(c, '0', '9') |
+                         in_range(c, '+', '+') | in_range(c, '/', '/');
+        if (i >= len - padding)
+            value = 0, known = ~0u;
+        bad |= ~known;
+        bits = bits << 6 | value;
+        for (int shift = 16; i % 4 == 3 && shift >= 0; shift -= 8, n++)
+            if (total <= cap && n < total)
+                out[n] = (uint8_t)(bits >> shift);
+    }
+    bad |= bits & ((1u << 8 * padding) - 1); /* bits behind the last byte */
+    return bad ? -1 : (long)total;
+}
+
+static void base64_encode(const uint8_t *bytes, size_t len, char *out) {
+    static const char alphabet[] = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
+    for (; len > 0; bytes += 3, len -= len < 3 ? len : 3) {
+        uint32_t bits = (uint32_t)bytes[0] << 16 | (len > 1 ? (uint32_t)bytes[1] << 8 : 0) |
+                        (len > 2 ? bytes[2] : 0u);
+        *out++ = alphabet[bits >> 18];
+        *out++ = alphabet[bits >> 12 & 63];
+        *out++ = len > 1 ? alphabet[bits >> 6 & 63] : '=';
+        *out++ = len > 2 ? alphabet[bits & 63] : '=';
+    }
+    *out = '\0';
+}
+
+/* Whether the bytes are UTF-8 as RFC 3629 has it: no surrogates, nothing overlong. */
+static bool utf8_valid(const uint8_t *s, size_t len) {
+    for (size_t i = 0; i < len;) {
+        uint8_t c = s[i++];
+        if (c < 0x80)
+            continue;
+        size_t more = c >= 0xc2 && c <= 0xdf ? 1 : c >= 0xe0 && c <= 0xef ? 2 : c >= 0xf0 && c <= 0xf4 ? 3 : 0;
+        if (more == 0 || len - i < more)
+            return false;
+        uint8_t low = c == 0xe0 ? 0xa0 : c == 0xf0 ? 0x90 : 0x80;
+        uint8_t high = c == 0xed ? 0x9f : c == 0xf4 ? 0x8f : 0xbf;
+        for (; more > 0; more--, low = 0x80, high = 0xbf)
+            if (s[i] < low || s[i++] > high)
+                return false;
+    }
+    return true;
+}
+
+static int varint_next(const uint8_t **at, const uint8_t *end, uint64_t *value) {
+    *value = 0;
+    for (unsigned shift = 0; shift < 64 && *at < end; shift += 7) {
+        uint8_t byte = *(*at)++;
+        *value |= (uint64_t)(byte & 0x7f) << shift;
+        if (byte < 0x80)
+            return 0;
+    }
+    return -1;
+}
+
+/*
+ * Reads the field at *at and moves *at behind it: 1, or 0 at the end, or -1 if
+ * these are not the bytes of a message (protobuf.dev/programming-guides/encoding).
+ */
+static int field_next(const uint8_t **at, const uint8_t *end, struct field *f) {
+    if (*at == end)
+        return 0;
+    uint64_t tag, len;
+    if (varint_next(at, end, &tag) < 0 || tag >> 3 == 0 || tag > UINT32_MAX)
+        return -1;
+    f->number = (uint32_t)(tag >> 3);
+    f->wire_type = tag & 7;
+    const uint8_t *start = *at;
+    switch (f->wire_type) {
+    case 0:
+        if (varint_next(at, end, &len) < 0)
+            return -1;
+        len = (uint64_t)(*at - start);
+        break;
+    case 1:
+        len = 8;
+        break;
+    case 2:
+        if (varint_next(at, end, &len) < 0)
+            return -1;
+        start = *at;
+        break;
+    case 5:
+        len = 4;
+        break;
+    default: /* groups, which nobody has written since 2008 */
+        return -1;
+    }
+    if (len > (uint64_t)(end - start))
+        return -1;
+    f->bytes = start;
+    f->len = (size_t)len;
+    *at = start + len;
+    return 1;
+}
+
+/*
+ * Strings of a message, as protobuf-c does not look at them: 0 if all are fit for
+ * C, 1 if one holds a NUL, at which C would end it; -1 if one is not UTF-8 or the
+ * bytes are no message.
+ */
+static int strings_check(const ProtobufCMessageDescriptor *type, const uint8_t *bytes, size_t len) {
+    const uint8_t *end = bytes + len;
+    struct field f;
+    int more, nul = 0;
+    while ((more = field_next(&bytes, end, &f)) > 0) {
+        const ProtobufCFieldDescriptor *known = protobuf_c_message_descriptor_get_field(type, f.number);
+        if (!known || f.wire_type != 2)
+            continue;
+        if (known->type == PROTOBUF_C_TYPE_STRING) {
+            if (!utf8_valid(f.bytes, f.len))
+                return -1;
+            if (memchr(f.bytes, 0, f.len))
+                nul = 1;
+        } else if (known->type == PROTOBUF_C_TYPE_MESSAGE) { /* kms.proto nests one level */
+            int inner = strings_check(known->descriptor, f.bytes, f.len);
+            if (inner < 0)
+                return -1;
+            nul |= inner;
+        }
+    }
+    return more < 0 ? -1 : nul;
+}
+
+/* Fills from getrandom(2); -1 when the kernel refuses. */
+static int random_fill(uint8_t *out, size_t len) {
+    while (len > 0) {
+        ssize_t n = getrandom(out, len, 0);
+        if (n < 0 && errno == EINTR)
+            continue;
+        if (n <= 0)
+            return -1;
+        out += n;
+        len -= (size_t)n;
+    }
+    return 0;
+}
+
+/* A fresh nonce. This process never forks, so none is ever given out twice. */
+static int random_nonce(struct random *r, uint8_t nonce[NONCE_BYTES]) {
+    if (r->left < NONCE_BYTES) {
+        if (random_fill(r->bytes, sizeof r->bytes) < 0)
+            return -1;
+        r->left = sizeof r->bytes;
+    }
+    r->left -= NONCE_BYTES;
+    memcpy(nonce, r->bytes + r->left, NONCE_BYTES);
+    explicit_bzero(r->bytes + r->left, NONCE_BYTES);
+    return 0;
+}
+
+/* ------------------------------------------------------------------ Memory
+ *
+ * nghttp2 allocates and frees about ten small blocks a request. The heap keeps
+ * freed blocks by size class for the next request (a general malloc, musl's most
+ * of all, would be the slowest part of the program), counts what each connection
+ * holds, and wipes what comes back. Under it lies plain malloc, so that what is
+ * kept can be returned when the load is over.
+ *
+ * The arena serves protobuf-c: one message is unpacked into it, answered, and the
+ * whole arena taken back. It is also where the answer is put together.
+ */
+
+/* The class whose blocks hold `size` bytes; HEAP_CLASSES if none does. */
+static unsigned heap_class(size_t size) {
+    unsigned class = 0;
+    while (class < HEAP_CLASSES && size > (size_t)HEAP_CLASS0_BYTES << class)
+        class++;
+    return class;
+}
+
+/* A block of at least `size` bytes, or NULL. */
+static void *heap_new(struct heap *h, size_t size) {
+    if (size > UINT32_MAX)
+        return NULL;
+    unsigned class = heap_class(size);
+    struct block *b = class < HEAP_CLASSES ? h->free[class] : NULL;
+    if (b) {
+        h->free[class] = b->next;
+        h->kept -= (size_t)HEAP_CLASS0_BYTES << class;
+    } else {
+        b = malloc(sizeof *b + (class < HEAP_CLASSES ? (size_t)HEAP_CLASS0_BYTES << class : size));
+        if (!b)
+            return NULL;
+        b->class = class;
+    }
+    b->size = (uint32_t)size;
+    h->in_use += size;
+    return b->bytes;
+}
+
+static struct block *block_of(void *bytes) {
+    return (struct block *)((char *)bytes - offsetof(struct block, bytes));
+}
+
+/* Wipes the block and takes it back. Returns its size. */
+static size_t heap_free(struct heap *h, void *bytes) {
+    struct block *b = block_of(bytes);
+    size_t size = b->size, cap = (size_t)HEAP_CLASS0_BYTES << b->class;
+    explicit_bzero(b->bytes, size);
+    h->in_use -= size;
+    if (b->class < HEAP_CLASSES && h->kept + cap <= HEAP_KEEP_BYTES) {
+        b->next = h->free[b->class];
+        h->free[b->class] = b;
+        h->kept += cap;
+    } else {
+        free(b);
+    }
+    return size;
+}
+
+/* Returns what is kept to the C library. */
+static void heap_tidy(struct heap *h) {
+    for (unsigned class = 0; class < HEAP_CLASSES; class++) {
+        for (struct block *b; (b = h->free[class]);) {
+            h->free[class] = b->next;
+            free(b);
+        }
+    }
+    h->kept = 0;
+}
+
+static int arena_init(struct arena *a) {
+    a->used = 0;
+    a->exhausted = false;
+    a->base = mmap(NULL, ARENA_BYTES, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    return a->base == MAP_FAILED ? -1 : 0;
+}
+
+/* `size` bytes until the next reset, aligned for any type; NULL when full. */
+static void *arena_new(void *arena, size_t size) {
+    struct arena *a = arena;
+    if (size > ARENA_BYTES - a->used || (size = (size + 15) & ~(size_t)15) > ARENA_BYTES - a->used) {
+        a->exhausted = true;
+        return NULL;
+    }
+    void *p = a->base + a->used;
+    a->used += size;
+    return p;
+}
+
+static void arena_free(void *arena, void *p) {
+    (void)arena;
+    (void)p; /* arena_reset frees all at once */
+}
+
+/* Wipes what was used and takes all of it back. */
+static void arena_reset(struct arena *a) {
+    size_t keep = a->used < ARENA_KEEP_BYTES ? a->used : ARENA_KEEP_BYTES;
+    explicit_bzero(a->base, keep);
+    if (a->used > keep)
+        madvise(a->base + keep, ARENA_BYTES - keep, MADV_DONTNEED); /* zero from here on */
+    a->used = 0;
+    a->exhausted = false;
+}
+
+/* ----------------------------------------------------------------- Sealing
+ *
+ * The sealed form, which etcd keeps for ever:
+ *
+ *     offset  bytes  what
+ *     0       1      format, 0x01
+ *     1       16     key fingerprint: which KEK opens it
+ *     17      24     nonce
+ *     41      n      ciphertext
+ *     41+n    16     tag
+ *
+ * The algorithm is XAES-256-GCM (C2SP): the KEK and the first half of the nonce
+ * make a key of their own for each message, which then encrypts with AES-256-GCM
+ * (NIST SP 800-38D) under the second half. So nonces can be random without end,
+ * where plain AES-GCM must change its key before 2^32 messages.
+ *
+ *     L  = AES(KEK, 0)                 K1 = L shifted left by a bit, and if the bit
+ *                                           shifted out was 1, xor 0x87 (CMAC)
+ *     Kx = AES(KEK, 00 01 58 00 || N[0..11] xor K1) ||
+ *          AES(KEK, 00 02 58 00 || N[0..11] xor K1)
+ *     ciphertext, tag = AES-256-GCM(key Kx, nonce N[12..23])
+ *
+ * Associated data is the header (format and fingerprint) and one byte for the
+ * API, so that a ciphertext of v1 never opens in v2, nor the other way round.
+ */
+
+/* BearSSL's fastest constant-time code for this CPU. */
+static struct suite suite_choose(void) {
+    struct suite s = {.ctr = br_aes_x86ni_ctr_get_vtable(), .ghash = br_ghash_pclmul_get(), .name = "aesni"};
+    bool wide = sizeof(void *) == 8;
+    if (!s.ctr || !s.ghash) {
+        s.ctr = wide ? &br_aes_ct64_ctr_vtable : &br_aes_ct_ctr_vtable;
+        s.ghash = wide ? br_ghash_ctmul64 : br_ghash_ctmul;
+        s.name = wide ? "ct64" : "ct32";
+    }
+    return s;
+}
+
+/* out = AES(key, block), by counter mode over zeros: BearSSL has no bare block. */
+static void aes_block(const br_aes_gen_ctr_keys *key, const uint8_t block[BLOCK_BYTES], uint8_t out[BLOCK_BYTES]) {
+    uint32_t counter = (uint32_t)block[12] << 24 | (uint32_t)block[13] << 16 | (uint32_t)block[14] << 8 | block[15];
+    memset(out, 0, BLOCK_BYTES);
+    key->vtable->run(&key->vtable, block, counter, out, BLOCK_BYTES);
+}
+
+/*
+ * AES-GCM in place over data. With `seal`, encrypts and writes the tag; else
+ * checks the tag in constant time, and leaves zeros when it is wrong. key_len is
+ * 16, 24 or 32. Returns 0, or -1 for a wrong tag.
+ */
+static int gcm_crypt(const struct suite *suite, bool seal, const uint8_t *key, size_t key_len,
+                     const uint8_t nonce[12], const uint8_t *aad, size_t aad_len,
+                     uint8_t *data, size_t len, uint8_t tag[TAG_BYTES]) {
+    struct {
+        br_aes_gen_ctr_keys aes;
+        br_gcm_context gcm;
+    } work;
+    int result = 0;
+    suite->ctr->init(&work.aes.vtable, key, key_len);
+    br_gcm_init(&work.gcm, &work.aes.vtable, suite->ghash);
+    br_gcm_reset(&work.gcm, nonce, 12);
+    br_gcm_aad_inject(&work.gcm, aad, aad_len);
+    br_gcm_flip(&work.gcm);
+    br_gcm_run(&work.gcm, seal, data, len);
+    if (seal) {
+        br_gcm_get_tag(&work.gcm, tag);
+    } else if (!br_gcm_check_tag(&work.gcm, tag)) {
+        explicit_bzero(data, len);
+        result = -1;
+    }
+    explicit_bzero(&work, sizeof work);
+    return result;
+}
+
+/* XAES-256-GCM in place over data, as gcm_crypt. */
+static int xaes_crypt(const struct suite *suite, bool seal, const struct kek *kek,
+                      const uint8_t nonce[NONCE_BYTES], const uint8_t *aad, size_t aad_len,
+                      uint8_t *data, size_t len, uint8_t tag[TAG_BYTES]) {
+    uint8_t key[KEK_BYTES], block[BLOCK_BYTES];
+    for (uint8_t half = 0; half < 2; half++) {
+        const uint8_t counter[4] = {0x00, half + 1, 0x58, 0x00};
+        memcpy(block, counter, sizeof counter);
+        memcpy(block + sizeof counter, nonce, 12);
+        for (size_t i = 0; i < BLOCK_BYTES; i++)
+            block[i] ^= kek->k1[i];
+        aes_block(&kek->aes, block, key + half * BLOCK_BYTES);
+    }
+    int result = gcm_crypt(suite, seal, key, sizeof key, nonce + 12, aad, aad_len, data, len, tag);
+    explicit_bzero(key, sizeof key);
+    explicit_bzero(block, sizeof block);
+    return result;
+}
+
+/* HMAC-SHA-256 (RFC 2104); at most 32 bytes of it. */
+static void hmac_sha256(const uint8_t *key, size_t key_len, const void *data, size_t len,
+                        uint8_t *out, size_t out_len) {
+    br_hmac_key_context kc;
+    br_hmac_context hc;
+    br_hmac_key_init(&kc, &br_sha256_vtable, key, key_len);
+    br_hmac_init(&hc, &kc, out_len);
+    br_hmac_update(&hc, data, len);
+    br_hmac_out(&hc, out);
+    explicit_bzero(&kc, sizeof kc);
+    explicit_bzero(&hc, sizeof hc);
+}
+
+/* Sets up a KEK from its 32 bytes, which the caller wipes. */
+static void kek_init(struct kek *kek, const struct suite *suite, const uint8_t key[KEK_BYTES]) {
+    static const char label[] = "kmsplugin key_id v1";
+    const uint8_t zero[BLOCK_BYTES] = {0};
+    uint8_t l[BLOCK_BYTES];
+    suite->ctr->init(&kek->aes.vtable, key, KEK_BYTES);
+    aes_block(&kek->aes, zero, l);
+    for (size_t i = 0; i < BLOCK_BYTES; i++)
+        kek->k1[i] = (uint8_t)(l[i] << 1 | (i + 1 < BLOCK_BYTES ? l[i + 1] >> 7 : 0));
+    kek->k1[BLOCK_BYTES - 1] ^= (uint8_t)(0x87 & (0u - (l[0] >> 7)));
+    explicit_bzero(l, sizeof l);
+    hmac_sha256(key, KEK_BYTES, label, sizeof label - 1, kek->fingerprint, FINGERPRINT_BYTES);
+    hex_encode(kek->fingerprint, FINGERPRINT_BYTES, kek->key_id);
+}
+
+/* The KEK that a fingerprint names, or NULL. Fingerprints are no secret. */
+static const struct kek *ring_find(const struct ring *ring, const uint8_t fingerprint[FINGERPRINT_BYTES]) {
+    for (size_t i = 0; i < ring->count; i++)
+        if (memcmp(ring->keks[i].fingerprint, fingerprint, FINGERPRINT_BYTES) == 0)
+            return &ring->keks[i];
+    return NULL;
+}
+
+static void sealed_aad(const uint8_t *sealed, enum api api, uint8_t aad[HEADER_BYTES + 1]) {
+    memcpy(aad, sealed, HEADER_BYTES);
+    aad[HEADER_BYTES] = (uint8_t)api;
+}
+
+/*
+ * Seals len bytes under the ring's first KEK. `out` takes len + SEALED_OVERHEAD.
+ * Returns -1 only when there are no random bytes to be had.
+ */
+static int seal(const struct ring *ring, struct random *random, enum api api,
+                const uint8_t *plaintext, size_t len, uint8_t *out) {
+    uint8_t *nonce = out + HEADER_BYTES, *data = nonce + NONCE_BYTES, aad[HEADER_BYTES + 1];
+    out[0] = SEALED_FORMAT;
+    memcpy(out + 1, ring->keks[0].fingerprint, FINGERPRINT_BYTES);
+    if (random_nonce(random, nonce) < 0)
+        return -1;
+    if (len > 0)
+        memcpy(data, plaintext, len);
+    sealed_aad(out, api, aad);
+    xaes_crypt(&ring->suite, true, &ring->keks[0], nonce, aad, sizeof aad, data, len, data + len);
+    return 0;
+}
+
+/* Whether the bytes could be a sealed form at all. */
+static bool sealed_shaped(const uint8_t *sealed, size_t len) {
+    return len >= SEALED_OVERHEAD && sealed[0] == SEALED_FORMAT;
+}
+
+/* Opens what seal() made. `out` takes len - SEALED_OVERHEAD bytes. */
+static enum opened open_sealed(const struct ring *ring, enum api api, const uint8_t *sealed, size_t len,
+                               uint8_t *out) {
+    if (!sealed_shaped(sealed, len))
+        return OPEN_MALFORMED;
+    const struct kek *kek = ring_find(ring, sealed + 1);
+    if (!kek)
+        return OPEN_UNKNOWN_KEY;
+    const uint8_t *nonce = sealed + HEADER_BYTES, *data = nonce + NONCE_BYTES;
+    size_t n = len - SEALED_OVERHEAD;
+    uint8_t aad[HEADER_BYTES + 1], tag[TAG_BYTES];
+    sealed_aad(sealed, api, aad);
+    memcpy(out, data, n);
+    memcpy(tag, data + n, TAG_BYTES);
+    return xaes_crypt(&ring->suite, false, kek, nonce, aad, sizeof aad, out, n, tag) < 0 ? OPEN_FORGED : OPENED;
+}
+
+/*
+ * Known answers before the first request: both vectors of the C2SP document, a
+ * key_id, and a forgery that must not open. Dies when one is wrong.
+ */
+static void sealing_self_test(const struct suite *suite) {
+    static const struct {
+        uint8_t key;
+        const char *aad, *sealed;
+    } vectors[] = {
+        {0x01, "", "\xce\x54\x6e\xf6\x3c\x9c\xc6\x07\x65\x92\x36\x09\xb3\x3a\x9a\x19"
+                   "\x74\xe9\x6e\x52\xda\xf2\xfc\xf7\x07\x5e\x22\x71"},
+        {0x03, "c2sp.org/XAES-256-GCM", "\x98\x6e\xc1\x83\x25\x93\xdf\x54\x43\xa1\x79\x43\x7f\xd0\x83\xbf"
+                                        "\x3f\xdb\x41\xab\xd7\x40\xa2\x1f\x71\xeb\x76\x9d"},
+    };
+    const uint8_t *nonce = (const uint8_t *)"ABCDEFGHIJKLMNOPQRSTUVWX";
+    for (size_t i = 0; i < sizeof vectors / sizeof *vectors; i++) {
+        struct kek kek;
+        uint8_t key[KEK_BYTES], data[12 + TAG_BYTES] = "XAES-256-GCM";
+        const uint8_t *aad = (const uint8_t *)vectors[i].aad;
+        memset(key, vectors[i].key, sizeof key);
+        kek_init(&kek, suite, key);
+        xaes_crypt(suite, true, &kek, nonce, aad, strlen(vectors[i].aad), data, 12, data + 12);
+        bool sealed = memcmp(data, vectors[i].sealed, sizeof data) == 0;
+        data[0] ^= 1;
+        bool forged = xaes_crypt(suite, false, &kek, nonce, aad, strlen(vectors[i].aad), data, 12, data + 12) == 0;
+        bool named = i > 0 || strcmp(kek.key_id, "fad1e91a654dbf1fdec047c069af5acd") == 0;
+        if (!sealed || forged || !named)
+            die("self-test failed: this machine's %s code computes wrong answers", suite->name);
+    }
+}
+
+/* -------------------------------------------------------------------- Keys
+ *
+ * KMS_KEK holds one KEK in base64, or several with commas between; KMS_KEK_FILE
+ * names a file with the same text. Which of a process's memory would show a key
+ * is kept small: the variable is overwritten where it lies, the text is parsed in
+ * locked pages and wiped, and of each KEK only its key schedule stays.
+ */
+
+/* Overwrites every KMS_KEK in the environment, the first of which goes to `text`. */
+static bool environment_take(char *text, size_t cap) {
+    static const char name[] = "KMS_KEK=";
+    bool found = false;
+    for (char **e = environ; e && *e; e++) {
+        if (strncmp(*e, name, sizeof name - 1) != 0)
+            continue;
+        char *value = *e + sizeof name - 1;
+        size_t len = strlen(value);
+        if (text && !found) {
+            if (len >= cap)
+                len = cap - 1; /* too long for sixteen keys: ring_parse will say so */
+            memcpy(text, value, len);
+            text[len] = '\0';
+        }
+        explicit_bzero(value, strlen(value));
+        found = true;
+    }
+    return found;
+}
+
+/* Pages for a ring: locked, left out of core files, wiped by ring_free. */
+static struct ring *ring_new(void) {
+    struct ring *ring = mmap(NULL, sizeof *ring, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (ring == MAP_FAILED)
+        die("no memory for keys: %s", strerror(errno));
+    mlock(ring, sizeof *ring); /* best effort: RLIMIT_MEMLOCK may be 0 */
+    madvise(ring, sizeof *ring, MADV_DONTDUMP);
+    ring->suite = suite_choose();
+    return ring;
+}
+
+static void ring_free(struct ring *ring) {
+    explicit_bzero(ring, sizeof *ring);
+    munmap(ring, sizeof *ring);
+}
+
+/* What is wrong with a key's bytes, or NULL. */
+static const char *kek_weakness(const uint8_t key[KEK_BYTES]) {
+    unsigned differ = 0, printable = ~0u;
+    for (size_t i = 0; i < KEK_BYTES; i++) {
+        differ |= key[i] ^ key[0];
+        printable &= in_range(key[i], ' ', '~');
+    }
+    return !differ     ? "consists of one byte repeated, which is no key"
+           : printable ? "is 32 printable characters: a password, not a key"
+                       : NULL;
+}
+
+static bool is_space(char c) {
+    return c == ' ' || (c >= '\t' && c <= '\r');
+}
+
+/* Adds the key that `text` spells. Returns NULL, or what is wrong with it. */
+static const char *ring_add(struct ring *ring, const char *text, size_t len) {
+    while (len > 0 && is_space(text[0]))
+        text++, len--;
+    while (len > 0 && is_space(text[len - 1]))
+        len--;
+    if (len == 0)
+        return "is empty";
+    if (ring->count == KEK_MAX)
+        return "is one too many: at most 16 keys are taken";
+    uint8_t key[KEK_BYTES];
+    const char *wrong = NULL;
+    long n = base64_decode(text, len, key, sizeof key);
+    if (n < 0)
+        wrong = "is not standard base64 with padding";
+    else if (n != KEK_BYTES)
+        wrong = "does not decode to 32 bytes";
+    else if (!(wrong = kek_weakness(key))) {
+        struct kek *kek = &ring->keks[ring->count];
+        kek_init(kek, &ring->suite, key);
+        if (ring_find(ring, kek->fingerprint))
+            wrong = "is there twice";
+        else
+            ring->count++;
+    }
+    explicit_bzero(key, sizeof key);
+    return wrong;
+}
+
+/* Parses the keys of `text`; dies naming the source and the place of a bad one. */
+static void ring_parse(struct ring *ring, const char *source, const char *text, size_t len) {
+    unsigned place = 1;
+    for (const char *end = text + len;; place++) {
+        const char *comma = memchr(text, ',', (size_t)(end - text));
+        const char *wrong = ring_add(ring, text, (size_t)((comma ? comma : end) - text));
+        if (wrong)
+            die("%s: key %u %s", source, place, wrong);
+        if (!comma)
+            return;
+        text = comma + 1;
+    }
+}
+
+/* Reads a key file into `text`. Judged on the descriptor, so that no swap helps. */
+static size_t key_file_read(const char *path, char *text, size_t cap) {
+    int fd = open(path, O_RDONLY | O_CLOEXEC | O_NOCTTY | O_NONBLOCK);
+    struct stat st;
+    if (fd < 0 || fstat(fd, &st) < 0)
+        die("KMS_KEK_FILE %s: %s", path, strerror(errno));
+    if (!S_ISREG(st.st_mode))
+        die("KMS_KEK_FILE %s: not a regular file", path);
+    if (st.st_mode & (S_IRWXO | S_IWGRP))
+        die("KMS_KEK_FILE %s: mode %c%c%c%c lets others read it or its group write it", path, '0',
+            '0' + (int)(st.st_mode >> 6 & 7), '0' + (int)(st.st_mode >> 3 & 7), '0' + (int)(st.st_mode & 7));
+    size_t len = 0;
+    ssize_t n;
+    while ((n = read(fd, text + len, cap - len)) != 0) {
+        if (n < 0 && errno == EINTR)
+            continue;
+        if (n < 0)
+            die("KMS_KEK_FILE %s: %s", path, strerror(errno));
+        if ((len += (size_t)n) == cap)
+            die("KMS_KEK_FILE %s: larger than 4096 bytes", path);
+    }
+    close(fd);
+    return len;
+}
+
+/* The configured ring, ready to seal and open. Dies with a sentence when there is none. */
+static struct ring *ring_load(void) {
+    struct ring *ring = ring_new();
+    const char *path = getenv("KMS_KEK_FILE"), *source = "KMS_KEK";
+    bool variable = environment_take(ring->text, sizeof ring->text);
+    if (variable && path)
+        die("both KMS_KEK and KMS_KEK_FILE are set: keep one");
+    if (!variable && !path)
+        die("no key: set KMS_KEK_FILE to a file, or KMS_KEK to the key (kmsplugin genkey makes one)");
+    size_t len = strlen(ring->text);
+    if (path)
+        source = "KMS_KEK_FILE", len = key_file_read(path, ring->text, sizeof ring->text);
+    ring_parse(ring, source, ring->text, len);
+    explicit_bzero(ring->text, sizeof ring->text);
+    stack_wipe();
+    return ring;
+}
+
+/* ------------------------------------------------------------- KMS service
+ *
+ * k8s.io/kms/apis/v2 and v1beta1. Each RPC takes its unpacked request and fills
+ * in an answer: a response packed into the arena, or a gRPC status with a fixed
+ * sentence. No I/O here: unit tests and fuzzers call kms_call with bytes.
+ *
+ * kube-apiserver v2 takes the key_id of Status as the one that Encrypt will
+ * answer with, so both name the ring's first KEK, which never changes while the
+ * process lives.
+ */
+
+static void answer_error(struct answer *a, enum grpc_code code, const char *message) {
+    a->code = code;
+    a->message = message;
+}
+
+static void answer_no_memory(struct answer *a) {
+    answer_error(a, GRPC_RESOURCE_EXHAUSTED, "the message has too many fields");
+}
+
+/* Packs a response behind the place of its gRPC prefix. */
+static void answer_message(struct kms *kms, struct answer *a, const void *message) {
+    size_t len = protobuf_c_message_get_packed_size(message);
+    uint8_t *bytes = arena_new(&kms->arena, len);
+    if (!bytes) {
+        answer_no_memory(a);
+        return;
+    }
+    protobuf_c_message_pack(message, bytes);
+    a->bytes = bytes;
+    a->len = len;
+}
+
+/* Seals into the arena. Returns false once the answer holds an error. */
+static bool kms_seal(struct kms *kms, struct answer *a, enum api api, ProtobufCBinaryData plaintext,
+                     size_t ciphertext_max, ProtobufCBinaryData *out) {
+    if (plaintext.len + SEALED_OVERHEAD > ciphertext_max) {
+        answer_error(a, GRPC_INVALID_ARGUMENT,
+                     api == API_V2 ? "plaintext over 967 bytes: its ciphertext would pass the 1024 bytes of KMS v2"
+                                   : "plaintext too long: no Decrypt request could carry its ciphertext");
+        return false;
+    }
+    out->len = plaintext.len + SEALED_OVERHEAD;
+    out->data = arena_new(&kms->arena, out->len);
+    if (!out->data) {
+        answer_no_memory(a);
+        return false;
+    }
+    if (seal(kms->ring, &kms->random, api, plaintext.data, plaintext.len, out->data) < 0) {
+        answer_error(a, GRPC_INTERNAL, "the kernel gives no random bytes");
+        return false;
+    }
+    return true;
+}
+
+/* Opens into the arena. Returns false once the answer holds an error. */
+static bool kms_open(struct kms *kms, struct answer *a, enum api api, ProtobufCBinaryData sealed,
+                     ProtobufCBinaryData *out) {
+    static const char missing[] = "no KEK is configured with key_id ";
+    out->len = sealed.len - SEALED_OVERHEAD;
+    out->data = arena_new(&kms->arena, out->len);
+    char *message = arena_new(&kms->arena, sizeof missing + KEY_ID_LEN);
+    if (!out->data || !message) {
+        answer_no_memory(a);
+        return false;
+    }
+    switch (open_sealed(kms->ring, api, sealed.data, sealed.len, out->data)) {
+    case OPENED:
+        return true;
+    case OPEN_UNKNOWN_KEY:
+        memcpy(message, missing, sizeof missing);
+        hex_encode(sealed.data + 1, FINGERPRINT_BYTES, message + sizeof missing - 1);
+        answer_error(a, GRPC_NOT_FOUND, message);
+        return false;
+    case OPEN_MALFORMED:
+    case OPEN_FORGED:
+        break;
+    }
+    answer_error(a, GRPC_INVALID_ARGUMENT, "the ciphertext is damaged, or was sealed for the other API");
+    return false;
+}
+
+/* Checks length and format of a ciphertext: the first thing that Decrypt looks at. */
+static bool kms_shaped(struct answer *a, ProtobufCBinaryData sealed, size_t max) {
+    if (sealed_shaped(sealed.data, sealed.len) && sealed.len <= max)
+        return true;
+    answer_error(a, GRPC_INVALID_ARGUMENT, "the ciphertext is none of this plugin's: wrong length or format byte");
+    return false;
+}
+
+static void v2_status(struct kms *kms, const void *request, struct answer *a) {
+    (void)request;
+    uint8_t probe[KEK_BYTES] = {0};
+    ProtobufCBinaryData plain = {sizeof probe, probe}, sealed, opened;
+    a->key_id = kms->ring->keks[0].key_id;
+    if (!kms_seal(kms, a, API_V2, plain, V2_CIPHERTEXT_MAX, &sealed) || !kms_open(kms, a, API_V2, sealed, &opened))
+        return;
+    if (memcmp(opened.data, probe, sizeof probe) != 0) {
+        answer_error(a, GRPC_INTERNAL, "what was sealed does not open to the same bytes");
+        return;
+    }
+    V2__StatusResponse response = V2__STATUS_RESPONSE__INIT;
+    response.version = (char *)"v2";
+    response.healthz = (char *)"ok";
+    response.key_id = kms->ring->keks[0].key_id;
+    answer_message(kms, a, &response);
+}
+
+static void v2_encrypt(struct kms *kms, const void *message, struct answer *a) {
+    const V2__EncryptRequest *request = message;
+    V2__EncryptResponse response = V2__ENCRYPT_RESPONSE__INIT;
+    a->uid = request->uid;
+    a->key_id = response.key_id = kms->ring->keks[0].key_id;
+    if (kms_seal(kms, a, API_V2, request->plaintext, V2_CIPHERTEXT_MAX, &response.ciphertext))
+        answer_message(kms, a, &response);
+}
+
+static void v2_decrypt(struct kms *kms, const void *message, struct answer *a) {
+    const V2__DecryptRequest *request = message;
+    V2__DecryptResponse response = V2__DECRYPT_RESPONSE__INIT;
+    char sealing_id[KEY_ID_LEN + 1];
+    a->uid = request->uid;
+    a->key_id = request->key_id;
+    if (!kms_shaped(a, request->ciphertext, V2_CIPHERTEXT_MAX))
+        return;
+    hex_encode(request->ciphertext.data + 1, FINGERPRINT_BYTES, sealing_id);
+    if (strcmp(request->key_id, sealing_id) != 0)
+        answer_error(a, GRPC_INVALID_ARGUMENT, "key_id is not the one that the ciphertext was sealed under");
+    else if (request->n_annotations > 0)
+        answer_error(a, GRPC_INVALID_ARGUMENT, "this plugin issues no annotations, and takes none");
+    else if (kms_open(kms, a, API_V2, request->ciphertext, &response.plaintext))
+        answer_message(kms, a, &response);
+}
+
+static bool v1_version_right(struct answer *a, const char *version) {
+    if (strcmp(version, "v1beta1") == 0)
+        return true;
+    answer_error(a, GRPC_INVALID_ARGUMENT, "the request's version is not v1beta1");
+    return false;
+}
+
+static void v1_version(struct kms *kms, const void *message, struct answer *a) {
+    const V2__V1beta1__VersionRequest *request = message;
+    V2__V1beta1__VersionResponse response = V2__V1BETA1__VERSION_RESPONSE__INIT;
+    response.version = (char *)"v1beta1";
+    response.runtime_name = (char *)"kmsplugin";
+    response.runtime_version = (char *)VERSION;
+    if (v1_version_right(a, request->version))
+        answer_message(kms, a, &response);
+}
+
+static void v1_encrypt(struct kms *kms, const void *message, struct answer *a) {
+    const V2__V1beta1__EncryptRequest *request = message;
+    V2__V1beta1__EncryptResponse response = V2__V1BETA1__ENCRYPT_RESPONSE__INIT;
+    a->key_id = kms->ring->keks[0].key_id;
+    if (v1_version_right(a, request->version) &&
+        kms_seal(kms, a, API_V1, request->plain, V1_CIPHERTEXT_MAX, &response.cipher))
+        answer_message(kms, a, &response);
+}
+
+static void v1_decrypt(struct kms *kms, const void *message, struct answer *a) {
+    const V2__V1beta1__DecryptRequest *request = message;
+    V2__V1beta1__DecryptResponse response = V2__V1BETA1__DECRYPT_RESPONSE__INIT;
+    if (v1_version_right(a, request->version) && kms_shaped(a, request->cipher, V1_CIPHERTEXT_MAX) &&
+        kms_open(kms, a, API_V1, request->cipher, &response.plain))
+        answer_message(kms, a, &response);
+}
+
+static const struct {
+    const char *path, *service, *method;
+    const ProtobufCMessageDescriptor *request;
+    void (*call)(struct kms *, const void *, struct answer *);
+} rpcs[RPCS] = {
+    [V2_STATUS] = {"/v2.KeyManagementService/Status", "v2", "Status", &v2__status_request__descriptor, v2_status},
+    [V2_ENCRYPT] = {"/v2.KeyManagementService/Encrypt", "v2", "Encrypt", &v2__encrypt_request__descriptor, v2_encrypt},
+    [V2_DECRYPT] = {"/v2.KeyManagementService/Decrypt", "v2", "Decrypt", &v2__decrypt_request__descriptor, v2_decrypt},
+    [V1_VERSION] = {"/v1beta1.KeyManagementService/Version", "v1beta1", "Version",
+                    &v2__v1beta1__version_request__descriptor, v1_version},
+    [V1_ENCRYPT] = {"/v1beta1.KeyManagementService/Encrypt", "v1beta1", "Encrypt",
+                    &v2__v1beta1__encrypt_request__descriptor, v1_encrypt},
+    [V1_DECRYPT] = {"/v1beta1.KeyManagementService/Decrypt", "v1beta1", "Decrypt",
+                    &v2__v1beta1__decrypt_request__descriptor, v1_decrypt},
+    [RPC_UNKNOWN] = {"", "unknown", "unknown", NULL, NULL},
+};
+
+/* Takes the ring. 0, or -1 without memory. */
+static int kms_init(struct kms *kms, struct ring *ring) {
+    kms->ring = ring;
+    kms->random.left = 0;
+    kms->allocator = (ProtobufCAllocator){.alloc = arena_new, .free = arena_free, .allocator_data = &kms->arena};
+    return arena_init(&kms->arena);
+}
+
+/*
+ * One RPC: an encoded request to an answer, which lives until kms_done. `rpc` is
+ * not RPC_UNKNOWN.
+ */
+static void kms_call(struct kms *kms, enum rpc rpc, const uint8_t *bytes, size_t len, struct answer *a) {
+    *a = (struct answer){.code = GRPC_OK, .uid = "", .key_id = ""};
+    int strings = strings_check(rpcs[rpc].request, bytes, len);
+    void *request = strings < 0 ? NULL : protobuf_c_message_unpack(rpcs[rpc].request, &kms->allocator, len, bytes);
+    if (!request && kms->arena.exhausted)
+        answer_no_memory(a);
+    else if (!request)
+        answer_error(a, GRPC_INTERNAL, "the request is not a valid protobuf message");
+    else if (strings > 0)
+        answer_error(a, GRPC_INVALID_ARGUMENT, "a string in the request holds a NUL");
+    else
+        rpcs[rpc].call(kms, request, a);
+}
+
+static void kms_done(struct kms *kms) {
+    arena_reset(&kms->arena);
+}
+
+/* ----------------------------------------------------------------- Metrics
+ *
+ * GET /metrics on the same socket, in Prometheus' text format 0.0.4.
+ */
+
+/* The name of a status code, as the gRPC document spells it. */
+static const char *grpc_code_name(unsigned code) {
+    static const char *const names[GRPC_CODES] = {
+        "OK", "CANCELLED", "UNKNOWN", "INVALID_ARGUMENT", "DEADLINE_EXCEEDED", "NOT_FOUND", "ALREADY_EXISTS",
+        "PERMISSION_DENIED", "RESOURCE_EXHAUSTED", "FAILED_PRECONDITION", "ABORTED", "OUT_OF_RANGE",
+        "UNIMPLEMENTED", "INTERNAL", "UNAVAILABLE", "DATA_LOSS", "UNAUTHENTICATED"};
+    return code < GRPC_CODES ? names[code] : "out of range";
+}
+
+static const uint64_t bucket_bounds_us[] = {
+#define BUCKET_US(us, s) us,
+    BUCKETS(BUCKET_US)
+};
+
+static const char *const bucket_bounds_s[] = {
+#define BUCKET_S(us, s) s,
+    BUCKETS(BUCKET_S)
+};
+
+static void metrics_init(struct metrics *m) {
+    struct timespec now;
+    clock_gettime(CLOCK_REALTIME, &now);
+    m->start_time_s = (uint64_t)now.tv_sec;
+    m->statm = open("/proc/self/statm", O_RDONLY | O_CLOEXEC);
+}
+
+static void metrics_count(struct metrics *m, enum rpc rpc, enum grpc_code code, uint64_t us) {
+    size_t bucket = 0;
+    while (bucket < BUCKETS_LEN && us > bucket_bounds_us[bucket])
+        bucket++;
+    m->requests[rpc][code]++;
+    m->buckets[rpc][bucket]++;
+    m->microseconds[rpc] += us;
+}
+
+/* Resident memory in bytes, from the second number of /proc/self/statm; 0 if unknown. */
+static uint64_t metrics_resident(const struct metrics *m) {
+    char buf[64];
+    ssize_t n = m->statm < 0 ? -1 : pread(m->statm, buf, sizeof buf - 1, 0);
+    if (n <= 0)
+        return 0;
+    buf[n] = '\0';
+    const char *second = strchr(buf, ' ');
+    return second ? strtoull(second, NULL, 10) * (uint64_t)sysconf(_SC_PAGESIZE) : 0;
+}
+
+static void metrics_histogram(const struct metrics *m, unsigned rpc, struct text *t) {
+    uint64_t total = 0;
+    const char *service = rpcs[rpc].service, *method = rpcs[rpc].method;
+    for (size_t i = 0; i <= BUCKETS_LEN; i++) {
+        total += m->buckets[rpc][i];
+        text_add(t, "kmsplugin_grpc_request_duration_seconds_bucket{service=\"%s\",method=\"%s\",le=\"%s\"} %llu\n",
+                 service, method, i < BUCKETS_LEN ? bucket_bounds_s[i] : "+Inf", (unsigned long long)total);
+    }
+    text_add(t, "kmsplugin_grpc_request_duration_seconds_sum{service=\"%s\",method=\"%s\"} %llu.%06llu\n", service,
+             method, (unsigned long long)(m->microseconds[rpc] / 1000000),
+             (unsigned long long)(m->microseconds[rpc] % 1000000));
+    text_add(t, "kmsplugin_grpc_request_duration_seconds_count{service=\"%s\",method=\"%s\"} %llu\n", service, method,
+             (unsigned long long)total);
+}
+
+static void metrics_metric(struct text *t, const char *name, const char *type, const char *help) {
+    text_add(t, "# HELP %s %s\n# TYPE %s %s\n", name, help, name, type);
+}
+
+static void metrics_write(const struct metrics *m, const char *key_id, size_t connections, struct text *t) {
+    metrics_metric(t, "kmsplugin_grpc_requests_total", "counter", "gRPC requests answered.");
+    for (unsigned rpc = 0; rpc < RPCS; rpc++)
+        for (unsigned code = 0; code < GRPC_CODES; code++)
+            if (m->requests[rpc][code] > 0 || (code == GRPC_OK && rpc != RPC_UNKNOWN))
+                text_add(t, "kmsplugin_grpc_requests_total{service=\"%s\",method=\"%s\",code=\"%s\"} %llu\n",
+                         rpcs[rpc].service, rpcs[rpc].method, grpc_code_name(code),
+                         (unsigned long long)m->requests[rpc][code]);
+    metrics_metric(t, "kmsplugin_grpc_request_duration_seconds", "histogram", "From a request's head to its answer.");
+    for (unsigned rpc = 0; rpc < RPC_UNKNOWN; rpc++)
+        metrics_histogram(m, rpc, t);
+    metrics_metric(t, "kmsplugin_connections", "gauge", "Open connections.");
+    text_add(t, "kmsplugin_connections %zu\n", connections);
+    metrics_metric(t, "kmsplugin_connections_total", "counter", "Connections accepted.");
+    text_add(t, "kmsplugin_connections_total %llu\n", (unsigned long long)m->accepted);
+    metrics_metric(t, "kmsplugin_refused_peers_total", "counter", "Connections closed for the peer's uid.");
+    text_add(t, "kmsplugin_refused_peers_total %llu\n", (unsigned long long)m->refused);
+    metrics_metric(t, "kmsplugin_key_info", "gauge", "The key_id of the KEK that seals.");
+    text_add(t, "kmsplugin_key_info{key_id=\"%s\"} 1\n", key_id);
+    metrics_metric(t, "kmsplugin_build_info", "gauge", "The version that runs.");
+    text_add(t, "kmsplugin_build_info{version=\"" VERSION "\"} 1\n");
+    metrics_metric(t, "process_start_time_seconds", "gauge", "Start time of the process since unix epoch in seconds.");
+    text_add(t, "process_start_time_seconds %llu\n", (unsigned long long)m->start_time_s);
+    metrics_metric(t, "process_resident_memory_bytes", "gauge", "Resident memory size in bytes.");
+    text_add(t, "process_resident_memory_bytes %llu\n", (unsigned long long)metrics_resident(m));
+}
+
+/* -------------------------------------------------------------------- gRPC
+ *
+ * gRPC over HTTP/2 (github.com/grpc/grpc, doc/PROTOCOL-HTTP2.md). A request is
+ * HEADERS and DATA, the DATA a 5-byte prefix and a message:
+ *
+ *     0   1   compressed flag; this server offers no compression, so 0
+ *     1   4   length of the message, big-endian
+ *
+ * A response is HEADERS (:status 200, content-type), DATA of the same form, and
+ * trailers, a second HEADERS with END_STREAM (grpc-status, grpc-message). An
+ * error may be all in one HEADERS: "trailers-only".
+ */
+
+/*
+ * grpc-timeout: 1 to 8 digits and a unit of H M S m u n. Returns microseconds,
+ * rounded up; UINT64_MAX for anything else.
+ */
+static uint64_t grpc_timeout_us(const uint8_t *value, size_t len) {
+    uint64_t n = 0;
+    if (len < 2 || len > 9)
+        return UINT64_MAX;
+    for (size_t i = 0; i + 1 < len; i++) {
+        if (value[i] < '0' || value[i] > '9')
+            return UINT64_MAX;
+        n = 10 * n + (uint64_t)(value[i] - '0');
+    }
+    switch (value[len - 1]) {
+    case 'H': return n * 3600 * 1000000;
+    case 'M': return n * 60 * 1000000;
+    case 'S': return n * 1000000;
+    case 'm': return n * 1000;
+    case 'u': return n;
+    case 'n': return (n + 999) / 1000;
+    }
+    return UINT64_MAX;
+}
+
+/* grpc-message: percent-encodes all but printable ASCII, and '%' itself. Cut at cap. */
+static size_t percent_encode(const char *s, char *out, size_t cap) {
+    size_t n = 0;
+    for (; *s; s++) {
+        uint8_t c = (uint8_t)*s;
+        bool plain = c >= ' ' && c <= '~' && c != '%';
+        if (n + (plain ? 1 : 3) > cap)
+            break;
+        if (plain) {
+            out[n++] = (char)c;
+        } else {
+            out[n++] = '%';
+            out[n++] = "0123456789ABCDEF"[c >> 4];
+            out[n++] = "0123456789ABCDEF"[c & 15];
+        }
+    }
+    return n;
+}
+
+/* ----------------------------------------------------------- HTTP requests
+ *
+ * RFC 9113 sections 8.2 and 8.3, by this program and not by nghttp2: clients send
+ * :authority on a UNIX socket as "localhost", as the socket's path (percent-encoded
+ * or not), as "@name", empty, or not at all, and nghttp2 resets some of them. What
+ * is malformed is reset with PROTOCOL_ERROR. What is well-formed but no gRPC gets
+ * an HTTP status, and what is gRPC but not ours a gRPC status.
+ */
+
+static bool same(const uint8_t *bytes, size_t len, const char *s) {
+    return strlen(s) == len && memcmp(bytes, s, len) == 0;
+}
+
+/* Takes one bit of `seen`; a second time is malformed. */
+static void request_once(struct request *r, unsigned bit) {
+    if (r->seen & bit)
+        r->malformed = true;
+    r->seen |= bit;
+}
+
+/* application/grpc or application/grpc+proto, with or without parameters. */
+static bool is_grpc(const uint8_t *value, size_t len) {
+    const uint8_t *end = memchr(value, ';', len);
+    if (end)
+        len = (size_t)(end - value);
+    static const char type[] = "application/grpc+proto";
+    size_t bare = sizeof "application/grpc" - 1;
+    return (len == bare || len == sizeof type - 1) && strncasecmp((const char *)value, type, len) == 0;
+}
+
+static void request_pseudo(struct request *r, const uint8_t *name, size_t name_len, const uint8_t *value, size_t len) {
+    if (r->seen & SEEN_REGULAR || r->trailers) {
+        r->malformed = true;
+    } else if (same(name, name_len, ":method")) {
+        request_once(r, SEEN_METHOD);
+        r->method = same(value, len, "POST")      ? METHOD_POST
+                    : same(value, len, "GET")     ? METHOD_GET
+                    : same(value, len, "CONNECT") ? METHOD_CONNECT
+                                                  : METHOD_OTHER;
+        r->malformed |= len == 0;
+    } else if (same(name, name_len, ":scheme")) {
+        request_once(r, SEEN_SCHEME);
+        r->malformed |= len == 0;
+    } else if (same(name, name_len, ":path")) {
+        request_once(r, SEEN_PATH);
+        r->malformed |= len == 0 || (value[0] != '/' && !same(value, len, "*"));
+        r->metrics = same(value, len, "/metrics");
+        r->rpc = 0;
+        while (r->rpc < RPC_UNKNOWN && !same(value, len, rpcs[r->rpc].path))
+            r->rpc++;
+    } else if (same(name, name_len, ":authority")) {
+        request_once(r, SEEN_AUTHORITY); /* any value at all */
+    } else {
+        r->malformed = true;
+    }
+}
+
+static void request_content_length(struct request *r, const uint8_t *value, size_t len) {
+    request_once(r, SEEN_CONTENT_LENGTH);
+    r->malformed |= len == 0 || len > 18;
+    r->content_length = 0;
+    for (size_t i = 0; i < len && !r->malformed; i++) {
+        r->malformed |= value[i] < '0' || value[i] > '9';
+        r->content_length = 10 * r->content_length + (uint64_t)(value[i] - '0');
+    }
+}
+
+static void request_regular(struct request *r, const uint8_t *name, size_t name_len, const uint8_t *value, size_t len) {
+    r->seen |= SEEN_REGULAR;
+    if (same(name, name_len, "content-type") && !r->trailers) {
+        request_once(r, SEEN_CONTENT_TYPE);
+        r->grpc = is_grpc(value, len);
+    } else if (same(name, name_len, "content-length") && !r->trailers) {
+        request_content_length(r, value, len);
+    } else if (same(name, name_len, "grpc-timeout") && !r->trailers) {
+        r->bad_timeout |= (r->seen & SEEN_TIMEOUT) != 0;
+        r->seen |= SEEN_TIMEOUT;
+        r->timeout_us = grpc_timeout_us(value, len);
+        r->bad_timeout |= r->timeout_us == UINT64_MAX;
+    } else if (same(name, name_len, "te")) {
+        r->malformed |= !(len == 8 && strncasecmp((const char *)value, "trailers", 8) == 0);
+    } else if (same(name, name_len, "connection") || same(name, name_len, "proxy-connection") ||
+               same(name, name_len, "keep-alive") || same(name, name_len, "transfer-encoding") ||
+               same(name, name_len, "upgrade")) {
+        r->malformed = true;
+    }
+}
+
+static void request_init(struct request *r) {
+    *r = (struct request){.rpc = RPC_UNKNOWN, .timeout_us = UINT64_MAX, .content_length = UINT64_MAX};
+}
+
+/* Judges one field of the head or of the trailers. */
+static void request_field(struct request *r, const uint8_t *name, size_t name_len, const uint8_t *value, size_t len) {
+    r->field_bytes += name_len + len + FIELD_OVERHEAD_BYTES;
+    if (r->malformed || r->field_bytes > FIELDS_MAX_BYTES)
+        return; /* the verdict stands already */
+    if (!nghttp2_check_header_name(name, name_len) || !nghttp2_check_header_value_rfc9113(value, len))
+        r->malformed = true;
+    else if (name[0] == ':')
+        request_pseudo(r, name, name_len, value, len);
+    else
+        request_regular(r, name, name_len, value, len);
+}
+
+/* Judges the head as a whole, RFC 9113 8.3.1 and 8.5. */
+static void request_head_end(struct request *r) {
+    unsigned need = r->method == METHOD_CONNECT ? SEEN_METHOD | SEEN_AUTHORITY : SEEN_METHOD | SEEN_SCHEME | SEEN_PATH;
+    unsigned forbidden = r->method == METHOD_CONNECT ? SEEN_SCHEME | SEEN_PATH : 0;
+    if (r->field_bytes <= FIELDS_MAX_BYTES)
+        r->malformed |= (r->seen & need) != need || (r->seen & forbidden) != 0;
+    r->trailers = true;
+}
+
+/* ------------------------------------------------------- Connections: room
+ *
+ * Every byte that a peer makes us keep is counted, for the connection and for the
+ * server. Where a server-wide limit is met the connection that holds most is
+ * closed, so a peer that hoards pays itself and the others are served.
+ */
+
+/* Makes sure that the loop wakes up by then. */
+static void server_due(struct server *s, int64_t ms) {
+    if (ms < s->next_ms)
+        s->next_ms = ms;
+}
+
+static size_t conn_free_bytes(struct conn *c, void *bytes) {
+    size_t size = heap_free(&c->server->heap, bytes);
+    c->held -= size;
+    return size;
+}
+
+static void buffer_free(struct conn *c, uint8_t *bytes) {
+    if (bytes)
+        c->server->buffered -= conn_free_bytes(c, bytes);
+}
+
+static void stream_free(struct stream *s) {
+    struct conn *c = s->conn;
+    if (s->next)
+        s->next->link = s->link;
+    *s->link = s->next;
+    c->stream_count--;
+    c->server->stream_count--;
+    c->unread -= s->reply_len;
+    buffer_free(c, s->body);
+    buffer_free(c, s->reply);
+    conn_free_bytes(c, s);
+}
+
+/*
+ * Ends a connection: nothing of it remains but the struct, which server_reap
+ * frees at the end of the turn. Never called from within its own session.
+ */
+static void conn_close(struct conn *c, const char *why) {
+    if (c->closed)
+        return;
+    log_line(LOG_DEBUG, "msg=closed pid=%d uid=%u reason=%s", c->peer.pid, c->peer.uid, why);
+    c->closed = true;
+    c->server->conn_count--;
+    while (c->streams) /* nghttp2_session_del calls no on_stream_close */
+        stream_free(c->streams);
+    nghttp2_session_del(c->session);
+    buffer_free(c, c->out);
+    c->out = NULL;
+    close(c->source.fd);
+}
+
+/* Closes the connection that holds most; false if that is `self`, or there is none. */
+static bool server_shed(struct server *s, const struct conn *self) {
+    struct conn *heaviest = NULL;
+    for (struct conn *c = s->conns; c; c = c->next)
+        if (!c->closed && (!heaviest || c->held > heaviest->held))
+            heaviest = c;
+    if (!heaviest || heaviest == self)
+        return false;
+    log_line(LOG_WARN, "msg=shed pid=%d uid=%u held=%zu", heaviest->peer.pid, heaviest->peer.uid, heaviest->held);
+    conn_close(heaviest, "holds most");
+    return true;
+}
+
+/* Counted memory, or NULL: the caller's connection is then closed by the loop. */
+static void *conn_new_bytes(struct conn *c, size_t size) {
+    struct server *s = c->server;
+    while (s->heap.in_use + size > HEAP_MAX)
+        if (!server_shed(s, c))
+            return NULL;
+    void *bytes = heap_new(&s->heap, size);
+    if (bytes)
+        c->held += size;
+    return bytes;
+}
+
+/* Memory for a request or an answer; NULL as above. */
+static uint8_t *buffer_new(struct conn *c, size_t size) {
+    struct server *s = c->server;
+    while (s->buffered + size > BUFFERED_MAX)
+        if (!server_shed(s, c))
+            return NULL;
+    uint8_t *bytes = conn_new_bytes(c, size);
+    if (bytes)
+        s->buffered += size;
+    return bytes;
+}
+
+/* nghttp2_mem: the session's own memory is the connection's. */
+
+static void *session_malloc(size_t size, void *conn) {
+    return conn_new_bytes(conn, size);
+}
+
+static void session_free(void *bytes, void *conn) {
+    if (bytes)
+        conn_free_bytes(conn, bytes);
+}
+
+static void *session_calloc(size_t n, size_t size, void *conn) {
+    void *bytes = size > 0 && n > SIZE_MAX / size ? NULL : conn_new_bytes(conn, n * size);
+    return bytes ? memset(bytes, 0, n * size) : NULL;
+}
+
+static void *session_realloc(void *bytes, size_t size, void *conn) {
+    void *moved = conn_new_bytes(conn, size);
+    if (moved && bytes) {
+        size_t old = block_of(bytes)->size;
+        memcpy(moved, bytes, old < size ? old : size);
+        conn_free_bytes(conn, bytes);
+    }
+    return moved;
+}
+
+static struct stream *stream_new(struct conn *c, int32_t id) {
+    struct server *server = c->server;
+    while (server->stream_count >= ALL_STREAMS_MAX)
+        if (!server_shed(server, c))
+            return NULL;
+    struct stream *s = conn_new_bytes(c, sizeof *s);
+    if (!s)
+        return NULL;
+    memset(s, 0, sizeof *s);
+    s->conn = c;
+    s->id = id;
+    s->start_us = server->now_us;
+    s->deadline_ms = server->now_ms + REQUEST_TIMEOUT_MS;
+    server_due(server, s->deadline_ms);
+    request_init(&s->request);
+    s->link = &c->streams;
+    if ((s->next = c->streams))
+        s->next->link = &s->next;
+    c->streams = s;
+    c->stream_count++;
+    server->stream_count++;
+    return s;
+}
+
+/* ------------------------------------------------------------------ HTTP/2
+ *
+ * A server on nghttp2 (RFC 9113). nghttp2 parses frames, keeps windows and HPACK
+ * tables, and calls back; what comes back from a callback is 0, or
+ * NGHTTP2_ERR_CALLBACK_FAILURE to end the connection. Functions are in the order
+ * of a stream's life: begun, its head read, its body read, answered, closed.
+ *
+ * Flow control: a stream's window holds the largest request there is and is never
+ * extended. The connection's window is given back as DATA arrives, unless the
+ * peer leaves so many answers unread that new requests have to wait.
+ */
+
+#define FIELD(n, v)                                                                                         \
+    {(uint8_t *)(n), (uint8_t *)(v), sizeof(n) - 1, sizeof(v) - 1, NGHTTP2_NV_FLAG_NO_COPY_NAME | NGHTTP2_NV_FLAG_NO_COPY_VALUE}
+
+/* A field whose value nghttp2 copies. */
+static nghttp2_nv field_copied(const char *name, const char *value, size_t len) {
+    return (nghttp2_nv){(uint8_t *)(uintptr_t)name, (uint8_t *)(uintptr_t)value, strlen(name), len, NGHTTP2_NV_FLAG_NO_COPY_NAME};
+}
+
+static int callback_result(int rv) {
+    return nghttp2_is_fatal(rv) ? NGHTTP2_ERR_CALLBACK_FAILURE : 0;
+}
+
+static int stream_reset(struct stream *s, uint32_t error) {
+    s->state = STREAM_ANSWERED;
+    return nghttp2_submit_rst_stream(s->conn->session, NGHTTP2_FLAG_NONE, s->id, error);
+}
+
+/* Gives received bytes back to the peer's window, unless it has to read first. */
+static int conn_consume(struct conn *c) {
+    if (c->unconsumed == 0 || c->unread > UNREAD_PAUSE_BYTES)
+        return 0;
+    size_t n = c->unconsumed;
+    c->unconsumed = 0;
+    return nghttp2_session_consume_connection(c->session, n);
+}
+
+/* The next piece of a response: as much as fits, and then the trailers. */
+static ssize_t on_data_source_read(nghttp2_session *session, int32_t id, uint8_t *buf, size_t len, uint32_t *flags,
+                                   nghttp2_data_source *source, void *conn) {
+    (void)buf; /* on_send_data takes the bytes from where they are */
+    (void)conn;
+    static nghttp2_nv trailers[] = {FIELD("grpc-status", "0")};
+    struct stream *s = source->ptr;
+    size_t left = s->reply_len - s->reply_sent;
+    *flags |= NGHTTP2_DATA_FLAG_NO_COPY;
+    if (left > len)
+        return (ssize_t)len;
+    *flags |= NGHTTP2_DATA_FLAG_EOF;
+    if (s->reply_grpc) {
+        *flags |= NGHTTP2_DATA_FLAG_NO_END_STREAM;
+        if (nghttp2_submit_trailer(session, id, trailers, 1) != 0)
+            return NGHTTP2_ERR_CALLBACK_FAILURE;
+    }
+    return (ssize_t)left;
+}
+
+/* Submits a response; with `len` bytes of body behind room for a gRPC prefix if `grpc`. */
+static int stream_respond(struct stream *s, const nghttp2_nv *fields, size_t count, const uint8_t *bytes, size_t len,
+                          bool grpc) {
+    struct conn *c = s->conn;
+    nghttp2_data_provider body = {.source.ptr = s, .read_callback = on_data_source_read};
+    s->state = STREAM_ANSWERED;
+    s->deadline_ms = c->server->now_ms + UNREAD_TIMEOUT_MS;
+    server_due(c->server, s->deadline_ms);
+    if (bytes) {
+        size_t prefix = grpc ? GRPC_PREFIX_BYTES : 0;
+        s->reply = buffer_new(c, prefix + len);
+        if (!s->reply)
+            return NGHTTP2_ERR_NOMEM;
+        const uint8_t head[GRPC_PREFIX_BYTES] = {0, (uint8_t)(len >> 24), (uint8_t)(len >> 16), (uint8_t)(len >> 8), (uint8_t)len};
+        memcpy(s->reply, head, prefix);
+        memcpy(s->reply + prefix, bytes, len);
+        s->reply_len = prefix + len;
+        s->reply_grpc = grpc;
+        c->unread += s->reply_len;
+    }
+    int rv = nghttp2_submit_response(c->session, s->id, fields, count, bytes ? &body : NULL);
+    if (rv == 0 && !bytes && !nghttp2_session_get_stream_remote_close(c->session, s->id))
+        rv = stream_reset(s, NGHTTP2_NO_ERROR); /* answered early: RFC 9113 8.1, do not send the rest */
+    return rv;
+}
+
+/* Answers a gRPC request: a response, or a status in trailers alone. */
+static int stream_answer(struct stream *s, const struct answer *a) {
+    static const nghttp2_nv ok[] = {FIELD(":status", "200"), FIELD("content-type", "application/grpc")};
+    struct server *server = s->conn->server;
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    uint64_t us = (uint64_t)now.tv_sec * 1000000 + (uint64_t)now.tv_nsec / 1000 - s->start_us;
+    metrics_count(&server->metrics, s->request.rpc, a->code, us);
+    log_line(LOG_DEBUG, "msg=rpc method=%s uid=%s key_id=%s code=%s us=%llu", rpcs[s->request.rpc].path, a->uid,
+             a->key_id, grpc_code_name(a->code), (unsigned long long)us);
+    if (a->code == GRPC_OK)
+        return stream_respond(s, ok, sizeof ok / sizeof *ok, a->bytes, a->len, true);
+    char status[4], message[MESSAGE_TEXT_MAX];
+    struct text t = {.buf = status, .cap = sizeof status};
+    text_add(&t, "%d", (int)a->code);
+    nghttp2_nv error[] = {ok[0], ok[1], field_copied("grpc-status", status, t.len),
+                          field_copied("grpc-message", message, percent_encode(a->message, message, sizeof message)),
+                          FIELD("grpc-accept-encoding", "identity")};
+    return stream_respond(s, error, sizeof error / sizeof *error, NULL, 0, true);
+}
+
+static int stream_fail(struct stream *s, enum grpc_code code, const char *message) {
+    struct answer a = {.code = code, .message = message, .uid = "", .key_id = ""};
+    return stream_answer(s, &a);
+}
+
+static int stream_metrics(struct stream *s) {
+    static const nghttp2_nv fields[] = {FIELD(":status", "200"),
+                                        FIELD("content-type", "text/plain; version=0.0.4; charset=utf-8")};
+    struct server *server = s->conn->server;
+    struct arena *arena = &server->kms.arena;
+    struct text t = {.cap = METRICS_BYTES};
+    t.buf = arena_new(arena, t.cap);
+    metrics_write(&server->metrics, server->kms.ring->keks[0].key_id, server->conn_count, &t);
+    int rv = stream_respond(s, fields, sizeof fields / sizeof *fields, (uint8_t *)t.buf, t.len, false);
+    arena_reset(arena);
+    return rv;
+}
+
+/* An answer to what is no gRPC request: a status of HTTP and no body. */
+static int stream_http_error(struct stream *s, const char *status) {
+    nghttp2_nv fields[] = {field_copied(":status", status, 3), FIELD("allow", "POST")};
+    return stream_respond(s, fields, strcmp(status, "405") == 0 ? 2 : 1, NULL, 0, false);
+}
+
+static int on_begin_headers(nghttp2_session *session, const nghttp2_frame *frame, void *conn) {
+    if (frame->headers.cat != NGHTTP2_HCAT_REQUEST)
+        return 0; /* trailers */
+    struct stream *s = stream_new(conn, frame->hd.stream_id);
+    if (!s)
+        return NGHTTP2_ERR_CALLBACK_FAILURE;
+    return callback_result(nghttp2_session_set_stream_user_data(session, s->id, s));
+}
+
+static int on_header(nghttp2_session *session, const nghttp2_frame *frame, const uint8_t *name, size_t name_len,
+                     const uint8_t *value, size_t len, uint8_t flags, void *conn) {
+    (void)flags;
+    (void)conn;
+    struct stream *s = nghttp2_session_get_stream_user_data(session, frame->hd.stream_id);
+    if (s)
+        request_field(&s->request, name, name_len, value, len);
+    return 0;
+}
+
+/* The head is complete: decides what needs no body, and waits for it otherwise. */
+static int stream_head_end(struct stream *s) {
+    struct request *r = &s->request;
+    request_head_end(r);
+    if (r->malformed)
+        return stream_reset(s, NGHTTP2_PROTOCOL_ERROR);
+    if (r->field_bytes > FIELDS_MAX_BYTES)
+        return stream_fail(s, GRPC_RESOURCE_EXHAUSTED, "the header list is over 16384 bytes");
+    s->state = STREAM_BODY;
+    if (r->method == METHOD_GET)
+        return r->metrics ? 0 : stream_http_error(s, "404");
+    if (r->method != METHOD_POST)
+        return stream_http_error(s, "405");
+    if (!r->grpc)
+        return stream_http_error(s, "415");
+    if (r->rpc == RPC_UNKNOWN)
+        return stream_fail(s, GRPC_UNIMPLEMENTED, "no such method: this is a KMS plugin, v2 and v1beta1");
+    if (r->bad_timeout)
+        return stream_fail(s, GRPC_INTERNAL, "grpc-timeout is not one to eight digits and a unit");
+    if (r->timeout_us < (uint64_t)REQUEST_TIMEOUT_MS * 1000) {
+        s->deadline_ms = s->conn->server->now_ms + (int64_t)(r->timeout_us + 999) / 1000;
+        server_due(s->conn->server, s->deadline_ms);
+    }
+    return 0;
+}
+
+/*
+ * Takes a piece of a request's body. An answer is given as soon as the prefix
+ * tells that there is nothing to wait for.
+ */
+static int body_append(struct stream *s, const uint8_t *data, size_t len) {
+    for (; len > 0 && s->prefix_len < GRPC_PREFIX_BYTES; data++, len--) {
+        s->prefix[s->prefix_len++] = *data;
+        if (s->prefix_len < GRPC_PREFIX_BYTES)
+            continue;
+        if (s->prefix[0] == 1)
+            return stream_fail(s, GRPC_UNIMPLEMENTED, "compressed messages are not supported, only identity");
+        if (s->prefix[0] != 0)
+            return stream_fail(s, GRPC_INTERNAL, "the compressed flag is neither 0 nor 1");
+        size_t n = (size_t)s->prefix[1] << 24 | (size_t)s->prefix[2] << 16 | (size_t)s->prefix[3] << 8 | s->prefix[4];
+        if (n > MESSAGE_MAX)
+            return stream_fail(s, GRPC_RESOURCE_EXHAUSTED, "the message is over 65536 bytes");
+        s->body_cap = n;
+        if (n > 0 && !(s->body = buffer_new(s->conn, n)))
+            return NGHTTP2_ERR_NOMEM;
+    }
+    if (len > s->body_cap - s->body_len)
+        return stream_fail(s, GRPC_INTERNAL, "more than one message in a unary call");
+    if (len > 0)
+        memcpy(s->body + s->body_len, data, len);
+    s->body_len += len;
+    return 0;
+}
+
+static int on_data_chunk_recv(nghttp2_session *session, uint8_t flags, int32_t id, const uint8_t *data, size_t len,
+                              void *conn) {
+    (void)flags;
+    struct conn *c = conn;
+    struct stream *s = nghttp2_session_get_stream_user_data(session, id);
+    int rv = 0;
+    c->unconsumed += len;
+    if (s && s->state == STREAM_BODY) {
+        s->received += len;
+        if (s->received > s->request.content_length)
+            rv = stream_reset(s, NGHTTP2_PROTOCOL_ERROR);
+        else if (s->request.method == METHOD_POST)
+            rv = body_append(s, data, len);
+    }
+    return callback_result(rv == 0 ? conn_consume(c) : rv);
+}
+
+/* The request is complete: answers it. */
+static int stream_end(struct stream *s) {
+    struct kms *kms = &s->conn->server->kms;
+    struct answer a;
+    if (s->state != STREAM_BODY)
+        return 0; /* answered early */
+    if (s->request.content_length != UINT64_MAX && s->request.content_length != s->received)
+        return stream_reset(s, NGHTTP2_PROTOCOL_ERROR); /* RFC 9113 8.1.1 */
+    if (s->request.method == METHOD_GET)
+        return stream_metrics(s);
+    if (s->prefix_len < GRPC_PREFIX_BYTES || s->body_len < s->body_cap)
+        return stream_fail(s, GRPC_INTERNAL, "the message is missing or incomplete");
+    kms_call(kms, s->request.rpc, s->body, s->body_len, &a);
+    buffer_free(s->conn, s->body);
+    s->body = NULL;
+    int rv = stream_answer(s, &a);
+    kms_done(kms);
+    return rv;
+}
+
+/* Trailers have to be sound, and the end of the request. */
+static int stream_trailers_end(struct stream *s, bool end) {
+    bool sound = end && !s->request.malformed && s->request.field_bytes <= FIELDS_MAX_BYTES;
+    return sound ? 0 : stream_reset(s, NGHTTP2_PROTOCOL_ERROR);
+}
+
+static int on_frame_recv(nghttp2_session *session, const nghttp2_frame *frame, void *conn) {
+    struct conn *c = conn;
+    if (frame->hd.type == NGHTTP2_SETTINGS) {
+        c->greeted = true;
+        return 0;
+    }
+    if (frame->hd.type != NGHTTP2_HEADERS && frame->hd.type != NGHTTP2_DATA)
+        return 0;
+    struct stream *s = nghttp2_session_get_stream_user_data(session, frame->hd.stream_id);
+    bool end = frame->hd.flags & NGHTTP2_FLAG_END_STREAM;
+    int rv = 0;
+    if (!s)
+        return 0;
+    if (frame->hd.type == NGHTTP2_HEADERS && s->state == STREAM_HEAD)
+        rv = stream_head_end(s);
+    else if (frame->hd.type == NGHTTP2_HEADERS && s->state == STREAM_BODY)
+        rv = stream_trailers_end(s, end);
+    if (rv == 0 && end)
+        rv = stream_end(s);
+    return callback_result(rv);
+}
+
+/* Room in the server's output for a frame, or NGHTTP2_ERR_WOULDBLOCK until it is sent. */
+static int out_append(struct server *s, const uint8_t *head, size_t head_len, const uint8_t *data, size_t len) {
+    if (head_len + len > OUT_BYTES - s->out_len)
+        return NGHTTP2_ERR_WOULDBLOCK;
+    memcpy(s->out + s->out_len, head, head_len);
+    memcpy(s->out + s->out_len + head_len, data, len);
+    s->out_len += head_len + len;
+    return 0;
+}
+
+static ssize_t on_send(nghttp2_session *session, const uint8_t *data, size_t len, int flags, void *conn) {
+    (void)session;
+    (void)flags;
+    int rv = out_append(((struct conn *)conn)->server, data, len, data, 0);
+    return rv == 0 ? (ssize_t)len : rv;
+}
+
+/* A DATA frame: its bytes go from the reply to the output without a stop in nghttp2. */
+static int on_send_data(nghttp2_session *session, nghttp2_frame *frame, const uint8_t *head, size_t len,
+                        nghttp2_data_source *source, void *conn) {
+    (void)session;
+    (void)frame;
+    struct stream *s = source->ptr;
+    int rv = out_append(((struct conn *)conn)->server, head, 9, s->reply + s->reply_sent, len);
+    if (rv == 0)
+        s->reply_sent += len;
+    return rv;
+}
+
+static int on_stream_close(nghttp2_session *session, int32_t id, uint32_t error, void *conn) {
+    (void)error;
+    struct conn *c = conn;
+    struct stream *s = nghttp2_session_get_stream_user_data(session, id);
+    if (s)
+        stream_free(s);
+    if (!c->streams)
+        c->idle_since_ms = c->server->now_ms;
+    return callback_result(conn_consume(c));
+}
+
+/* What all sessions share. 0, or -1 without memory. */
+static int sessions_init(struct server *s) {
+    if (nghttp2_session_callbacks_new(&s->callbacks) != 0 || nghttp2_option_new(&s->session_options) != 0)
+        return -1;
+    nghttp2_session_callbacks_set_on_begin_headers_callback(s->callbacks, on_begin_headers);
+    nghttp2_session_callbacks_set_on_header_callback(s->callbacks, on_header);
+    nghttp2_session_callbacks_set_on_data_chunk_recv_callback(s->callbacks, on_data_chunk_recv);
+    nghttp2_session_callbacks_set_on_frame_recv_callback(s->callbacks, on_frame_recv);
+    nghttp2_session_callbacks_set_send_callback(s->callbacks, on_send);
+    nghttp2_session_callbacks_set_send_data_callback(s->callbacks, on_send_data);
+    nghttp2_session_callbacks_set_on_stream_close_callback(s->callbacks, on_stream_close);
+    nghttp2_option_set_no_http_messaging(s->session_options, 1);     /* see section HTTP requests */
+    nghttp2_option_set_no_auto_window_update(s->session_options, 1); /* see conn_consume */
+    nghttp2_option_set_no_closed_streams(s->session_options, 1);     /* 60 KB a connection */
+    return 0;
+}
+
+/* A session that has its SETTINGS to send. 0, or -1 without memory. */
+static int session_init(struct conn *c) {
+    static const nghttp2_settings_entry settings[] = {
+        {NGHTTP2_SETTINGS_MAX_CONCURRENT_STREAMS, STREAMS_MAX},
+        {NGHTTP2_SETTINGS_INITIAL_WINDOW_SIZE, STREAM_WINDOW_BYTES},
+        {NGHTTP2_SETTINGS_MAX_HEADER_LIST_SIZE, FIELDS_MAX_BYTES},
+        {NGHTTP2_SETTINGS_NO_RFC7540_PRIORITIES, 1}, /* no tree of streams to keep */
+    };
+    nghttp2_mem memory = {c, session_malloc, session_free, session_calloc, session_realloc};
+    if (nghttp2_session_server_new3(&c->session, c->server->callbacks, c, c->server->session_options, &memory) != 0)
+        return -1;
+    return nghttp2_submit_settings(c->session, NGHTTP2_FLAG_NONE, settings, sizeof settings / sizeof *settings) == 0 ? 0 : -1;
+}
+
+/* ------------------------------------------------------------- Connections */
+
+/* Waits for room to write, or for something to read: one of the two. */
+static int conn_watch(struct conn *c, bool writing) {
+    if (c->writing == writing)
+        return 0;
+    c->writing = writing;
+    struct epoll_event event = {.events = writing ? EPOLLOUT : EPOLLIN, .data.ptr = &c->source};
+    return epoll_ctl(c->server->epoll, EPOLL_CTL_MOD, c->source.fd, &event);
+}
+
+/* write(2), where a full socket is 0 bytes written. -1 when the peer is gone. */
+static ssize_t conn_write(struct conn *c, const uint8_t *bytes, size_t len) {
+    ssize_t n;
+    do
+        n = write(c->source.fd, bytes, len);
+    while (n < 0 && errno == EINTR);
+    return n < 0 && (errno == EAGAIN || errno == EWOULDBLOCK) ? 0 : n;
+}
+
+/* Keeps what the socket did not take. Until it is gone nothing more is read. */
+static int conn_keep(struct conn *c, const uint8_t *bytes, size_t len) {
+    c->out = buffer_new(c, len);
+    if (!c->out)
+        return -1;
+    memcpy(c->out, bytes, len);
+    c->out_len = len;
+    c->out_sent = 0;
+    c->out_deadline_ms = c->server->now_ms + UNREAD_TIMEOUT_MS;
+    server_due(c->server, c->out_deadline_ms);
+    return conn_watch(c, true);
+}
+
+/* Sends all that can be sent. -1 when the connection is to be closed. */
+static int conn_flush(struct conn *c) {
+    struct server *s = c->server;
+    for (;;) {
+        if (c->out) {
+            ssize_t n = conn_write(c, c->out + c->out_sent, c->out_len - c->out_sent);
+            if (n < 0)
+                return -1;
+            c->out_sent += (size_t)n;
+            if (c->out_sent < c->out_len)
+                return 0;
+            buffer_free(c, c->out);
+            c->out = NULL;
+        }
+        s->out_len = 0;
+        int rv = nghttp2_session_send(c->session);
+        if (rv == 0 && s->out_len == 0)
+            break;
+        ssize_t n = rv == 0 ? conn_write(c, s->out, s->out_len) : -1;
+        if (n >= 0 && (size_t)n < s->out_len)
+            rv = conn_keep(c, s->out + n, s->out_len - (size_t)n);
+        explicit_bzero(s->out, s->out_len);
+        if (n < 0 || rv < 0)
+            return -1;
+        if (c->out)
+            return 0;
+    }
+    if (!nghttp2_session_want_read(c->session) && !nghttp2_session_want_write(c->session))
+        return -1;
+    return conn_watch(c, false);
+}
+
+/* Reads one turn's worth, handles it, and sends the answers. -1 as conn_flush. */
+static int conn_read(struct conn *c) {
+    struct server *s = c->server;
+    ssize_t n = read(c->source.fd, s->in, sizeof s->in);
+    if (n < 0)
+        return errno == EAGAIN || errno == EWOULDBLOCK || errno == EINTR ? 0 : -1;
+    if (n == 0)
+        return -1;
+    ssize_t used = nghttp2_session_mem_recv(c->session, s->in, (size_t)n);
+    explicit_bzero(s->in, (size_t)n);
+    return used < 0 ? -1 : conn_flush(c);
+}
+
+/* Tells the peer which requests it can repeat elsewhere (RFC 9113 6.8), then flushes. */
+static int conn_goaway(struct conn *c) {
+    int32_t last = nghttp2_session_get_last_proc_stream_id(c->session);
+    if (nghttp2_submit_goaway(c->session, NGHTTP2_FLAG_NONE, last, NGHTTP2_NO_ERROR, NULL, 0) != 0)
+        return -1;
+    return conn_flush(c);
+}
+
+/* Takes over a descriptor. The connection joins the server, or all is undone. */
+static void conn_new(struct server *s, int fd, const struct ucred *peer) {
+    struct conn *c = calloc(1, sizeof *c);
+    if (!c) {
+        close(fd);
+        return;
+    }
+    c->source = (struct source){SOURCE_CONN, fd};
+    c->server = s;
+    c->peer = *peer;
+    c->idle_since_ms = s->now_ms;
+    c->preface_deadline_ms = s->now_ms + PREFACE_TIMEOUT_MS;
+    server_due(s, c->preface_deadline_ms);
+    c->link = &s->conns;
+    if ((c->next = s->conns))
+        c->next->link = &c->next;
+    s->conns = c;
+    s->conn_count++;
+    s->metrics.accepted++;
+    struct epoll_event event = {.events = EPOLLIN, .data.ptr = &c->source};
+    if (epoll_ctl(s->epoll, EPOLL_CTL_ADD, fd, &event) < 0 || session_init(c) < 0 || conn_flush(c) < 0)
+        conn_close(c, "set-up failed");
+}
+
+/* Frees the structs of closed connections, when nothing can point at them any more. */
+static void server_reap(struct server *s) {
+    for (struct conn *c = s->conns, *next; c; c = next) {
+        next = c->next;
+        if (!c->closed)
+            continue;
+        if (next)
+            next->link = c->link;
+        *c->link = next;
+        free(c);
+    }
+}
+
+/* The connection to give way to a newcomer: the longest idle, of its uid if there is one. */
+static struct conn *server_idlest(const struct server *s, uid_t uid) {
+    struct conn *any = NULL, *own = NULL;
+    for (struct conn *c = s->conns; c; c = c->next) {
+        if (c->closed || c->streams)
+            continue;
+        if (!any || c->idle_since_ms < any->idle_since_ms)
+            any = c;
+        if (c->peer.uid == uid && (!own || c->idle_since_ms < own->idle_since_ms))
+            own = c;
+    }
+    return own ? own : any;
+}
+
+static bool server_evict_idle(struct server *s, uid_t uid) {
+    struct conn *c = server_idlest(s, uid);
+    if (!c)
+        return false;
+    conn_goaway(c);
+    conn_close(c, "gives way");
+    return true;
+}
+
+/* --------------------------------------------------------------- Endpoints
+ *
+ * An endpoint is, byte for byte, the string that stands in an
+ * EncryptionConfiguration: unix:///path, or unix:///@name for a name in Linux's
+ * abstract name space. There the address is a NUL and the name, and its length
+ * counts no NUL at the end: Go's clients count none either.
+ */
+
+/* Parses an endpoint. Returns NULL, or a sentence that says what is wrong with it. */
+static const char *endpoint_parse(const char *endpoint, struct sockaddr_un *address, socklen_t *address_len) {
+    static const char scheme[] = "unix://";
+    memset(address, 0, sizeof *address);
+    address->sun_family = AF_UNIX;
+    if (strncmp(endpoint, "unix:", 5) != 0)
+        return endpoint[0] == '/' || endpoint[0] == '@' ? "it lacks its scheme: write unix:///path or unix:///@name"
+                                                        : "kube-apiserver reaches KMS plugins on UNIX sockets only: unix:///path";
+    if (strncmp(endpoint, scheme, sizeof scheme - 1) != 0)
+        return "unix: has to be followed by three slashes: unix:///path";
+    const char *path = endpoint + sizeof scheme - 1;
+    if (path[0] != '/')
+        return "two slashes are followed by a host name, which a socket has not: write three, and an absolute path";
+    for (const char *p = path; *p; p++)
+        if (*p == '%' || *p == '?' || *p == '#' || (uint8_t)*p < ' ' || *p == 0x7f)
+            return "%, ?, # and control characters mean something else to Go's URL parser";
+    bool abstract = path[1] == '@';
+    const char *name = abstract ? path + 2 : path;
+    size_t len = strlen(name);
+    if (len > sizeof address->sun_path - 1)
+        return "a socket's path or name has at most 107 bytes";
+    if (abstract && len == 0)
+        return "the name after @ is empty";
+    if (name[len - 1] == '/' && !abstract)
+        return "the path ends in a slash: it has to name the socket itself";
+    memcpy(address->sun_path + (abstract ? 1 : 0), name, len);
+    *address_len = (socklen_t)(offsetof(struct sockaddr_un, sun_path) + len + 1);
+    return NULL;
+}
+
+/* The endpoint string of an address, for log lines and messages. */
+static const char *endpoint_name(const struct sockaddr_un *address, socklen_t len, char *out, size_t cap) {
+    struct text t = {.buf = out, .cap = cap - 1};
+    size_t n = len - offsetof(struct sockaddr_un, sun_path);
+    if (n > 0 && address->sun_path[0] == '\0')
+        text_add(&t, "unix:///@%.*s", (int)n - 1, address->sun_path + 1);
+    else
+        text_add(&t, "unix://%.*s", (int)n, address->sun_path);
+    out[t.len] = '\0';
+    return out;
+}
+
+enum { ENDPOINT_NAME_BYTES = sizeof "unix:///@" + sizeof((struct sockaddr_un *)0)->sun_path };
+
+/*
+ * Refuses a directory in which someone other than root and ourselves can rename
+ * files, be it by a right on a directory above: who swaps the socket receives the
+ * next data key. In a sticky directory only owners can rename.
+ */
+static void directory_check(const char *path) {
+    char parent[PATH_MAX], real[PATH_MAX];
+    struct stat st;
+    const char *slash = strrchr(path, '/');
+    size_t len = slash == path ? 1 : (size_t)(slash - path);
+    memcpy(parent, path, len);
+    parent[len] = '\0';
+    if (!realpath(parent, real))
+        die("%s: the directory of the socket: %s", parent, strerror(errno));
+    for (;;) {
+        if (stat(real, &st) < 0)
+            die("%s: %s", real, strerror(errno));
+        if (!S_ISDIR(st.st_mode))
+            die("%s: not a directory", real);
+        if (st.st_uid != 0 && st.st_uid != geteuid())
+            die("%s: belongs to uid %u, who could replace the socket", real, st.st_uid);
+        if ((st.st_mode & (S_IWGRP | S_IWOTH)) && !(st.st_mode & S_ISVTX))
+            die("%s: others may write there, and could replace the socket", real);
+        if (strcmp(real, "/") == 0)
+            return;
+        char *up = strrchr(real, '/');
+        up[up == real ? 1 : 0] = '\0';
+    }
+}
+
+/* A socket of ours, close-on-exec and non-blocking; dies without. */
+static int socket_new(void) {
+    int fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
+    if (fd < 0)
+        die("socket: %s", strerror(errno));
+    return fd;
+}
+
+/* Whether connecting is refused, as when nobody listens any more. */
+static bool socket_refuses(const struct sockaddr_un *address, socklen_t len) {
+    int fd = socket_new();
+    bool refused = connect(fd, (const struct sockaddr *)address, len) < 0 && errno == ECONNREFUSED;
+    close(fd);
+    return refused;
+}
+
+/*
+ * Removes what a crashed server left at the path. A live socket, or anything that
+ * is no socket, ends the program and stays untouched. A server that is just
+ * starting has bound and does not yet listen: hence the second look.
+ */
+static void socket_clear(const struct sockaddr_un *address, socklen_t len) {
+    const char *path = address->sun_path;
+    struct stat before, after;
+    if (lstat(path, &before) < 0) {
+        if (errno != ENOENT)
+            die("%s: %s", path, strerror(errno));
+        return;
+    }
+    if (!S_ISSOCK(before.st_mode))
+        die("%s: exists and is not a socket; remove it, or choose another path", path);
+    const struct timespec wait = {.tv_nsec = STALE_RETRY_MS * 1000000L};
+    if (!socket_refuses(address, len) || nanosleep(&wait, NULL) < 0 || !socket_refuses(address, len))
+        die("%s: another process is listening there", path);
+    if (lstat(path, &after) < 0 || after.st_ino != before.st_ino || after.st_dev != before.st_dev ||
+        after.st_ctim.tv_sec != before.st_ctim.tv_sec || after.st_ctim.tv_nsec != before.st_ctim.tv_nsec)
+        die("%s: another process is starting there", path);
+    if (unlink(path) < 0)
+        die("%s: cannot remove the stale socket: %s", path, strerror(errno));
+}
+
+/*
+ * Binds and listens. A file never has a wider mode than asked for: it is made with
+ * none, given its group, then its mode, and only then listened on.
+ */
+static void listener_open(struct listener *l, const char *endpoint, const struct serve_options *options) {
+    const char *wrong = endpoint_parse(endpoint, &l->address, &l->address_len);
+    if (wrong)
+        die_usage("%s: %s", endpoint, wrong);
+    const char *path = l->address.sun_path;
+    bool file = path[0] != '\0';
+    if (file) {
+        directory_check(path);
+        socket_clear(&l->address, l->address_len);
+    } else {
+        log_line(LOG_WARN, "msg=\"any process of this network namespace can take an abstract name first and play the plugin\" "
+                 "endpoint=%s", endpoint);
+    }
+    l->source = (struct source){SOURCE_LISTENER, socket_new()};
+    mode_t mask = umask(0777);
+    int rv = bind(l->source.fd, (struct sockaddr *)&l->address, l->address_len);
+    umask(mask);
+    if (rv < 0)
+        die("%s: %s", endpoint, strerror(errno));
+    struct stat st;
+    if (file) {
+        if (lstat(path, &st) < 0)
+            die("%s: %s", path, strerror(errno));
+        l->made = true;
+        l->dev = st.st_dev;
+        l->ino = st.st_ino;
+    }
+    if ((file && options->has_group && lchown(path, (uid_t)-1, options->group) < 0) ||
+        (file && chmod(path, options->mode) < 0) || listen(l->source.fd, BACKLOG) < 0) {
+        int error = errno;
+        if (file)
+            unlink(path);
+        die("%s: %s", endpoint, strerror(error));
+    }
+}
+
+/* Takes over a socket that systemd has opened: listening, stream, AF_UNIX. */
+static void listener_inherit(struct listener *l, int fd) {
+    int type = 0, listening = 0;
+    socklen_t len = sizeof(int);
+    l->source = (struct source){SOURCE_LISTENER, fd};
+    l->address_len = sizeof l->address;
+    bool right = getsockname(fd, (struct sockaddr *)&l->address, &l->address_len) == 0 &&
+                 l->address.sun_family == AF_UNIX &&
+                 getsockopt(fd, SOL_SOCKET, SO_TYPE, &type, &len) == 0 && type == SOCK_STREAM &&
+                 getsockopt(fd, SOL_SOCKET, SO_ACCEPTCONN, &listening, &len) == 0 && listening;
+    if (!right)
+        die("LISTEN_FDS: descriptor %d is not a listening UNIX stream socket", fd);
+    if (fcntl(fd, F_SETFD, FD_CLOEXEC) < 0 || fcntl(fd, F_SETFL, O_NONBLOCK) < 0)
+        die("LISTEN_FDS: descriptor %d: %s", fd, strerror(errno));
+}
+
+/* Removes the file of a socket that we made, unless it has been replaced since. */
+static void listener_close(struct listener *l) {
+    struct stat st;
+    if (l->made && lstat(l->address.sun_path, &st) == 0 && st.st_dev == l->dev && st.st_ino == l->ino)
+        unlink(l->address.sun_path);
+    close(l->source.fd);
+}
+
+/* The number of a decimal string, or -1; nothing but digits, at most `max`. */
+static long long decimal(const char *s, long long max) {
+    long long n = 0;
+    if (!*s)
+        return -1;
+    for (; *s; s++) {
+        if (*s < '0' || *s > '9' || (n = 10 * n + (*s - '0')) > max)
+            return -1;
+    }
+    return n;
+}
+
+/*
+ * All sockets: systemd's (sd_listen_fds(3)), and those of --listen; without
+ * either, the default endpoint.
+ */
+static void listeners_open(struct server *s) {
+    enum { FIRST_INHERITED = 3 };
+    const char *pid = getenv("LISTEN_PID"), *fds = getenv("LISTEN_FDS");
+    if (pid && fds && decimal(pid, INT_MAX) == getpid()) {
+        long long n = decimal(fds, INT_MAX);
+        if (n < 0 || n > LISTENERS_MAX)
+            die("LISTEN_FDS: not a number from 0 to %d", LISTENERS_MAX);
+        while ((long long)s->listener_count < n) {
+            listener_inherit(&s->listeners[s->listener_count], FIRST_INHERITED + (int)s->listener_count);
+            s->listener_count++;
+        }
+    }
+    static const char *const fallback[] = {DEFAULT_ENDPOINT};
+    size_t count = s->options->endpoint_count;
+    const char *const *endpoints = s->options->endpoints;
+    if (count == 0 && s->listener_count == 0)
+        endpoints = fallback, count = 1;
+    if (count > LISTENERS_MAX - s->listener_count)
+        die("more than %d sockets", LISTENERS_MAX);
+    for (size_t i = 0; i < count; i++) {
+        listener_open(&s->listeners[s->listener_count], endpoints[i], s->options);
+        s->listener_count++;
+    }
+}
+
+/* A socket to the service manager (sd_notify(3)), or -1: there is none, or it cannot be reached. */
+static int notify_open(void) {
+    const char *path = getenv("NOTIFY_SOCKET");
+    struct sockaddr_un address = {.sun_family = AF_UNIX};
+    size_t len = path ? strlen(path) : 0;
+    if (len < 2 || len > sizeof address.sun_path || (path[0] != '/' && path[0] != '@'))
+        return -1;
+    memcpy(address.sun_path, path, len);
+    if (path[0] == '@')
+        address.sun_path[0] = '\0';
+    int fd = socket(AF_UNIX, SOCK_DGRAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
+    if (fd >= 0 && connect(fd, (struct sockaddr *)&address, (socklen_t)(offsetof(struct sockaddr_un, sun_path) + len)) < 0) {
+        close(fd);
+        return -1;
+    }
+    return fd;
+}
+
+/* Tells the service manager, best effort. */
+static void notify(int fd, const char *state) {
+    if (fd >= 0)
+        write_all(fd, state, strlen(state));
+}
+
+/* -------------------------------------------------------------- Event loop
+ *
+ * One thread and one epoll. A turn: wait; handle what is ready, each connection at
+ * most one read; expire what is due; wipe the stack; free what was closed. Nothing
+ * in a turn blocks. Without traffic and deadlines the loop sleeps for good.
+ */
+
+static void server_clock(struct server *s) {
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    s->now_ms = (int64_t)now.tv_sec * 1000 + now.tv_nsec / 1000000;
+    s->now_us = (uint64_t)now.tv_sec * 1000000 + (uint64_t)now.tv_nsec / 1000;
+}
+
+static bool server_allows(const struct server *s, uid_t uid) {
+    for (size_t i = 0; i < s->options->uid_count; i++)
+        if (s->options->uids[i] == uid)
+            return true;
+    return false;
+}
+
+/* Logs refused peers: the first at once, then one line a second with their number. */
+static void server_log_refused(struct server *s) {
+    if (s->refused_unlogged == 0)
+        return;
+    if (s->now_ms < s->refused_logged_ms + REFUSED_LOG_MS) {
+        server_due(s, s->refused_logged_ms + REFUSED_LOG_MS);
+        return;
+    }
+    log_line(LOG_WARN, "msg=refused pid=%d uid=%u count=%llu", s->refused_peer.pid, s->refused_peer.uid,
+             (unsigned long long)s->refused_unlogged);
+    s->refused_unlogged = 0;
+    s->refused_logged_ms = s->now_ms;
+}
+
+static void server_accept_from(struct server *s, bool on) {
+    for (size_t i = 0; i < s->listener_count; i++) {
+        struct epoll_event event = {.events = on ? EPOLLIN : 0, .data.ptr = &s->listeners[i].source};
+        epoll_ctl(s->epoll, EPOLL_CTL_MOD, s->listeners[i].source.fd, &event);
+    }
+}
+
+/* Out of descriptors or memory for one: gives up an idle peer, or waits a little. */
+static void server_accept_failed(struct server *s) {
+    if (server_evict_idle(s, UNMAPPED_UID))
+        return;
+    server_accept_from(s, false);
+    s->resume_accept_ms = s->now_ms + ACCEPT_PAUSE_MS;
+    server_due(s, s->resume_accept_ms);
+}
+
+static void server_admit(struct server *s, int fd) {
+    struct ucred peer = {.uid = UNMAPPED_UID};
+    socklen_t len = sizeof peer;
+    if (getsockopt(fd, SOL_SOCKET, SO_PEERCRED, &peer, &len) < 0 || !server_allows(s, peer.uid)) {
+        close(fd);
+        s->metrics.refused++;
+        s->refused_unlogged++;
+        s->refused_peer = peer;
+        server_log_refused(s);
+        return;
+    }
+    while (s->conn_count >= s->max_connections)
+        if (!server_evict_idle(s, peer.uid) && !server_shed(s, NULL))
+            break;
+    conn_new(s, fd, &peer);
+}
+
+static void listener_ready(struct server *s, struct listener *l) {
+    for (int i = 0; i < ACCEPT_BURST; i++) {
+        int fd = accept4(l->source.fd, NULL, NULL, SOCK_NONBLOCK | SOCK_CLOEXEC);
+        if (fd >= 0)
+            server_admit(s, fd);
+        else if (errno == EMFILE || errno == ENFILE || errno == ENOBUFS || errno == ENOMEM) {
+            server_accept_failed(s);
+            return;
+        } else if (errno != EINTR && errno != ECONNABORTED)
+            return;
+    }
+}
+
+static void conn_ready(struct conn *c, uint32_t events) {
+    if (c->closed)
+        return;
+    if ((events & (EPOLLERR | EPOLLHUP)) && c->writing)
+        conn_close(c, "peer is gone");
+    else if ((c->writing ? conn_flush(c) : conn_read(c)) < 0)
+        conn_close(c, "done");
+}
+
+/* Expires a connection's requests. -1 when the connection itself has had its time. */
+static int conn_expire(struct conn *c) {
+    struct server *s = c->server;
+    if (!c->greeted && s->now_ms >= c->preface_deadline_ms)
+        return -1;
+    if (c->out && s->now_ms >= c->out_deadline_ms)
+        return -1;
+    bool answered = false;
+    for (struct stream *t = c->streams, *next; t; t = next) {
+        next = t->next;
+        if (s->now_ms < t->deadline_ms) {
+            server_due(s, t->deadline_ms);
+        } else if (t->state == STREAM_BODY) {
+            if (nghttp2_is_fatal(stream_fail(t, GRPC_DEADLINE_EXCEEDED, "the request was not complete in time")))
+                return -1;
+            answered = true;
+        } else {
+            return -1; /* an endless head, or an answer that nobody takes */
+        }
+    }
+    if (!c->greeted)
+        server_due(s, c->preface_deadline_ms);
+    if (c->out)
+        server_due(s, c->out_deadline_ms);
+    return answered && !c->writing ? conn_flush(c) : 0;
+}
+
+/* Does what is due, and finds out when the next thing will be. */
+static void server_expire(struct server *s) {
+    if (s->now_ms < s->next_ms)
+        return;
+    s->next_ms = s->drain_ms;
+    for (struct conn *c = s->conns; c; c = c->next)
+        if (!c->closed && conn_expire(c) < 0)
+            conn_close(c, "timed out");
+    if (s->now_ms >= s->resume_accept_ms) {
+        s->resume_accept_ms = INT64_MAX;
+        server_accept_from(s, true);
+    }
+    server_due(s, s->resume_accept_ms);
+    server_log_refused(s);
+}
+
+/* First signal: no new work; what has begun gets DRAIN_TIMEOUT_MS. Second: the end. */
+static void server_signal(struct server *s) {
+    struct signalfd_siginfo info;
+    if (read(s->signals.fd, &info, sizeof info) != sizeof info)
+        return;
+    if (s->drain_ms != INT64_MAX) {
+        s->drain_ms = s->now_ms;
+        return;
+    }
+    log_line(LOG_INFO, "msg=stopping signal=%u connections=%zu streams=%zu", info.ssi_signo, s->conn_count, s->stream_count);
+    notify(s->notify, "STOPPING=1");
+    s->drain_ms = s->now_ms + DRAIN_TIMEOUT_MS;
+    s->resume_accept_ms = INT64_MAX;
+    server_due(s, s->drain_ms);
+    for (; s->listener_count > 0; s->listener_count--)
+        listener_close(&s->listeners[s->listener_count - 1]);
+    for (struct conn *c = s->conns; c; c = c->next)
+        if (!c->closed && conn_goaway(c) < 0)
+            conn_close(c, "drained");
+}
+
+/* Milliseconds to sleep; -1 for good. */
+static int server_wait_ms(const struct server *s) {
+    int64_t ms = s->next_ms == INT64_MAX ? INT64_MAX : s->next_ms > s->now_ms ? s->next_ms - s->now_ms : 0;
+    if (s->heap.kept > 0 && ms > TIDY_AFTER_MS)
+        ms = TIDY_AFTER_MS;
+    return ms > INT_MAX ? -1 : (int)ms;
+}
+
+/* Serves until it is told to stop. */
+static void server_run(struct server *s) {
+    struct epoll_event events[EVENTS_MAX];
+    while (s->drain_ms == INT64_MAX || (s->conn_count > 0 && s->now_ms < s->drain_ms)) {
+        int n = epoll_wait(s->epoll, events, EVENTS_MAX, server_wait_ms(s));
+        server_clock(s);
+        if (n == 0 && s->stream_count == 0)
+            heap_tidy(&s->heap);
+        for (int i = 0; i < n; i++) {
+            struct source *source = events[i].data.ptr;
+            if (source->kind == SOURCE_CONN)
+                conn_ready((struct conn *)source, events[i].events);
+            else if (source->kind == SOURCE_LISTENER && s->drain_ms == INT64_MAX)
+                listener_ready(s, (struct listener *)source);
+            else if (source->kind == SOURCE_SIGNAL)
+                server_signal(s);
+        }
+        server_expire(s);
+        stack_wipe();
+        server_reap(s);
+    }
+}
+
+/* Connections that the descriptor limit allows, after raising it as far as it goes. */
+static size_t server_capacity(size_t wanted) {
+    struct rlimit files;
+    rlim_t need = wanted + RESERVED_FILES;
+    if (getrlimit(RLIMIT_NOFILE, &files) < 0 || files.rlim_cur >= need)
+        return wanted;
+    files.rlim_cur = files.rlim_max < need ? files.rlim_max : need;
+    setrlimit(RLIMIT_NOFILE, &files);
+    if (getrlimit(RLIMIT_NOFILE, &files) < 0 || files.rlim_cur >= need)
+        return wanted;
+    size_t fit = files.rlim_cur > RESERVED_FILES ? (size_t)files.rlim_cur - RESERVED_FILES : 1;
+    log_line(LOG_WARN, "msg=\"the descriptor limit allows fewer connections\" wanted=%zu connections=%zu", wanted, fit);
+    return fit;
+}
+
+static void server_watch(struct server *s, struct source *source) {
+    struct epoll_event event = {.events = EPOLLIN, .data.ptr = source};
+    if (epoll_ctl(s->epoll, EPOLL_CTL_ADD, source->fd, &event) < 0)
+        die("epoll_ctl: %s", strerror(errno));
+}
+
+/* A server with its sockets open, ready to accept; dies when something is missing. */
+static struct server *server_new(struct ring *ring, const struct serve_options *options) {
+    struct server *s = calloc(1, sizeof *s);
+    if (!s || kms_init(&s->kms, ring) < 0 || sessions_init(s) < 0)
+        die("out of memory");
+    s->options = options;
+    s->max_connections = server_capacity(options->max_connections);
+    s->next_ms = s->resume_accept_ms = s->drain_ms = INT64_MAX;
+    s->refused_logged_ms = -REFUSED_LOG_MS;
+    metrics_init(&s->metrics);
+    server_clock(s);
+    /* Signals become events before there is a socket file that one could leave behind. */
+    sigset_t set;
+    sigemptyset(&set);
+    sigaddset(&set, SIGTERM);
+    sigaddset(&set, SIGINT);
+    sigprocmask(SIG_BLOCK, &set, NULL);
+    signal(SIGPIPE, SIG_IGN); /* a peer that has gone is an error of write(2) */
+    s->signals = (struct source){SOURCE_SIGNAL, signalfd(-1, &set, SFD_CLOEXEC | SFD_NONBLOCK)};
+    s->epoll = epoll_create1(EPOLL_CLOEXEC);
+    if (s->signals.fd < 0 || s->epoll < 0)
+        die("signalfd, epoll: %s", strerror(errno));
+    server_watch(s, &s->signals);
+    s->notify = notify_open();
+    listeners_open(s);
+    return s;
+}
+
+/* Closes what is left and wipes what was secret. */
+static void server_free(struct server *s) {
+    for (struct conn *c = s->conns; c; c = c->next)
+        conn_close(c, "the end");
+    server_reap(s);
+    nghttp2_session_callbacks_del(s->callbacks);
+    nghttp2_option_del(s->session_options);
+    heap_tidy(&s->heap);
+    arena_reset(&s->kms.arena);
+    munmap(s->kms.arena.base, ARENA_BYTES);
+    ring_free(s->kms.ring);
+    if (s->metrics.statm >= 0)
+        close(s->metrics.statm);
+    if (s->notify >= 0)
+        close(s->notify);
+    close(s->epoll);
+    close(s->signals.fd);
+    explicit_bzero(s, sizeof *s);
+    free(s);
+    stack_wipe();
+}
+
+/* ------------------------------------------------------------------- Probe
+ *
+ * The other side: a gRPC client that goes through every RPC on a real socket, as
+ * kube-apiserver would. Needs no key, and nothing beside this binary, so it can be
+ * an exec probe in an image without a shell.
+ */
+
+struct call {
+    const uint8_t *request; /* with its prefix */
+    size_t request_len, request_sent;
+    uint8_t response[GRPC_PREFIX_BYTES + MESSAGE_MAX]; /* with its prefix */
+    size_t response_len;
+    char http_status[4], status[4], message[MESSAGE_TEXT_MAX + 1];
+    bool closed;
+};
+
+struct client {
+    int fd;
+    nghttp2_session *session;
+    int64_t deadline_ms;
+    struct call call; /* one at a time */
+    char why[LOG_LINE_MAX]; /* of the last failure */
+};
+
+static int64_t monotonic_us(void) {
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return (int64_t)now.tv_sec * 1000000 + now.tv_nsec / 1000;
+}
+
+__attribute__((format(printf, 2, 3)))
+static int client_fail(struct client *c, const char *format, ...) {
+    struct text t = {.buf = c->why, .cap = sizeof c->why - 1};
+    va_list args;
+    va_start(args, format);
+    text_vadd(&t, format, args);
+    va_end(args);
+    c->why[t.len] = '\0';
+    return -1;
+}
+
+static ssize_t client_read_request(nghttp2_session *session, int32_t id, uint8_t *buf, size_t len, uint32_t *flags,
+                                   nghttp2_data_source *source, void *client) {
+    (void)session;
+    (void)id;
+    (void)client;
+    struct call *call = source->ptr;
+    size_t left = call->request_len - call->request_sent;
+    if (left <= len)
+        *flags |= NGHTTP2_DATA_FLAG_EOF;
+    else
+        left = len;
+    memcpy(buf, call->request + call->request_sent, left);
+    call->request_sent += left;
+    return (ssize_t)left;
+}
+
+static void copy_text(char *out, size_t cap, const uint8_t *value, size_t len) {
+    if (len > cap - 1)
+        len = cap - 1;
+    memcpy(out, value, len);
+    out[len] = '\0';
+}
+
+static int client_on_header(nghttp2_session *session, const nghttp2_frame *frame, const uint8_t *name, size_t name_len,
+                            const uint8_t *value, size_t len, uint8_t flags, void *client) {
+    (void)session;
+    (void)frame;
+    (void)flags;
+    struct call *call = &((struct client *)client)->call;
+    if (same(name, name_len, ":status"))
+        copy_text(call->http_status, sizeof call->http_status, value, len);
+    else if (same(name, name_len, "grpc-status"))
+        copy_text(call->status, sizeof call->status, value, len);
+    else if (same(name, name_len, "grpc-message"))
+        copy_text(call->message, sizeof call->message, value, len);
+    return 0;
+}
+
+static int client_on_data_chunk_recv(nghttp2_session *session, uint8_t flags, int32_t id, const uint8_t *data,
+                                     size_t len, void *client) {
+    (void)session;
+    (void)flags;
+    (void)id;
+    struct call *call = &((struct client *)client)->call;
+    if (len > sizeof call->response - call->response_len)
+        return NGHTTP2_ERR_CALLBACK_FAILURE;
+    memcpy(call->response + call->response_len, data, len);
+    call->response_len += len;
+    return 0;
+}
+
+static int client_on_stream_close(nghttp2_session *session, int32_t id, uint32_t error, void *client) {
+    (void)session;
+    (void)id;
+    (void)error;
+    ((struct client *)client)->call.closed = true;
+    return 0;
+}
+
+/* Waits until the socket can be read (or written); -1 when time is up. */
+static int client_wait(struct client *c, short events) {
+    struct pollfd p = {.fd = c->fd, .events = events};
+    int64_t left = c->deadline_ms - monotonic_us() / 1000;
+    int n = left > 0 ? poll(&p, 1, (int)left) : 0;
+    return n > 0 || (n < 0 && errno == EINTR) ? 0 : client_fail(c, "no answer in time");
+}
+
+static int client_open(struct client *c, const struct sockaddr_un *address, socklen_t len) {
+    nghttp2_session_callbacks *callbacks;
+    c->fd = socket_new();
+    while (connect(c->fd, (const struct sockaddr *)address, len) < 0) {
+        if (errno != EAGAIN)
+            return client_fail(c, "connect: %s", strerror(errno));
+        const struct timespec wait = {.tv_nsec = 1000000}; /* the backlog is full */
+        if (monotonic_us() / 1000 >= c->deadline_ms || nanosleep(&wait, NULL) < 0)
+            return client_fail(c, "connect: no answer in time");
+    }
+    if (nghttp2_session_callbacks_new(&callbacks) != 0)
+        return client_fail(c, "out of memory");
+    nghttp2_session_callbacks_set_on_header_callback(callbacks, client_on_header);
+    nghttp2_session_callbacks_set_on_data_chunk_recv_callback(callbacks, client_on_data_chunk_recv);
+    nghttp2_session_callbacks_set_on_stream_close_callback(callbacks, client_on_stream_close);
+    int rv = nghttp2_session_client_new(&c->session, callbacks, c);
+    nghttp2_session_callbacks_del(callbacks);
+    if (rv != 0 || nghttp2_submit_settings(c->session, NGHTTP2_FLAG_NONE, NULL, 0) != 0)
+        return client_fail(c, "out of memory");
+    return 0;
+}
+
+/* Runs the session until the call's stream is closed. */
+static int client_run(struct client *c) {
+    static uint8_t in[IN_BYTES];
+    while (!c->call.closed) {
+        const uint8_t *out;
+        ssize_t n = nghttp2_session_mem_send(c->session, &out);
+        for (ssize_t sent = 0; n > 0 && sent < n;) {
+            ssize_t m = write(c->fd, out + sent, (size_t)(n - sent));
+            if (m < 0 && errno != EAGAIN && errno != EINTR)
+                return client_fail(c, "write: %s", strerror(errno));
+            if (m < 0 && client_wait(c, POLLOUT) < 0)
+                return -1;
+            sent += m > 0 ? m : 0;
+        }
+        if (n > 0)
+            continue;
+        if (n < 0)
+            return client_fail(c, "HTTP/2: %s", nghttp2_strerror((int)n));
+        if (client_wait(c, POLLIN) < 0)
+            return -1;
+        n = read(c->fd, in, sizeof in);
+        if (n < 0 && (errno == EAGAIN || errno == EINTR))
+            continue;
+        if (n < 0)
+            return client_fail(c, "read: %s", strerror(errno));
+        if (n == 0)
+            return client_fail(c, "the server closed the connection");
+        ssize_t used = nghttp2_session_mem_recv(c->session, in, (size_t)n);
+        if (used < 0)
+            return client_fail(c, "HTTP/2: %s", nghttp2_strerror((int)used));
+    }
+    return 0;
+}
+
+/* A response or NULL; the caller frees it with protobuf_c_message_free_unpacked. */
+static void *client_call(struct client *c, enum rpc rpc, const void *request, const ProtobufCMessageDescriptor *type) {
+    struct call *call = &c->call;
+    static uint8_t bytes[GRPC_PREFIX_BYTES + MESSAGE_MAX];
+    nghttp2_nv fields[] = {FIELD(":method", "POST"), FIELD(":scheme", "http"),
+                           field_copied(":path", rpcs[rpc].path, strlen(rpcs[rpc].path)),
+                           FIELD(":authority", "localhost"), FIELD("content-type", "application/grpc"), FIELD("te", "trailers"),
+                           FIELD("user-agent", "kmsplugin/" VERSION)};
+    nghttp2_data_provider body = {.source.ptr = call, .read_callback = client_read_request};
+    memset(call, 0, sizeof *call);
+    size_t len = protobuf_c_message_pack(request, bytes + GRPC_PREFIX_BYTES); /* the probe's are all small */
+    const uint8_t prefix[] = {0, (uint8_t)(len >> 24), (uint8_t)(len >> 16), (uint8_t)(len >> 8), (uint8_t)len};
+    memcpy(bytes, prefix, sizeof prefix);
+    call->request = bytes;
+    call->request_len = sizeof prefix + len;
+    if (nghttp2_submit_request(c->session, NULL, fields, sizeof fields / sizeof *fields, &body, NULL) < 0) {
+        client_fail(c, "out of memory");
+        return NULL;
+    }
+    if (client_run(c) < 0)
+        return NULL;
+    if (strcmp(call->status, "0") != 0) {
+        if (call->status[0])
+            client_fail(c, "%s: %s", grpc_code_name((unsigned)decimal(call->status, GRPC_CODES)), call->message);
+        else
+            client_fail(c, "no grpc-status, HTTP status %s", call->http_status[0] ? call->http_status : "none");
+        return NULL;
+    }
+    const uint8_t *p = call->response;
+    if (call->response_len < GRPC_PREFIX_BYTES || p[0] != 0 ||
+        ((size_t)p[1] << 24 | (size_t)p[2] << 16 | (size_t)p[3] << 8 | p[4]) != call->response_len - GRPC_PREFIX_BYTES) {
+        client_fail(c, "the response is no single gRPC message");
+        return NULL;
+    }
+    void *response = protobuf_c_message_unpack(type, NULL, call->response_len - GRPC_PREFIX_BYTES, p + GRPC_PREFIX_BYTES);
+    if (!response)
+        client_fail(c, "the response is not a valid protobuf message");
+    return response;
+}
+
+/* The steps of a probe, and what one hands to the next. */
+struct probe {
+    struct client client;
+    uint8_t secret[KEK_BYTES];
+    char key_id[V2_CIPHERTEXT_MAX + 1];
+    uint8_t sealed[MESSAGE_MAX];
+    size_t sealed_len;
+};
+
+static int probe_keep(struct probe *p, ProtobufCBinaryData sealed) {
+    if (sealed.len == 0 || sealed.len > sizeof p->sealed)
+        return client_fail(&p->client, "a ciphertext of %zu bytes", sealed.len);
+    memcpy(p->sealed, sealed.data, sealed.len);
+    p->sealed_len = sealed.len;
+    return 0;
+}
+
+static int probe_compare(struct probe *p, ProtobufCBinaryData opened) {
+    if (opened.len != sizeof p->secret || memcmp(opened.data, p->secret, opened.len) != 0)
+        return client_fail(&p->client, "what was encrypted does not decrypt to the same bytes");
+    return 0;
+}
+
+static int probe_v2_status(struct probe *p) {
+    V2__StatusRequest request = V2__STATUS_REQUEST__INIT;
+    V2__StatusResponse *r = client_call(&p->client, V2_STATUS, &request, &v2__status_response__descriptor);
+    if (!r)
+        return -1;
+    int rv = 0;
+    size_t len = strlen(r->key_id);
+    if (strcmp(r->version, "v2") != 0 || strcmp(r->healthz, "ok") != 0)
+        rv = client_fail(&p->client, "version %s, healthz %s", r->version, r->healthz);
+    else if (len == 0 || len >= sizeof p->key_id)
+        rv = client_fail(&p->client, "a key_id of %zu bytes", len);
+    else
+        memcpy(p->key_id, r->key_id, len + 1);
+    protobuf_c_message_free_unpacked(&r->base, NULL);
+    return rv;
+}
+
+static int probe_v2_encrypt(struct probe *p) {
+    V2__EncryptRequest request = V2__ENCRYPT_REQUEST__INIT;
+    request.plaintext = (ProtobufCBinaryData){sizeof p->secret, p->secret};
+    request.uid = (char *)"kmsplugin-probe";
+    V2__EncryptResponse *r = client_call(&p->client, V2_ENCRYPT, &request, &v2__encrypt_response__descriptor);
+    if (!r)
+        return -1;
+    int rv = strcmp(r->key_id, p->key_id) == 0 ? probe_keep(p, r->ciphertext)
+                                              : client_fail(&p->client, "another key_id than Status: %s", r->key_id);
+    protobuf_c_message_free_unpacked(&r->base, NULL);
+    return rv;
+}
+
+static int probe_v2_decrypt(struct probe *p) {
+    V2__DecryptRequest request = V2__DECRYPT_REQUEST__INIT;
+    request.ciphertext = (ProtobufCBinaryData){p->sealed_len, p->sealed};
+    request.uid = (char *)"kmsplugin-probe";
+    request.key_id = p->key_id;
+    V2__DecryptResponse *r = client_call(&p->client, V2_DECRYPT, &request, &v2__decrypt_response__descriptor);
+    if (!r)
+        return -1;
+    int rv = probe_compare(p, r->plaintext);
+    protobuf_c_message_free_unpacked(&r->base, NULL);
+    return rv;
+}
+
+static int probe_v1_version(struct probe *p) {
+    V2__V1beta1__VersionRequest request = V2__V1BETA1__VERSION_REQUEST__INIT;
+    request.version = (char *)"v1beta1";
+    V2__V1beta1__VersionResponse *r = client_call(&p->client, V1_VERSION, &request, &v2__v1beta1__version_response__descriptor);
+    if (!r)
+        return -1;
+    int rv = strcmp(r->version, "v1beta1") == 0 ? 0 : client_fail(&p->client, "version %s", r->version);
+    protobuf_c_message_free_unpacked(&r->base, NULL);
+    return rv;
+}
+
+static int probe_v1_encrypt(struct probe *p) {
+    V2__V1beta1__EncryptRequest request = V2__V1BETA1__ENCRYPT_REQUEST__INIT;
+    request.version = (char *)"v1beta1";
+    request.plain = (ProtobufCBinaryData){sizeof p->secret, p->secret};
+    V2__V1beta1__EncryptResponse *r = client_call(&p->client, V1_ENCRYPT, &request, &v2__v1beta1__encrypt_response__descriptor);
+    if (!r)
+        return -1;
+    int rv = probe_keep(p, r->cipher);
+    protobuf_c_message_free_unpacked(&r->base, NULL);
+    return rv;
+}
+
+static int probe_v1_decrypt(struct probe *p) {
+    V2__V1beta1__DecryptRequest request = V2__V1BETA1__DECRYPT_REQUEST__INIT;
+    request.version = (char *)"v1beta1";
+    request.cipher = (ProtobufCBinaryData){p->sealed_len, p->sealed};
+    V2__V1beta1__DecryptResponse *r = client_call(&p->client, V1_DECRYPT, &request, &v2__v1beta1__decrypt_response__descriptor);
+    if (!r)
+        return -1;
+    int rv = probe_compare(p, r->plain);
+    protobuf_c_message_free_unpacked(&r->base, NULL);
+    return rv;
+}
+
+/* Probes an endpoint: one line a step, exit status 1 after the first that fails. */
+static int probe(const char *endpoint, int64_t timeout_ms) {
+    static const struct {
+        const char *name;
+        int (*step)(struct probe *);
+    } steps[] = {
+        {"v2 Status", probe_v2_status},   {"v2 Encrypt", probe_v2_encrypt}, {"v2 Decrypt", probe_v2_decrypt},
+        {"v1 Version", probe_v1_version}, {"v1 Encrypt", probe_v1_encrypt}, {"v1 Decrypt", probe_v1_decrypt},
+    };
+    static struct probe p;
+    struct sockaddr_un address;
+    socklen_t len;
+    const char *wrong = endpoint_parse(endpoint, &address, &len);
+    if (wrong)
+        die_usage("%s: %s", endpoint, wrong);
+    if (random_fill(p.secret, sizeof p.secret) < 0)
+        die("getrandom: %s", strerror(errno));
+    signal(SIGPIPE, SIG_IGN);
+    p.client.deadline_ms = monotonic_us() / 1000 + timeout_ms;
+    int64_t before = monotonic_us();
+    if (client_open(&p.client, &address, len) < 0)
+        die("probe %s: %s", endpoint, p.client.why);
+    for (size_t i = 0; i < sizeof steps / sizeof *steps; i++) {
+        int rv = steps[i].step(&p);
+        int64_t now = monotonic_us();
+        unsigned us = (unsigned)(now - before);
+        before = now;
+        print(STDOUT_FILENO, "%s %s %u.%03u ms\n", steps[i].name, rv == 0 ? "ok" : "failed", us / 1000, us % 1000);
+        if (rv < 0) {
+            char value[2 * LOG_LINE_MAX];
+            struct text t = {.buf = value, .cap = sizeof value};
+            text_value(&t, p.client.why, strlen(p.client.why)); /* it holds words of the peer */
+            die("probe %s: %s: %.*s", endpoint, steps[i].name, (int)t.len, value);
+        }
+    }
+    nghttp2_session_del(p.client.session);
+    close(p.client.fd);
+    return 0;
+}
+
+/* ------------------------------------------------------------------ Rescue
+ *
+ * Opening what lies in etcd without an API server: by hand (unseal), or all of it
+ * to see whether a KEK may go (audit). kube-apiserver stores
+ *
+ *     k8s:enc:kms:v2:NAME:  an EncryptedObject of kms.proto. The KEK opens its DEK
+ *                           source: the AES key of  nonce[12] ciphertext tag[16],
+ *                           or a seed, with the key HKDF-Expand(seed, info) of
+ *                           info[32] nonce[12] ciphertext tag[16]
+ *     k8s:enc:kms:v1:NAME:  length[2], that many bytes of sealed DEK, and then
+ *                           nonce[12] ciphertext tag[16]
+ *
+ * with the etcd key as associated data. Nothing is given out before its tag has
+ * been checked.
+ */
+
+enum value_state {
+    VALUE_OPENED,
+    VALUE_PLAIN,       /* not encrypted */
+    VALUE_FOREIGN,     /* under another provider or plugin */
+    VALUE_UNKNOWN_KEY, /* sealed by a KEK that is not in the ring */
+    VALUE_BROKEN,
+};
+
+/* What became of a value. */
+struct value {
+    enum value_state state;
+    enum api api;
+    char key_id[KEY_ID_LEN + 1]; /* of the KEK that seals it; empty if that cannot be told */
+    const char *why;             /* unless it opened */
+    uint8_t *object;             /* if it opened; the caller's to wipe and free */
+    size_t len;
+};
+
+static void value_fail(struct value *v, enum value_state state, const char *why) {
+    v->state = state;
+    v->why = why;
+}
+
+/* Opens the DEK and then nonce[12] ciphertext tag[16] with it, or with what a seed and info make. */
+static void value_open_data(struct value *v, const struct ring *ring, const uint8_t *sealed, size_t sealed_len,
+                            const uint8_t *key, size_t key_len, const uint8_t *data, size_t len, bool seed) {
+    enum { INFO_BYTES = 32, GCM_NONCE_BYTES = 12 };
+    uint8_t dek[V2_CIPHERTEXT_MAX], expanded[KEK_BYTES], info[INFO_BYTES + 1];
+    size_t dek_len = sealed_len - SEALED_OVERHEAD, info_len = seed ? INFO_BYTES : 0;
+    if (!sealed_shaped(sealed, sealed_len) || sealed_len > V2_CIPHERTEXT_MAX) {
+        value_fail(v, VALUE_BROKEN, "its data key was not sealed by kmsplugin, or is damaged");
+        return;
+    }
+    hex_encode(sealed + 1, FINGERPRINT_BYTES, v->key_id);
+    switch (open_sealed(ring, v->api, sealed, sealed_len, dek)) {
+    case OPENED:
+        break;
+    case OPEN_UNKNOWN_KEY:
+        value_fail(v, VALUE_UNKNOWN_KEY, "its KEK is not configured");
+        return;
+    default:
+        value_fail(v, VALUE_BROKEN, "its data key does not open: the value is damaged");
+        return;
+    }
+    const uint8_t *aes_key = dek;
+    size_t aes_len = dek_len;
+    if (seed && len >= info_len) { /* HKDF-Expand, RFC 5869: one block, T(1) */
+        memcpy(info, data, info_len);
+        info[info_len] = 0x01;
+        hmac_sha256(dek, dek_len, info, sizeof info, expanded, sizeof expanded);
+        aes_key = expanded;
+        aes_len = sizeof expanded;
+    }
+    if (len < info_len + GCM_NONCE_BYTES + TAG_BYTES || (aes_len != 16 && aes_len != 24 && aes_len != 32)) {
+        value_fail(v, VALUE_BROKEN, "it is cut short, or its data key has no AES length");
+    } else {
+        const uint8_t *nonce = data + info_len, *ciphertext = nonce + GCM_NONCE_BYTES;
+        uint8_t tag[TAG_BYTES];
+        v->len = len - info_len - GCM_NONCE_BYTES - TAG_BYTES;
+        v->object = malloc(v->len + 1);
+        if (!v->object)
+            die("out of memory");
+        memcpy(v->object, ciphertext, v->len);
+        memcpy(tag, ciphertext + v->len, TAG_BYTES);
+        v->state = VALUE_OPENED;
+        if (gcm_crypt(&ring->suite, false, aes_key, aes_len, nonce, key, key_len, v->object, v->len, tag) < 0) {
+            free(v->object);
+            v->object = NULL;
+            value_fail(v, VALUE_BROKEN,
+                       v->api == API_V2 ? "it does not open: damaged, or of another etcd key"
+                                        : "it does not open: damaged, of another etcd key, or AES-CBC (Kubernetes up to 1.24), "
+                                          "which carries no tag and is not opened");
+        }
+    }
+    explicit_bzero(dek, sizeof dek);
+    explicit_bzero(expanded, sizeof expanded);
+}
+
+static void value_open_v1(struct value *v, const struct ring *ring, const uint8_t *key, size_t key_len,
+                          const uint8_t *bytes, size_t len) {
+    size_t sealed_len = len < 2 ? 0 : (size_t)bytes[0] << 8 | bytes[1];
+    if (len < 2 || sealed_len > len - 2)
+        value_fail(v, VALUE_BROKEN, "it is cut short");
+    else
+        value_open_data(v, ring, bytes + 2, sealed_len, key, key_len, bytes + 2 + sealed_len, len - 2 - sealed_len, false);
+}
+
+static void value_open_v2(struct value *v, const struct ring *ring, const uint8_t *key, size_t key_len,
+                          const uint8_t *bytes, size_t len) {
+    const ProtobufCMessageDescriptor *type = &v2__etcd__encrypted_object__descriptor;
+    V2__Etcd__EncryptedObject *o = strings_check(type, bytes, len) == 0 ? (void *)protobuf_c_message_unpack(type, NULL, len, bytes) : NULL;
+    char sealing_id[KEY_ID_LEN + 1] = "";
+    if (!o) {
+        value_fail(v, VALUE_BROKEN, "it is no EncryptedObject: damaged");
+        return;
+    }
+    ProtobufCBinaryData sealed = o->encrypted_dek_source;
+    if (sealed_shaped(sealed.data, sealed.len))
+        hex_encode(sealed.data + 1, FINGERPRINT_BYTES, sealing_id);
+    size_t id_len = strlen(o->key_id);
+    if (id_len != KEY_ID_LEN || strspn(o->key_id, "0123456789abcdef") != id_len)
+        value_fail(v, VALUE_FOREIGN, "it was sealed by another KMS plugin: its keyID is none of kmsplugin's");
+    else if (strcmp(o->key_id, sealing_id) != 0 || o->n_annotations > 0)
+        value_fail(v, VALUE_BROKEN, "its keyID and its sealed data key disagree, or it has annotations: damaged");
+    else if (o->encrypted_dek_source_type > V2__ETCD__DEKSOURCE_TYPE__HKDF_SHA256_XNONCE_AES_GCM_SEED)
+        value_fail(v, VALUE_BROKEN, "its data key is of a kind that this version does not know");
+    else
+        value_open_data(v, ring, sealed.data, sealed.len, key, key_len, o->encrypted_data.data, o->encrypted_data.len,
+                        o->encrypted_dek_source_type == V2__ETCD__DEKSOURCE_TYPE__HKDF_SHA256_XNONCE_AES_GCM_SEED);
+    protobuf_c_message_free_unpacked(&o->base, NULL);
+}
+
+/* Opens the value of an etcd key, if it is one of ours and can be opened. */
+static void value_open(struct value *v, const struct ring *ring, const uint8_t *key, size_t key_len,
+                       const uint8_t *bytes, size_t len) {
+    static const char any[] = "k8s:enc:", v1[] = "k8s:enc:kms:v1:", v2[] = "k8s:enc:kms:v2:";
+    enum { PREFIX_LEN = sizeof v1 - 1 };
+    memset(v, 0, sizeof *v);
+    if (len < sizeof any - 1 || memcmp(bytes, any, sizeof any - 1) != 0) {
+        value_fail(v, VALUE_PLAIN, "it is not encrypted");
+        return;
+    }
+    bool is_v2 = len > PREFIX_LEN && memcmp(bytes, v2, PREFIX_LEN) == 0;
+    bool is_v1 = len > PREFIX_LEN && memcmp(bytes, v1, PREFIX_LEN) == 0;
+    if (!is_v1 && !is_v2) {
+        value_fail(v, VALUE_FOREIGN, "it is encrypted by another provider than KMS");
+        return;
+    }
+    v->api = is_v2 ? API_V2 : API_V1;
+    const uint8_t *name_end = memchr(bytes + PREFIX_LEN, ':', len - PREFIX_LEN);
+    if (!name_end) {
+        value_fail(v, VALUE_BROKEN, "it is cut short");
+        return;
+    }
+    size_t left = len - (size_t)(name_end + 1 - bytes);
+    (is_v2 ? value_open_v2 : value_open_v1)(v, ring, key, key_len, name_end + 1, left);
+}
+
+static void value_wipe(struct value *v) {
+    if (v->object) {
+        explicit_bzero(v->object, v->len);
+        free(v->object);
+        v->object = NULL;
+    }
+}
+
+/* Standard input, read as far as is needed. */
+struct reader {
+    uint8_t *bytes;
+    size_t at, len, cap;
+    bool more; /* an etcd RangeResponse says that it is not all */
+};
+
+/* Makes the next n bytes available at r->bytes + r->at; false when there are not as many. */
+static bool reader_need(struct reader *r, size_t n) {
+    if (r->len - r->at >= n)
+        return true;
+    if (n > RESCUE_INPUT_MAX)
+        die("standard input: more than 64 MiB for one value");
+    memmove(r->bytes, r->bytes + r->at, r->len - r->at);
+    r->len -= r->at;
+    r->at = 0;
+    if (r->cap < n + IN_BYTES) {
+        r->cap = 2 * n + IN_BYTES;
+        r->bytes = realloc(r->bytes, r->cap);
+        if (!r->bytes)
+            die("out of memory");
+    }
+    while (r->len < n) {
+        ssize_t got = read(STDIN_FILENO, r->bytes + r->len, r->cap - r->len);
+        if (got < 0 && errno == EINTR)
+            continue;
+        if (got < 0)
+            die("standard input: %s", strerror(errno));
+        if (got == 0)
+            return false;
+        r->len += (size_t)got;
+    }
+    return true;
+}
+
+/* Reads a varint; false at the end of input. */
+static bool reader_varint(struct reader *r, uint64_t *value) {
+    enum { VARINT_MAX = 10 };
+    reader_need(r, VARINT_MAX);
+    const uint8_t *start = r->bytes + r->at, *at = start;
+    if (r->len == r->at)
+        return false;
+    if (varint_next(&at, r->bytes + r->len, value) < 0)
+        die("standard input is no etcd RangeResponse (etcdctl get ... -w protobuf)");
+    r->at += (size_t)(at - start);
+    return true;
+}
+
+/* The next entry of an etcd RangeResponse, or NULL behind the last one. Dies on anything else. */
+static V2__Etcd__KeyValue *range_next(struct reader *r) {
+    enum { KVS = 2 << 3 | 2, MORE = 3 << 3 | 0 };
+    static const char no_response[] = "standard input is no etcd RangeResponse (etcdctl get ... -w protobuf)";
+    uint64_t tag, n;
+    while (reader_varint(r, &tag)) {
+        if (!reader_varint(r, &n) || ((tag & 7) != 0 && (tag & 7) != 2) || tag >> 3 == 0 || tag >> 3 > 4)
+            die("%s", no_response);
+        if (tag == MORE)
+            r->more = n != 0;
+        if ((tag & 7) == 0)
+            continue;
+        if (n > RESCUE_INPUT_MAX || !reader_need(r, (size_t)n))
+            die("standard input ends in the middle of an entry");
+        const uint8_t *bytes = r->bytes + r->at;
+        r->at += (size_t)n;
+        if (tag != KVS)
+            continue;
+        V2__Etcd__KeyValue *kv = (void *)protobuf_c_message_unpack(&v2__etcd__key_value__descriptor, NULL, (size_t)n, bytes);
+        if (!kv)
+            die("%s", no_response);
+        return kv;
+    }
+    return NULL;
+}
+
+/* Writes the object of an opened value, or dies saying why there is none. */
+static int unseal_finish(struct value *v) {
+    if (v->state == VALUE_UNKNOWN_KEY)
+        die("unseal: no KEK is configured with key_id %s", v->key_id);
+    if (v->state != VALUE_OPENED)
+        die("unseal: the value does not open: %s", v->why);
+    int rv = write_all(STDOUT_FILENO, v->object, v->len);
+    int error = errno;
+    value_wipe(v);
+    if (rv < 0)
+        die("standard output: %s", strerror(error));
+    return 0;
+}
+
+/* Opens one value from stdin: raw, if its etcd key is given, else in a RangeResponse. */
+static int unseal(const struct ring *ring, const char *etcd_key) {
+    struct reader r = {0};
+    struct value v;
+    if (etcd_key) {
+        while (reader_need(&r, r.len - r.at + 1)) /* all there is */
+            continue;
+        const uint8_t *key = (const uint8_t *)etcd_key;
+        value_open(&v, ring, key, strlen(etcd_key), r.bytes, r.len);
+        if (v.state == VALUE_BROKEN && r.len > 0 && r.bytes[r.len - 1] == '\n') { /* etcdctl --print-value-only */
+            struct value without;
+            value_open(&without, ring, key, strlen(etcd_key), r.bytes, r.len - 1);
+            if (without.state != VALUE_BROKEN)
+                v = without;
+        }
+        return unseal_finish(&v);
+    }
+    V2__Etcd__KeyValue *kv = range_next(&r);
+    if (!kv)
+        die("unseal: standard input holds no entry: does the etcd key exist?");
+    V2__Etcd__KeyValue *second = range_next(&r);
+    if (second || r.more)
+        die("unseal: standard input holds more than one entry: name one etcd key, or use audit");
+    value_open(&v, ring, kv->key.data, kv->key.len, kv->value.data, kv->value.len);
+    return unseal_finish(&v);
+}
+
+/* What an audit has counted: values of ours by API and KEK, and the others. */
+struct audit {
+    struct audit_row {
+        enum api api;
+        enum value_state state; /* VALUE_OPENED or VALUE_UNKNOWN_KEY */
+        char key_id[KEY_ID_LEN + 1];
+        uint64_t count;
+    } rows[AUDIT_ROWS_MAX];
+    size_t row_count;
+    uint64_t plain, foreign, broken;
+};
+
+static void audit_count(struct audit *a, const struct value *v) {
+    size_t i = 0;
+    if (v->state != VALUE_OPENED && v->state != VALUE_UNKNOWN_KEY) {
+        (*(v->state == VALUE_PLAIN ? &a->plain : v->state == VALUE_FOREIGN ? &a->foreign : &a->broken))++;
+        return;
+    }
+    while (i < a->row_count && (a->rows[i].api != v->api || strcmp(a->rows[i].key_id, v->key_id) != 0))
+        i++;
+    if (i == AUDIT_ROWS_MAX)
+        die("audit: more than %d key_ids", AUDIT_ROWS_MAX);
+    if (i == a->row_count) {
+        a->rows[a->row_count] = (struct audit_row){.api = v->api, .state = v->state};
+        memcpy(a->rows[a->row_count++].key_id, v->key_id, sizeof v->key_id);
+    }
+    a->rows[i].count++;
+}
+
+/* Prints an etcd key, which could hold anything, on a line of its own. */
+static void audit_list(const char *label, ProtobufCBinaryData key) {
+    char line[LOG_LINE_MAX];
+    struct text t = {.buf = line, .cap = sizeof line};
+    text_value(&t, (const char *)key.data, key.len);
+    print(STDOUT_FILENO, "%s %.*s\n", label, (int)t.len, line);
+}
+
+/* May a KEK be retired? Counts the values of a RangeResponse on stdin: 0, or exit status 1. */
+static int audit(const struct ring *ring, bool strict, bool list) {
+    static const char *const labels[] = {"other-kek", "plaintext", "foreign", "missing-kek", "broken"};
+    struct reader r = {0};
+    struct audit a = {0};
+    uint64_t sealing = 0, other = 0;
+    const char *sealing_id = ring->keks[0].key_id;
+    V2__Etcd__KeyValue *kv;
+    while ((kv = range_next(&r))) {
+        struct value v;
+        value_open(&v, ring, kv->key.data, kv->key.len, kv->value.data, kv->value.len);
+        audit_count(&a, &v);
+        if (list && (v.state != VALUE_OPENED || strcmp(v.key_id, sealing_id) != 0))
+            audit_list(labels[v.state], kv->key);
+        value_wipe(&v);
+        protobuf_c_message_free_unpacked(&kv->base, NULL);
+    }
+    for (size_t i = 0; i < a.row_count; i++) {
+        const struct audit_row *row = &a.rows[i];
+        bool seals = strcmp(row->key_id, sealing_id) == 0;
+        print(STDOUT_FILENO, "%s key_id=%s values=%llu %s\n", row->api == API_V2 ? "v2" : "v1", row->key_id,
+              (unsigned long long)row->count, seals ? "sealing-kek" : labels[row->state]);
+        *(seals ? &sealing : &other) += row->count;
+    }
+    print(STDOUT_FILENO, "plaintext values=%llu\nforeign values=%llu\nbroken values=%llu\n", (unsigned long long)a.plain,
+          (unsigned long long)a.foreign, (unsigned long long)a.broken);
+    if (r.more)
+        die("audit: the response says that there is more: get all of it, without --limit");
+    if (other + a.broken > 0)
+        die("audit: %llu values are not under the sealing KEK, %llu do not open: keep every KEK",
+            (unsigned long long)other, (unsigned long long)a.broken);
+    if (sealing == 0)
+        die("audit: no value was sealed by kmsplugin");
+    if (strict && a.plain + a.foreign > 0)
+        die("audit: %llu values are plaintext, %llu under another provider", (unsigned long long)a.plain,
+            (unsigned long long)a.foreign);
+    return 0;
+}
+
+/* ----------------------------------------------------------------- Options */
+
+struct options {
+    struct serve_options serve;
+    const char *argument;
+    int64_t timeout_ms;
+    bool strict, list;
+};
+
+static const char help[] =
+    "Usage: kmsplugin [VERB] [OPTION]... [ARGUMENT]\n"
+    "A Kubernetes KMS plugin (v2 and v1beta1) on a UNIX socket.\n"
+    "\n"
+    "Verbs:\n"
+    "  serve              answer kube-apiserver until SIGTERM (the verb when there is none)\n"
+    "  probe [ENDPOINT]   try every RPC on a running plugin; exit 0 if all is well\n"
+    "  genkey             print a fresh KEK\n"
+    "  keyid              print each KEK's key_id, and its hash as in apiserver's metrics\n"
+    "  unseal [ETCD_KEY]  open one etcd value from stdin: raw with ETCD_KEY, else as\n"
+    "                     etcdctl get KEY -w protobuf prints it\n"
+    "  audit              count by KEK what etcdctl get --prefix ... -w protobuf prints;\n"
+    "                     exit 0 if every value of ours opens under the sealing KEK\n"
+    "\n"
+    "Options of serve:\n"
+    "  --listen ENDPOINT           unix:///path or unix:///@name, repeatable\n"
+    "                              (unix:///run/kmsplugin/kms.sock)\n"
+    "  --mode OCTAL                mode of socket files (0600)\n"
+    "  --group NAME|GID            group of socket files\n"
+    "  --allow-uid USER|UID[,...]  who may connect (root and the plugin's own uid)\n"
+    "  --max-connections N         connections at a time (256)\n"
+    "  --log-level LEVEL           error, info or debug (info)\n"
+    "Options of probe:\n"
+    "  --timeout SECONDS           for all of it (3)\n"
+    "Options of audit:\n"
+    "  --strict                    plaintext and foreign values count as failures\n"
+    "  --list                      name the etcd keys not under the sealing KEK\n"
+    "\n"
+    "  -h, --help                  this text\n"
+    "  --version                   versions of kmsplugin and its libraries\n"
+    "\n"
+    "Keys, for serve, keyid, unseal and audit (the first seals, all open):\n"
+    "  KMS_KEK_FILE                a file with one KEK in base64, or several with commas between\n"
+    "  KMS_KEK                     the same text in the environment\n";
+
+/* A user's uid, or a group's gid, by name or number. Dies when there is none. */
+static uid_t uid_parse(const char *s) {
+    long long n = decimal(s, UINT32_MAX - 1);
+    const struct passwd *user = n < 0 ? getpwnam(s) : NULL;
+    if (n < 0 && !user)
+        die("--allow-uid: no such user: %s", s);
+    return n < 0 ? user->pw_uid : (uid_t)n;
+}
+
+static gid_t gid_parse(const char *s) {
+    long long n = decimal(s, UINT32_MAX - 1);
+    const struct group *group = n < 0 ? getgrnam(s) : NULL;
+    if (n < 0 && !group)
+        die("--group: no such group: %s", s);
+    return n < 0 ? group->gr_gid : (gid_t)n;
+}
+
+/* Whether uids mean in this user namespace what they mean on the host. */
+static bool uid_map_is_identity(void) {
+    char map[128];
+    int fd = open("/proc/self/uid_map", O_RDONLY | O_CLOEXEC);
+    ssize_t n = fd < 0 ? -1 : read(fd, map, sizeof map - 1);
+    if (fd >= 0)
+        close(fd);
+    if (n <= 0)
+        return false;
+    map[n] = '\0';
+    char *at = map;
+    return strtoul(at, &at, 10) == 0 && strtoul(at, &at, 10) == 0 && strtoul(at, &at, 10) == UINT32_MAX;
+}
+
+static void options_allow(struct serve_options *o, const char *list) {
+    char name[256];
+    o->uid_count = 0;
+    for (const char *comma = list; comma; list = comma + 1) {
+        comma = strchr(list, ',');
+        size_t len = comma ? (size_t)(comma - list) : strlen(list);
+        if (len == 0 || len >= sizeof name)
+            die_usage("--allow-uid: names or numbers with commas between");
+        if (o->uid_count == ALLOWED_UIDS_MAX)
+            die_usage("--allow-uid: more than %d users", ALLOWED_UIDS_MAX);
+        copy_text(name, sizeof name, (const uint8_t *)list, len);
+        uid_t uid = uid_parse(name);
+        if (uid == UNMAPPED_UID && !uid_map_is_identity())
+            die("--allow-uid: %u stands for every unmapped user in this user namespace", uid);
+        o->uids[o->uid_count++] = uid;
+    }
+}
+
+/* Who may connect unless told otherwise: root and this process's own user. */
+static void options_allow_default(struct serve_options *o) {
+    uid_t own = geteuid();
+    o->uids[o->uid_count++] = 0;
+    if (own == UNMAPPED_UID && !uid_map_is_identity())
+        log_line(LOG_WARN, "msg=\"own uid is not allowed to connect: it stands for every unmapped user\" uid=%u", own);
+    else if (own != 0)
+        o->uids[o->uid_count++] = own;
+}
+
+static mode_t mode_parse(const char *s) {
+    unsigned mode = 0;
+    size_t len = strlen(s);
+    if (len == 0 || len > 5 || strspn(s, "01234567") != len)
+        die_usage("--mode: an octal mode such as 0660");
+    for (; *s; s++)
+        mode = 8 * mode + (unsigned)(*s - '0');
+    if (mode > 0777)
+        die_usage("--mode: an octal mode such as 0660");
+    return mode;
+}
+
+static enum log_level log_level_parse(const char *s) {
+    if (strcmp(s, "error") == 0)
+        return LOG_ERROR;
+    if (strcmp(s, "info") == 0)
+        return LOG_INFO;
+    if (strcmp(s, "debug") == 0)
+        return LOG_DEBUG;
+    die_usage("--log-level: error, info or debug");
+}
+
+/* Seconds, with up to three decimals. */
+static int64_t timeout_parse(const char *s) {
+    char whole[16];
+    const char *dot = strchr(s, '.');
+    size_t len = dot ? (size_t)(dot - s) : strlen(s);
+    long long ms = 0;
+    for (size_t i = 0; dot && i < 3; i++)
+        ms = 10 * ms + (i < strlen(dot + 1) ? dot[1 + i] - '0' : 0);
+    bool right = len < sizeof whole && (!dot || (dot[1] && strlen(dot + 1) <= 3 && strspn(dot + 1, "0123456789") == strlen(dot + 1)));
+    if (right) {
+        copy_text(whole, sizeof whole, (const uint8_t *)s, len);
+        long long seconds = decimal(whole, 3600);
+        right = seconds >= 0 && (ms += 1000 * seconds) > 0;
+    }
+    if (!right)
+        die_usage("--timeout: seconds, more than 0 and at most 3600");
+    return ms;
+}
+
+static size_t max_connections_parse(const char *s) {
+    long long n = decimal(s, CONNECTIONS_LIMIT);
+    if (n < 1)
+        die_usage("--max-connections: a number from 1 to %d", CONNECTIONS_LIMIT);
+    return (size_t)n;
+}
+
+enum verb { SERVE, PROBE, GENKEY, KEYID, UNSEAL, AUDIT, VERBS };
+
+static const struct {
+    const char *name;
+    bool argument;
+} verbs[VERBS] = {
+    [SERVE] = {"serve", false}, [PROBE] = {"probe", true},   [GENKEY] = {"genkey", false},
+    [KEYID] = {"keyid", false}, [UNSEAL] = {"unseal", true}, [AUDIT] = {"audit", false},
+};
+
+/* One option of a verb. Returns whether it took the value. */
+static bool options_set(struct options *o, enum verb verb, const char *name, const char *value) {
+    static const struct {
+        const char *name;
+        enum verb verb;
+        bool value;
+    } known[] = {
+        {"--listen", SERVE, true},          {"--mode", SERVE, true},      {"--group", SERVE, true},   {"--allow-uid", SERVE, true},
+        {"--max-connections", SERVE, true}, {"--log-level", SERVE, true}, {"--timeout", PROBE, true}, {"--strict", AUDIT, false},
+        {"--list", AUDIT, false},
+    };
+    enum { LISTEN, MODE, GROUP, ALLOW_UID, MAX_CONNECTIONS, LOG_LEVEL, TIMEOUT, STRICT, LIST, OPTIONS };
+    struct serve_options *serve = &o->serve;
+    size_t i = 0;
+    while (i < OPTIONS && (known[i].verb != verb || strcmp(known[i].name, name) != 0))
+        i++;
+    if (i == OPTIONS)
+        die_usage("unknown option of %s: %s", verbs[verb].name, name);
+    if (known[i].value && !value)
+        die_usage("%s needs a value", name);
+    switch (i) {
+    case LISTEN:
+        if (serve->endpoint_count == LISTENERS_MAX)
+            die_usage("--listen: more than %d endpoints", LISTENERS_MAX);
+        serve->endpoints[serve->endpoint_count++] = value;
+        break;
+    case MODE: serve->mode = mode_parse(value); break;
+    case GROUP: serve->group = gid_parse(value); serve->has_group = true; break;
+    case ALLOW_UID: options_allow(serve, value); break;
+    case MAX_CONNECTIONS: serve->max_connections = max_connections_parse(value); break;
+    case LOG_LEVEL: log_level = log_level_parse(value); break;
+    case TIMEOUT: o->timeout_ms = timeout_parse(value); break;
+    case STRICT: o->strict = true; break;
+    case LIST: o->list = true; break;
+    }
+    return known[i].value;
+}
+
+static bool is_help(const char *s) {
+    return strcmp(s, "-h") == 0 || strcmp(s, "--help") == 0;
+}
+
+/* Reads the command line. --help and --version end here, as does bad usage. */
+static enum verb options_parse(struct options *o, int argc, char **argv) {
+    enum verb verb = SERVE;
+    int i = 1;
+    *o = (struct options){.timeout_ms = 3000, .serve = {.mode = 0600, .max_connections = CONNECTIONS_DEFAULT}};
+    for (int j = 1; j < argc && strcmp(argv[j], "--") != 0; j++) {
+        if (is_help(argv[j])) {
+            print(STDOUT_FILENO, "%s", help);
+            exit(0);
+        }
+    }
+    if (argc == 2 && strcmp(argv[1], "--version") == 0) {
+        print(STDOUT_FILENO, "kmsplugin " VERSION "\nnghttp2 %s\nprotobuf-c %s\nBearSSL " BEARSSL_VERSION "\n",
+              nghttp2_version(0)->version_str, protobuf_c_version());
+        exit(0);
+    }
+    if (argc > 1 && argv[1][0] != '-') {
+        while (verb < VERBS && strcmp(verbs[verb].name, argv[1]) != 0)
+            verb++;
+        if (verb == VERBS)
+            die_usage("unknown verb: %s", argv[1]);
+        i = 2;
+    }
+    for (bool plain = false; i < argc; i++) {
+        char name[32], *equals = strchr(argv[i], '=');
+        if (!plain && strcmp(argv[i], "--") == 0) {
+            plain = true;
+        } else if (!plain && argv[i][0] == '-' && argv[i][1]) {
+            size_t len = equals ? (size_t)(equals - argv[i]) : strlen(argv[i]);
+            copy_text(name, sizeof name, (const uint8_t *)argv[i], len);
+            bool took = options_set(o, verb, name, equals ? equals + 1 : argv[i + 1]);
+            if (equals && !took)
+                die_usage("%s takes no value", name);
+            i += took && !equals;
+        } else if (!verbs[verb].argument || o->argument) {
+            die_usage("unknown argument of %s: %s", verbs[verb].name, argv[i]);
+        } else {
+            o->argument = argv[i];
+        }
+    }
+    return verb;
+}
+
+/* -------------------------------------------------------------------- Main */
+
+/* Keeps this process's memory out of core files and debuggers. */
+static void dump_protect(void) {
+    const struct rlimit none = {0, 0};
+    prctl(PR_SET_DUMPABLE, 0);
+    setrlimit(RLIMIT_CORE, &none);
+}
+
+static int serve(struct serve_options *options) {
+    char name[ENDPOINT_NAME_BYTES];
+    struct sockaddr_un address;
+    socklen_t len;
+    for (size_t i = 0; i < options->endpoint_count; i++) {
+        const char *wrong = endpoint_parse(options->endpoints[i], &address, &len);
+        if (wrong)
+            die_usage("%s: %s", options->endpoints[i], wrong);
+    }
+    if (options->uid_count == 0)
+        options_allow_default(options);
+    struct ring *ring = ring_load();
+    sealing_self_test(&ring->suite);
+    struct server *s = server_new(ring, options);
+    for (size_t i = 0; i < s->listener_count; i++) {
+        server_watch(s, &s->listeners[i].source);
+        log_line(LOG_INFO, "msg=ready endpoint=%s key_id=%s keks=%zu cipher=%s version=" VERSION,
+                 endpoint_name(&s->listeners[i].address, s->listeners[i].address_len, name, sizeof name),
+                 ring->keks[0].key_id, ring->count, ring->suite.name);
+    }
+    notify(s->notify, "READY=1");
+    server_run(s);
+    log_line(LOG_INFO, "msg=stopped");
+    server_free(s);
+    return 0;
+}
+
+static int genkey(void) {
+    uint8_t key[KEK_BYTES];
+    char text[KEK_BYTES * 2];
+    if (random_fill(key, sizeof key) < 0)
+        die("getrandom: %s", strerror(errno));
+    base64_encode(key, sizeof key, text);
+    print(STDOUT_FILENO, "%s\n", text);
+    explicit_bzero(key, sizeof key);
+    explicit_bzero(text, sizeof text);
+    return 0;
+}
+
+/* apiserver_envelope_encryption_key_id_hash_total and its like show "sha256:" and a hash of the key_id. */
+static int keyid(const struct ring *ring) {
+    for (size_t i = 0; i < ring->count; i++) {
+        br_sha256_context sha;
+        uint8_t hash[br_sha256_SIZE];
+        char hex[2 * br_sha256_SIZE + 1];
+        br_sha256_init(&sha);
+        br_sha256_update(&sha, ring->keks[i].key_id, KEY_ID_LEN);
+        br_sha256_out(&sha, hash);
+        hex_encode(hash, sizeof hash, hex);
+        print(STDOUT_FILENO, "%s sha256:%s\n", ring->keks[i].key_id, hex);
+    }
+    return 0;
+}
+
+/* Runs a verb that needs the ring and ends with it. */
+static int with_ring(enum verb verb, const struct options *o) {
+    struct ring *ring = ring_load();
+    int rv = verb == KEYID ? keyid(ring) : verb == UNSEAL ? unseal(ring, o->argument) : audit(ring, o->strict, o->list);
+    ring_free(ring);
+    stack_wipe();
+    return rv;
+}
+
+int main(int argc, char **argv) {
+    struct options options;
+    dump_protect();
+    enum verb verb = options_parse(&options, argc, argv);
+    switch (verb) {
+    case SERVE:
+        return serve(&options.serve);
+    case PROBE:
+        environment_take(NULL, 0);
+        return probe(options.argument ? options.argument : DEFAULT_ENDPOINT, options.timeout_ms);
+    case GENKEY:
+        environment_take(NULL, 0);
+        return genkey();
+    default:
+        return with_ring(verb, &options);
+    }
+}

@@ -1,0 +1,365 @@
+package kube
+
+import (
+	"bytes"
+	"context"
+	"fmt"
+	"net/http/httptest"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/proto"
+	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/runtime"
+	"k8s.io/apimachinery/pkg/runtime/schema"
+	"k8s.io/apimachinery/pkg/runtime/serializer/protobuf"
+	"k8s.io/apiserver/pkg/server/healthz"
+	"k8s.io/apiserver/pkg/server/options/encryptionconfig"
+	"k8s.io/apiserver/pkg/storage/value"
+	kmstypes "k8s.io/apiserver/pkg/storage/value/encrypt/envelope/kmsv2/v2"
+)
+
+// etcdKey is where the Secret of these tests lies; kube-apiserver binds it to the ciphertext.
+const etcdKey = "/registry/secrets/default/database"
+
+// secret is a Secret as kube-apiserver serialises it for etcd.
+var secret = func() []byte {
+	scheme := runtime.NewScheme()
+	if err := corev1.AddToScheme(scheme); err != nil {
+		panic(err)
+	}
+	object, err := runtime.Encode(protobuf.NewSerializer(scheme, scheme), &corev1.Secret{
+		TypeMeta:   metav1.TypeMeta{APIVersion: "v1", Kind: "Secret"},
+		ObjectMeta: metav1.ObjectMeta{Namespace: "default", Name: "database"},
+		Data:       map[string][]byte{"password": []byte("correct horse battery staple")},
+	})
+	if err != nil {
+		panic(err)
+	}
+	return object
+}()
+
+// Entries of providers: in an EncryptionConfiguration.
+const identity = "{identity: {}}"
+
+func v2(name, endpoint string) string {
+	return fmt.Sprintf("{kms: {apiVersion: v2, name: %s, endpoint: '%s', timeout: 3s}}", name, endpoint)
+}
+
+// v1 has no cache of DEKs, so that every read asks the plugin.
+func v1(name, endpoint string) string {
+	return fmt.Sprintf("{kms: {apiVersion: v1, name: %s, endpoint: '%s', timeout: 3s, cachesize: -1}}", name, endpoint)
+}
+
+// apis are the two KMS APIs where a test wants the same of both.
+var apis = map[string]func(name, endpoint string) string{"v1": v1, "v2": v2}
+
+// apiserver is what kube-apiserver makes of --encryption-provider-config. Its
+// v2 cache of DEKs starts empty, so a read by a new one always asks the plugin.
+type apiserver struct {
+	secrets value.Transformer
+	health  []healthz.HealthChecker
+}
+
+func newAPIServer(t *testing.T, providers ...string) *apiserver {
+	t.Helper()
+	config := `apiVersion: apiserver.config.k8s.io/v1
+kind: EncryptionConfiguration
+resources:
+  - resources: [secrets]
+    providers:
+      - ` + strings.Join(providers, "\n      - ") + "\n"
+	file := filepath.Join(t.TempDir(), "encryption.yaml")
+	if err := os.WriteFile(file, []byte(config), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	t.Cleanup(cancel)
+	loaded, err := encryptionconfig.LoadEncryptionConfig(ctx, file, false, "kube-test")
+	if err != nil {
+		t.Fatalf("%v in\n%s", err, config)
+	}
+	return &apiserver{loaded.Transformers[schema.GroupResource{Resource: "secrets"}], loaded.HealthChecks}
+}
+
+// write returns what would be stored in etcd.
+func (a *apiserver) write(t *testing.T) []byte {
+	t.Helper()
+	stored, err := a.secrets.TransformToStorage(t.Context(), secret, value.DefaultContext(etcdKey))
+	if err != nil {
+		t.Fatalf("write: %v", err)
+	}
+	return stored
+}
+
+// read wants the Secret back, and kube-apiserver's opinion on whether it is due for a rewrite.
+func (a *apiserver) read(t *testing.T, stored []byte, wantStale bool) {
+	t.Helper()
+	object, stale, err := a.secrets.TransformFromStorage(t.Context(), stored, value.DefaultContext(etcdKey))
+	switch {
+	case err != nil:
+		t.Errorf("read: %v", err)
+	case !bytes.Equal(object, secret):
+		t.Errorf("read %q, want %q", object, secret)
+	case stale != wantStale:
+		t.Errorf("stale is %v, want %v", stale, wantStale)
+	}
+}
+
+// refuse wants an error and no bytes, and returns the error.
+func (a *apiserver) refuse(t *testing.T, stored []byte, key string) error {
+	t.Helper()
+	object, _, err := a.secrets.TransformFromStorage(t.Context(), stored, value.DefaultContext(key))
+	if err == nil || object != nil {
+		t.Errorf("read %q and error %v, want nothing and an error", object, err)
+	}
+	return err
+}
+
+// check asks all of kube-apiserver's health checks.
+func (a *apiserver) check() error {
+	for _, c := range a.health {
+		if err := c.Check(httptest.NewRequest("GET", "/healthz", nil)); err != nil {
+			return fmt.Errorf("%s: %w", c.Name(), err)
+		}
+	}
+	return nil
+}
+
+// encryptedObject decodes what v2 stores behind its prefix.
+func encryptedObject(t *testing.T, stored []byte, prefix string) *kmstypes.EncryptedObject {
+	t.Helper()
+	rest, found := bytes.CutPrefix(stored, []byte(prefix))
+	object := new(kmstypes.EncryptedObject)
+	if err := proto.Unmarshal(rest, object); !found || err != nil {
+		t.Fatalf("%q does not begin with %q, or %v", stored, prefix, err)
+	}
+	return object
+}
+
+// One Secret in its life: written, read by another API server, not readable
+// under another name, read after the plugin came back with a rotated ring.
+func TestSecret(t *testing.T) {
+	for api, provider := range apis {
+		for socket, newEndpoint := range map[string]func(*testing.T) string{"file": fileEndpoint, "abstract": abstractEndpoint} {
+			t.Run(api+"/"+socket, func(t *testing.T) {
+				t.Parallel()
+				endpoint, first, second := newEndpoint(t), newKEK(), newKEK()
+				p := serve(t, endpoint, first)
+				a := newAPIServer(t, provider("vault", endpoint))
+				if err := a.check(); err != nil {
+					t.Errorf("health: %v", err)
+				}
+				stored := a.write(t)
+				t.Logf("etcd: %+.60q", stored)
+				prefix := "k8s:enc:kms:" + api + ":vault:"
+				if !bytes.HasPrefix(stored, []byte(prefix)) || bytes.Contains(stored, []byte("horse")) {
+					t.Errorf("want %s and a ciphertext, got %q", prefix, stored)
+				}
+				if api == "v2" {
+					o := encryptedObject(t, stored, prefix)
+					if o.KeyID != first.id() || len(o.Annotations) != 0 ||
+						o.EncryptedDEKSourceType != kmstypes.EncryptedDEKSourceType_HKDF_SHA256_XNONCE_AES_GCM_SEED {
+						t.Errorf("stored under %+v, want key_id %s", o, first.id())
+					}
+				}
+				newAPIServer(t, provider("vault", endpoint)).read(t, stored, false)
+				a.refuse(t, stored, etcdKey+"2")
+
+				p.stop(t)
+				serve(t, endpoint, second, first)
+				// v1 has no key_id: its values never look stale, which is what audit is for.
+				newAPIServer(t, provider("vault", endpoint)).read(t, stored, api == "v2")
+			})
+		}
+	}
+}
+
+// The rotation of README, step by step, each with a restart of the plugin on the same socket.
+func TestRotation(t *testing.T) {
+	for api, provider := range apis {
+		t.Run(api, func(t *testing.T) {
+			t.Parallel()
+			endpoint, old, next := fileEndpoint(t), newKEK(), newKEK()
+			byKeyID := api == "v2" // what only v2 can tell
+			var p *plugin
+			restart := func(ring ...kek) *apiserver {
+				if p != nil {
+					p.stop(t)
+				}
+				p = serve(t, endpoint, ring...)
+				return newAPIServer(t, provider("vault", endpoint))
+			}
+
+			first := restart(old).write(t)
+
+			a := restart(old, next) // the old one still seals
+			a.read(t, first, false)
+			a.read(t, a.write(t), false)
+
+			a = restart(next, old)
+			a.read(t, first, byKeyID)
+			migrated := a.write(t)
+			a.read(t, migrated, false)
+
+			restart(old, next).read(t, migrated, byKeyID) // a control plane that is one step behind
+
+			a = restart(next)
+			a.read(t, migrated, false)
+			err := a.refuse(t, first, etcdKey)
+			if status.Code(err) != codes.NotFound || !strings.Contains(fmt.Sprint(err), old.id()) {
+				t.Errorf("%v: want NotFound naming %s", err, old.id())
+			}
+		})
+	}
+}
+
+// The plugin goes away and returns with a rotated ring under a kube-apiserver
+// that stays up. It asks at most every 20 s while all is well, so this takes long.
+func TestOutage(t *testing.T) {
+	for api, provider := range apis {
+		t.Run(api, func(t *testing.T) {
+			t.Parallel()
+			endpoint, old, next := fileEndpoint(t), newKEK(), newKEK()
+			p := serve(t, endpoint, old, next)
+			a := newAPIServer(t, provider("vault", endpoint))
+			until := func(healthy bool) {
+				t.Helper()
+				deadline := time.Now().Add(time.Minute)
+				for err := a.check(); (err == nil) != healthy; err = a.check() {
+					if time.Now().After(deadline) {
+						t.Fatalf("after a minute, health is still: %v", err)
+					}
+					time.Sleep(200 * time.Millisecond)
+				}
+			}
+			until(true)
+			first := a.write(t)
+
+			p.stop(t)
+			until(false)
+			if api == "v2" { // goes on for three minutes with the DEK it has
+				a.read(t, a.write(t), false)
+			} else if _, err := a.secrets.TransformToStorage(t.Context(), secret, value.DefaultContext(etcdKey)); err == nil {
+				t.Error("v1 wrote without a plugin")
+			}
+
+			serve(t, endpoint, next, old)
+			until(true)
+			a.read(t, first, api == "v2")
+			second := a.write(t)
+			a.read(t, second, false)
+			if api == "v2" {
+				if o := encryptedObject(t, second, "k8s:enc:kms:v2:vault:"); o.KeyID != next.id() {
+					t.Errorf("written under %s after the rotation, want %s", o.KeyID, next.id())
+				}
+			}
+		})
+	}
+}
+
+// Both APIs and plaintext on one socket: every old form is read and marked for
+// a rewrite, which is how a cluster moves from identity or v1 to v2.
+func TestMigration(t *testing.T) {
+	t.Parallel()
+	endpoint := fileEndpoint(t)
+	serve(t, endpoint, newKEK())
+
+	plain := newAPIServer(t, identity, v2("new", endpoint)).write(t)
+	if !bytes.Equal(plain, secret) {
+		t.Errorf("identity stored %q", plain)
+	}
+	fromV1 := newAPIServer(t, v1("old", endpoint)).write(t)
+
+	a := newAPIServer(t, v2("new", endpoint), v1("old", endpoint), identity)
+	var names []string
+	for _, c := range a.health {
+		names = append(names, c.Name())
+	}
+	if want := []string{"kms-provider-0", "kms-provider-1"}; !slices.Equal(names, want) {
+		t.Errorf("health checks %v, want %v", names, want)
+	}
+	if err := a.check(); err != nil {
+		t.Errorf("health: %v", err)
+	}
+	a.read(t, plain, true)
+	a.read(t, fromV1, true)
+	rewritten := a.write(t)
+	a.read(t, rewritten, false)
+	newAPIServer(t, v2("new", endpoint)).read(t, rewritten, false)
+}
+
+// No byte of a stored value can change unnoticed, wherever it is checked.
+func TestTampering(t *testing.T) {
+	// For values that AES-GCM refuses, v1 of kube-apiserver falls back to AES-CBC
+	// without a tag, and so accepts one forgery in 256. Not at a length that CBC cannot have.
+	if (12+len(secret)+16)%16 == 0 {
+		t.Fatal("choose another Secret")
+	}
+	for api, provider := range apis {
+		t.Run(api, func(t *testing.T) {
+			t.Parallel()
+			endpoint := fileEndpoint(t)
+			serve(t, endpoint, newKEK())
+			a := newAPIServer(t, provider("vault", endpoint))
+			stored := a.write(t)
+			for i := range stored {
+				forged := bytes.Clone(stored)
+				forged[i] ^= 1
+				a.refuse(t, forged, etcdKey)
+			}
+			a.refuse(t, stored[:len(stored)-1], etcdKey)
+			a.read(t, stored, false)
+		})
+	}
+}
+
+// A KEK that never sealed anything here: errors, never garbage, and new writes go on.
+func TestWrongKEK(t *testing.T) {
+	for api, provider := range apis {
+		t.Run(api, func(t *testing.T) {
+			t.Parallel()
+			endpoint, lost := fileEndpoint(t), newKEK()
+			p := serve(t, endpoint, lost)
+			stored := newAPIServer(t, provider("vault", endpoint)).write(t)
+			p.stop(t)
+			serve(t, endpoint, newKEK())
+			a := newAPIServer(t, provider("vault", endpoint))
+			if err := a.refuse(t, stored, etcdKey); !strings.Contains(fmt.Sprint(err), lost.id()) {
+				t.Errorf("%v: does not name %s", err, lost.id())
+			}
+			a.read(t, a.write(t), false)
+		})
+	}
+}
+
+// v1 asks the plugin for every single object: a burst of them on one connection.
+func TestBurst(t *testing.T) {
+	t.Parallel()
+	endpoint := fileEndpoint(t)
+	serve(t, endpoint, newKEK())
+	a := newAPIServer(t, v1("vault", endpoint))
+	var all sync.WaitGroup
+	for i := range 1000 {
+		all.Go(func() {
+			key := value.DefaultContext(fmt.Sprint(etcdKey, i))
+			stored, err := a.secrets.TransformToStorage(t.Context(), secret, key)
+			if err != nil {
+				t.Errorf("write %d: %v", i, err)
+				return
+			}
+			if object, _, err := a.secrets.TransformFromStorage(t.Context(), stored, key); err != nil || !bytes.Equal(object, secret) {
+				t.Errorf("read %d: %q, %v", i, object, err)
+			}
+		})
+	}
+	all.Wait()
+}

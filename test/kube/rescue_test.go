@@ -1,0 +1,208 @@
+package kube
+
+import (
+	"bytes"
+	"crypto/cipher"
+	"fmt"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"go.etcd.io/etcd/api/v3/etcdserverpb"
+	"go.etcd.io/etcd/api/v3/mvccpb"
+	"google.golang.org/protobuf/proto"
+	"k8s.io/apiserver/pkg/server/options/encryptionconfig"
+	"k8s.io/apiserver/pkg/storage/value"
+	aestransformer "k8s.io/apiserver/pkg/storage/value/encrypt/aes"
+	"k8s.io/apiserver/pkg/storage/value/encrypt/envelope"
+	"k8s.io/apiserver/pkg/storage/value/encrypt/envelope/kmsv2"
+	kmstypes "k8s.io/apiserver/pkg/storage/value/encrypt/envelope/kmsv2/v2"
+)
+
+// rangeResponse is what `etcdctl get … -w protobuf` prints for these keys and values.
+func rangeResponse(t *testing.T, pairs ...[]byte) []byte {
+	t.Helper()
+	response := &etcdserverpb.RangeResponse{
+		Header: &etcdserverpb.ResponseHeader{ClusterId: 0xcdf818194e3a8c32, MemberId: 0x8e9e05c52164694d, Revision: 4321, RaftTerm: 2},
+		Count:  int64(len(pairs) / 2),
+	}
+	for i := 0; i < len(pairs); i += 2 {
+		response.Kvs = append(response.Kvs, &mvccpb.KeyValue{
+			Key: pairs[i], Value: pairs[i+1], CreateRevision: 1234, ModRevision: 4320, Version: 3,
+		})
+	}
+	message, err := proto.Marshal(response)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return message
+}
+
+// storedForms has kube-apiserver write the Secret in every form that unseal opens, by its prefix.
+func storedForms(t *testing.T, endpoint string) map[string][]byte {
+	t.Helper()
+	// The form of 1.27 and 1.28, where v2's DEK is used as it is. The switch is global, hence a name of its own.
+	direct := "direct-" + strings.ToLower(t.Name())
+	t.Cleanup(encryptionconfig.SetKDFForTests(direct, false))
+	forms := map[string][]byte{
+		"k8s:enc:kms:v1:vault:":          newAPIServer(t, v1("vault", endpoint)).write(t),
+		"k8s:enc:kms:v2:vault:":          newAPIServer(t, v2("vault", endpoint)).write(t),
+		"k8s:enc:kms:v2:" + direct + ":": newAPIServer(t, v2(direct, endpoint)).write(t),
+	}
+	for prefix, want := range map[string]kmstypes.EncryptedDEKSourceType{
+		"k8s:enc:kms:v2:vault:":          kmstypes.EncryptedDEKSourceType_HKDF_SHA256_XNONCE_AES_GCM_SEED,
+		"k8s:enc:kms:v2:" + direct + ":": kmstypes.EncryptedDEKSourceType_AES_GCM_KEY,
+	} {
+		if got := encryptedObject(t, forms[prefix], prefix).EncryptedDEKSourceType; got != want {
+			t.Fatalf("%s has a %v, want %v", prefix, got, want)
+		}
+	}
+	return forms
+}
+
+// unsealed wants the Secret on stdout.
+func unsealed(t *testing.T, ring []kek, stdin []byte, args ...string) {
+	t.Helper()
+	code, stdout, stderr := run(t, ring, stdin, append([]string{"unseal"}, args...)...)
+	if code != 0 || !bytes.Equal(stdout, secret) {
+		t.Errorf("exit %d, %q, want the Secret\n%s", code, stdout, stderr)
+	}
+}
+
+// notUnsealed wants exit 1, nothing on stdout, and one line on stderr which says so.
+func notUnsealed(t *testing.T, ring []kek, stdin []byte, says string, args ...string) {
+	t.Helper()
+	code, stdout, stderr := run(t, ring, stdin, append([]string{"unseal"}, args...)...)
+	if code != 1 || len(stdout) != 0 || strings.Count(stderr, "\n") != 1 || !strings.Contains(stderr, says) {
+		t.Errorf("exit %d, %q, %q; want 1, nothing, and a line with %q", code, stdout, stderr, says)
+	}
+}
+
+func TestUnseal(t *testing.T) {
+	t.Parallel()
+	endpoint, old, next, lost := fileEndpoint(t), newKEK(), newKEK(), newKEK()
+	p := serve(t, endpoint, old)
+	forms := storedForms(t, endpoint)
+	p.stop(t) // unseal needs none
+
+	for prefix, stored := range forms {
+		t.Run(prefix, func(t *testing.T) {
+			response := rangeResponse(t, []byte(etcdKey), stored)
+			for _, ring := range [][]kek{{old}, {next, old}} {
+				unsealed(t, ring, stored, etcdKey)
+				unsealed(t, ring, append(bytes.Clone(stored), '\n'), etcdKey)
+				unsealed(t, ring, response)
+			}
+			notUnsealed(t, []kek{lost}, stored, old.id(), etcdKey)
+			notUnsealed(t, []kek{lost}, response, old.id())
+			notUnsealed(t, []kek{old}, stored, "", etcdKey+"2")
+			notUnsealed(t, []kek{old}, rangeResponse(t, []byte(etcdKey+"2"), stored), "")
+			notUnsealed(t, []kek{old}, rangeResponse(t, []byte(etcdKey), stored, []byte(etcdKey+"2"), stored), "")
+			notUnsealed(t, []kek{old}, stored, "")
+			for i := len(prefix); i < len(stored); i++ { // the name in the prefix is not authenticated
+				forged := bytes.Clone(stored)
+				forged[i] ^= 1
+				notUnsealed(t, []kek{old}, forged, "", etcdKey)
+			}
+		})
+	}
+	notUnsealed(t, []kek{old}, secret, "", etcdKey)
+	notUnsealed(t, []kek{old}, rangeResponse(t), "")
+	notUnsealed(t, []kek{old}, nil, "", etcdKey)
+}
+
+// Clusters before 1.25 wrote v1 in AES-CBC. kube-apiserver still reads that and
+// wants it rewritten; unseal does not, since CBC has no tag, and says why.
+func TestUnsealCBC(t *testing.T) {
+	t.Parallel()
+	endpoint, key := fileEndpoint(t), newKEK()
+	serve(t, endpoint, key)
+	service, err := envelope.NewGRPCService(t.Context(), endpoint, 3*time.Second)
+	if err != nil {
+		t.Fatal(err)
+	}
+	cbc := envelope.NewEnvelopeTransformer(service, -1, func(b cipher.Block) (value.Transformer, error) {
+		return aestransformer.NewCBCTransformer(b), nil
+	})
+	rest, err := cbc.TransformToStorage(t.Context(), secret, value.DefaultContext(etcdKey))
+	if err != nil {
+		t.Fatal(err)
+	}
+	stored := append([]byte("k8s:enc:kms:v1:vault:"), rest...)
+	newAPIServer(t, v1("vault", endpoint)).read(t, stored, true) // v1 calls nothing but CBC stale
+	notUnsealed(t, []kek{key}, stored, "CBC", etcdKey)
+}
+
+// May a KEK be retired? audit's answer before and after the migration.
+func TestAudit(t *testing.T) {
+	t.Parallel()
+	endpoint, old, next := fileEndpoint(t), newKEK(), newKEK()
+	serve(t, endpoint, old)
+	var ours [][]byte
+	for _, stored := range storedForms(t, endpoint) {
+		ours = append(ours, []byte(etcdKey), stored) // etcd has a key once, but these are bound to this one
+	}
+	plain := [][]byte{[]byte("/registry/secrets/default/plain"), secret}
+
+	for _, test := range []struct {
+		ring  []kek
+		pairs [][]byte
+		args  string
+		code  int
+		says  string
+	}{
+		{[]kek{old}, ours, "", 0, old.id()},
+		{[]kek{old, next}, ours, "--strict", 0, old.id()},
+		{[]kek{next, old}, ours, "", 1, old.id()},
+		{[]kek{next, old}, ours, "--list", 1, etcdKey},
+		{[]kek{next}, ours, "", 1, old.id()},
+		{[]kek{old}, slices.Concat(ours, plain), "", 0, old.id()},
+		{[]kek{old}, slices.Concat(ours, plain), "--strict", 1, old.id()},
+		{[]kek{old}, plain, "", 1, ""},
+	} {
+		code, stdout, stderr := run(t, test.ring, rangeResponse(t, test.pairs...), strings.Fields("audit "+test.args)...)
+		if code != test.code || !strings.Contains(string(stdout)+stderr, test.says) {
+			t.Errorf("audit %s: exit %d, want %d and %q in\n%s%s", test.args, code, test.code, test.says, stdout, stderr)
+		}
+	}
+}
+
+// keyid prints what kube-apiserver's metrics show, hashed by its own function.
+func TestKeyID(t *testing.T) {
+	t.Parallel()
+	ring := []kek{newKEK(), newKEK()}
+	var want string
+	for _, k := range ring {
+		want += fmt.Sprintf("%s %s\n", k.id(), kmsv2.GetHashIfNotEmpty(k.id()))
+	}
+	if code, stdout, stderr := run(t, ring, nil, "keyid"); code != 0 || string(stdout) != want {
+		t.Errorf("exit %d, %q, want %q\n%s", code, stdout, want, stderr)
+	}
+}
+
+func TestGenkey(t *testing.T) {
+	t.Parallel()
+	_, stdout, _ := run(t, nil, nil, "genkey")
+	endpoint, key := fileEndpoint(t), kek(strings.TrimSpace(string(stdout)))
+	serve(t, endpoint, key)
+	a := newAPIServer(t, v2("vault", endpoint))
+	if o := encryptedObject(t, a.write(t), "k8s:enc:kms:v2:vault:"); o.KeyID != key.id() {
+		t.Errorf("sealed under %s, want %s", o.KeyID, key.id())
+	}
+}
+
+func TestProbe(t *testing.T) {
+	t.Parallel()
+	for _, endpoint := range []string{fileEndpoint(t), abstractEndpoint(t)} {
+		p := serve(t, endpoint, newKEK())
+		code, stdout, stderr := run(t, nil, nil, "probe", endpoint)
+		if code != 0 || len(stdout) == 0 {
+			t.Errorf("exit %d with the plugin up\n%s%s", code, stdout, stderr)
+		}
+		p.stop(t)
+		if code, _, stderr := run(t, nil, nil, "probe", endpoint); code != 1 || stderr == "" {
+			t.Errorf("exit %d with the plugin stopped, %q", code, stderr)
+		}
+	}
+}
