@@ -313,6 +313,7 @@ struct stream {
     struct conn *conn;
     int32_t id;
     enum stream_state state;
+    bool ended; /* END_STREAM has come */
     struct request request;
     uint64_t start_us;
     int64_t deadline_ms; /* of the state it is in */
@@ -1950,10 +1951,7 @@ static int stream_respond(struct stream *s, const nghttp2_nv *fields, size_t cou
         s->reply_grpc = grpc;
         c->unread += s->reply_len;
     }
-    int rv = nghttp2_submit_response(c->session, s->id, fields, count, bytes ? &body : NULL);
-    if (rv == 0 && !bytes && !nghttp2_session_get_stream_remote_close(c->session, s->id))
-        rv = stream_reset(s, NGHTTP2_NO_ERROR); /* answered early: RFC 9113 8.1, do not send the rest */
-    return rv;
+    return nghttp2_submit_response(c->session, s->id, fields, count, bytes ? &body : NULL);
 }
 
 /* Answers a gRPC request: a response, or a status in trailers alone. */
@@ -2134,6 +2132,7 @@ static int on_frame_recv(nghttp2_session *session, const nghttp2_frame *frame, v
         rv = stream_head_end(s);
     else if (frame->hd.type == NGHTTP2_HEADERS && s->state == STREAM_BODY)
         rv = stream_trailers_end(s, end);
+    s->ended = end;
     if (rv == 0 && end)
         rv = stream_end(s);
     return callback_result(rv);
@@ -2168,6 +2167,15 @@ static int on_send_data(nghttp2_session *session, nghttp2_frame *frame, const ui
     return rv;
 }
 
+/* An answer that came before the end of its request: RFC 9113 8.1, asks for no more. */
+static int on_frame_send(nghttp2_session *session, const nghttp2_frame *frame, void *conn) {
+    (void)conn;
+    if (frame->hd.type != NGHTTP2_HEADERS || !(frame->hd.flags & NGHTTP2_FLAG_END_STREAM))
+        return 0;
+    struct stream *s = nghttp2_session_get_stream_user_data(session, frame->hd.stream_id);
+    return s && !s->ended ? callback_result(stream_reset(s, NGHTTP2_NO_ERROR)) : 0;
+}
+
 static int on_stream_close(nghttp2_session *session, int32_t id, uint32_t error, void *conn) {
     (void)error;
     struct conn *c = conn;
@@ -2189,6 +2197,7 @@ static int sessions_init(struct server *s) {
     nghttp2_session_callbacks_set_on_frame_recv_callback(s->callbacks, on_frame_recv);
     nghttp2_session_callbacks_set_send_callback(s->callbacks, on_send);
     nghttp2_session_callbacks_set_send_data_callback(s->callbacks, on_send_data);
+    nghttp2_session_callbacks_set_on_frame_send_callback(s->callbacks, on_frame_send);
     nghttp2_session_callbacks_set_on_stream_close_callback(s->callbacks, on_stream_close);
     nghttp2_option_set_no_http_messaging(s->session_options, 1);     /* see section HTTP requests */
     nghttp2_option_set_no_auto_window_update(s->session_options, 1); /* see conn_consume */
