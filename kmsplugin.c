@@ -23,6 +23,7 @@
  *     Connections    reading, writing, closing; what gives way at a limit
  *     Endpoints      unix:///path and unix:///@name, bound or inherited
  *     Event loop     one thread, one epoll, no waiting anywhere else
+ *     Confinement    what is given up before the first request
  *     Probe          a gRPC client that tries every RPC
  *     Rescue         opening etcd values without an API server
  *     Options        the command line
@@ -41,6 +42,10 @@
 #include <fcntl.h>
 #include <grp.h>
 #include <limits.h>
+#include <linux/audit.h>
+#include <linux/capability.h>
+#include <linux/filter.h>
+#include <linux/seccomp.h>
 #include <nghttp2/nghttp2.h>
 #include <poll.h>
 #include <pwd.h>
@@ -60,6 +65,7 @@
 #include <sys/signalfd.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
+#include <sys/syscall.h>
 #include <sys/un.h>
 #include <time.h>
 #include <unistd.h>
@@ -341,8 +347,7 @@ struct listener {
     struct sockaddr_un address;
     socklen_t address_len;
     bool made; /* the file is ours to remove, as long as it is this one: */
-    dev_t dev;
-    ino_t ino;
+    struct statx file;
 };
 
 /* One peer. Owned by the server's list; freed by server_reap alone. */
@@ -367,6 +372,13 @@ struct conn {
     size_t unconsumed; /* received, and not yet given back to the peer's window */
 };
 
+enum sandbox { SANDBOX_AUTO, SANDBOX_REQUIRE, SANDBOX_OFF };
+#ifdef __SANITIZE_ADDRESS__ /* its run-time makes system calls that no server needs */
+#define SANDBOX_DEFAULT SANDBOX_OFF
+#else
+#define SANDBOX_DEFAULT SANDBOX_AUTO
+#endif
+
 struct serve_options {
     const char *endpoints[LISTENERS_MAX];
     size_t endpoint_count;
@@ -376,6 +388,7 @@ struct serve_options {
     uid_t uids[ALLOWED_UIDS_MAX];
     size_t uid_count;
     size_t max_connections;
+    enum sandbox sandbox;
 };
 
 struct server {
@@ -578,7 +591,8 @@ static void log_line(enum log_level level, const char *format, ...) {
     if (level > log_level)
         return;
     struct pollfd room = {.fd = STDERR_FILENO, .events = POLLOUT};
-    if (poll(&room, 1, 0) < 1 || !(room.revents & POLLOUT))
+    const struct timespec at_once = {0, 0};
+    if (ppoll(&room, 1, &at_once, NULL) < 1 || !(room.revents & POLLOUT))
         return;
     char buf[LOG_LINE_MAX];
     struct text t = {.buf = buf, .cap = sizeof buf - 1, .logfmt = true};
@@ -2463,6 +2477,15 @@ static bool socket_refuses(const struct sockaddr_un *address, socklen_t len) {
     return refused;
 }
 
+/* Which file lies at a path, links not followed. One system call, on every machine and libc. */
+static int file_identify(const char *path, struct statx *st) {
+    return (int)syscall(SYS_statx, AT_FDCWD, path, AT_SYMLINK_NOFOLLOW, STATX_BASIC_STATS, st);
+}
+
+static bool same_file(const struct statx *a, const struct statx *b) {
+    return a->stx_ino == b->stx_ino && a->stx_dev_major == b->stx_dev_major && a->stx_dev_minor == b->stx_dev_minor;
+}
+
 /*
  * Removes what a crashed server left at the path. A live socket, or anything that
  * is no socket, ends the program and stays untouched. A server that is just
@@ -2470,19 +2493,19 @@ static bool socket_refuses(const struct sockaddr_un *address, socklen_t len) {
  */
 static void socket_clear(const struct sockaddr_un *address, socklen_t len) {
     const char *path = address->sun_path;
-    struct stat before, after;
-    if (lstat(path, &before) < 0) {
+    struct statx before, after;
+    if (file_identify(path, &before) < 0) {
         if (errno != ENOENT)
             die("%s: %s", path, strerror(errno));
         return;
     }
-    if (!S_ISSOCK(before.st_mode))
+    if (!S_ISSOCK(before.stx_mode))
         die("%s: exists and is not a socket; remove it, or choose another path", path);
     const struct timespec wait = {.tv_nsec = STALE_RETRY_MS * 1000000L};
     if (!socket_refuses(address, len) || nanosleep(&wait, NULL) < 0 || !socket_refuses(address, len))
         die("%s: another process is listening there", path);
-    if (lstat(path, &after) < 0 || after.st_ino != before.st_ino || after.st_dev != before.st_dev ||
-        after.st_ctim.tv_sec != before.st_ctim.tv_sec || after.st_ctim.tv_nsec != before.st_ctim.tv_nsec)
+    if (file_identify(path, &after) < 0 || !same_file(&before, &after) || /* inodes are used again: */
+        after.stx_ctime.tv_sec != before.stx_ctime.tv_sec || after.stx_ctime.tv_nsec != before.stx_ctime.tv_nsec)
         die("%s: another process is starting there", path);
     if (unlink(path) < 0)
         die("%s: cannot remove the stale socket: %s", path, strerror(errno));
@@ -2511,14 +2534,9 @@ static void listener_open(struct listener *l, const char *endpoint, const struct
     umask(mask);
     if (rv < 0)
         die("%s: %s", endpoint, strerror(errno));
-    struct stat st;
-    if (file) {
-        if (lstat(path, &st) < 0)
-            die("%s: %s", path, strerror(errno));
-        l->made = true;
-        l->dev = st.st_dev;
-        l->ino = st.st_ino;
-    }
+    if (file && file_identify(path, &l->file) < 0)
+        die("%s: %s", path, strerror(errno));
+    l->made = file;
     if ((file && options->has_group && lchown(path, (uid_t)-1, options->group) < 0) ||
         (file && chmod(path, options->mode) < 0) || listen(l->source.fd, BACKLOG) < 0) {
         int error = errno;
@@ -2546,9 +2564,9 @@ static void listener_inherit(struct listener *l, int fd) {
 
 /* Removes the file of a socket that we made, unless it has been replaced since. */
 static void listener_close(struct listener *l) {
-    struct stat st;
-    if (l->made && lstat(l->address.sun_path, &st) == 0 && st.st_dev == l->dev && st.st_ino == l->ino)
-        unlink(l->address.sun_path);
+    struct statx st;
+    if (l->made && file_identify(l->address.sun_path, &st) == 0 && same_file(&st, &l->file))
+        unlinkat(AT_FDCWD, l->address.sun_path, 0);
     close(l->source.fd);
 }
 
@@ -2783,7 +2801,7 @@ static int server_wait_ms(const struct server *s) {
 static void server_run(struct server *s) {
     struct epoll_event events[EVENTS_MAX];
     while (s->drain_ms == INT64_MAX || (s->conn_count > 0 && s->now_ms < s->drain_ms)) {
-        int n = epoll_wait(s->epoll, events, EVENTS_MAX, server_wait_ms(s));
+        int n = epoll_pwait(s->epoll, events, EVENTS_MAX, server_wait_ms(s), NULL);
         server_clock(s);
         if (n == 0 && s->stream_count == 0)
             heap_tidy(&s->heap);
@@ -2871,6 +2889,119 @@ static void server_free(struct server *s) {
     explicit_bzero(s, sizeof *s);
     free(s);
     stack_wipe();
+}
+
+/* ------------------------------------------------------------- Confinement
+ *
+ * When everything is open, the process gives up what it no longer needs: new
+ * privileges, its capabilities, and all system calls but the nineteen of its
+ * turns (seccomp(2)). No file can be opened any more, no socket made, no program
+ * run, and no memory become executable; whoever tries is killed.
+ */
+
+#if defined(__x86_64__)
+#define THIS_ARCH AUDIT_ARCH_X86_64
+#elif defined(__aarch64__)
+#define THIS_ARCH AUDIT_ARCH_AARCH64
+#elif defined(__arm__)
+#define THIS_ARCH AUDIT_ARCH_ARM
+#elif defined(__riscv) && __riscv_xlen == 64
+#define THIS_ARCH AUDIT_ARCH_RISCV64
+#elif defined(__s390x__)
+#define THIS_ARCH AUDIT_ARCH_S390X
+#elif defined(__i386__)
+#define THIS_ARCH AUDIT_ARCH_I386
+#else
+#error "add this architecture's AUDIT_ARCH_ constant"
+#endif
+
+/* 32-bit machines have calls of their own for 64-bit times and offsets. */
+#ifdef SYS_mmap2
+#define SYS_MMAP SYS_mmap2
+#else
+#define SYS_MMAP SYS_mmap
+#endif
+#if defined(SYS_clock_gettime64) && defined(SYS_ppoll_time64)
+#define SYS_CLOCK_GETTIME SYS_clock_gettime64
+#define SYS_PPOLL SYS_ppoll_time64
+#else
+#define SYS_CLOCK_GETTIME SYS_clock_gettime
+#define SYS_PPOLL SYS_ppoll
+#endif
+
+#define LOAD(field) BPF_STMT(BPF_LD | BPF_W | BPF_ABS, offsetof(struct seccomp_data, field))
+#define RETURN(action) BPF_STMT(BPF_RET | BPF_K, (action))
+#define ALLOW(call) BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, (call), 0, 1), RETURN(SECCOMP_RET_ALLOW)
+/* The protection is the third argument of mmap and mprotect; its low word comes first or last. */
+#if __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__
+#define LOAD_PROTECTION LOAD(args[2])
+#else
+#define LOAD_PROTECTION BPF_STMT(BPF_LD | BPF_W | BPF_ABS, offsetof(struct seccomp_data, args[2]) + 4)
+#endif
+#define ALLOW_UNLESS_EXEC(call)                                                                   \
+    BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, (call), 0, 4), LOAD_PROTECTION,                           \
+        BPF_JUMP(BPF_JMP | BPF_JSET | BPF_K, PROT_EXEC, 0, 1), RETURN(SECCOMP_RET_KILL_PROCESS), \
+        RETURN(SECCOMP_RET_ALLOW)
+
+/* Installs the allow-list. 0, or -1 with errno. */
+static int seccomp_install(void) {
+    static struct sock_filter filter[] = {
+        LOAD(arch),
+        BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, THIS_ARCH, 1, 0),
+        RETURN(SECCOMP_RET_KILL_PROCESS),
+        LOAD(nr),
+        ALLOW(SYS_epoll_pwait), /* the loop */
+        ALLOW(SYS_epoll_ctl),
+        ALLOW(SYS_accept4),
+        ALLOW(SYS_getsockopt),
+        ALLOW(SYS_read),
+        ALLOW(SYS_write),
+        ALLOW(SYS_close),
+        ALLOW(SYS_CLOCK_GETTIME), /* where the vDSO has no clock */
+        ALLOW(SYS_getrandom),
+        ALLOW(SYS_PPOLL),   /* log_line */
+        ALLOW(SYS_pread64), /* metrics_resident */
+        ALLOW(SYS_brk),     /* malloc */
+        ALLOW(SYS_munmap),
+        ALLOW(SYS_madvise),
+        ALLOW_UNLESS_EXEC(SYS_MMAP),
+        LOAD(nr),
+        ALLOW_UNLESS_EXEC(SYS_mprotect),
+        LOAD(nr),
+        ALLOW(SYS_statx), /* listener_close */
+        ALLOW(SYS_unlinkat),
+        ALLOW(SYS_exit_group),
+        RETURN(SECCOMP_RET_KILL_PROCESS),
+    };
+    const struct sock_fprog program = {.len = sizeof filter / sizeof *filter, .filter = filter};
+    return prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, &program);
+}
+
+/* Gives up every capability, the bounding set's right to regain them included. */
+static int capabilities_drop(void) {
+    struct __user_cap_header_struct header = {.version = _LINUX_CAPABILITY_VERSION_3};
+    struct __user_cap_data_struct none[_LINUX_CAPABILITY_U32S_3] = {0};
+    prctl(PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0); /* unknown before Linux 4.3 */
+    return (int)syscall(SYS_capset, &header, none);
+}
+
+/* One step of confinement failed: a warning, or the end. */
+static void confine_failed(enum sandbox sandbox, const char *feature) {
+    if (sandbox == SANDBOX_REQUIRE)
+        die("--sandbox require: %s: %s", feature, strerror(errno));
+    log_line(LOG_WARN, "msg=\"the sandbox lacks a feature\" feature=%s error=%s", feature, strerror(errno));
+}
+
+static void confine(enum sandbox sandbox) {
+    if (sandbox == SANDBOX_OFF)
+        return;
+    tzset(); /* glibc's gmtime_r would read the time zone's file on its first use */
+    if (prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) < 0)
+        confine_failed(sandbox, "no_new_privs");
+    if (capabilities_drop() < 0)
+        confine_failed(sandbox, "capabilities");
+    if (seccomp_install() < 0)
+        confine_failed(sandbox, "seccomp");
 }
 
 /* ------------------------------------------------------------------- Probe
@@ -3601,6 +3732,7 @@ static const char help[] =
     "  --group NAME|GID            group of socket files\n"
     "  --allow-uid USER|UID[,...]  who may connect (root and the plugin's own uid)\n"
     "  --max-connections N         connections at a time (256)\n"
+    "  --sandbox auto|require|off  confinement: as the kernel can, all of it, none (auto)\n"
     "  --log-level LEVEL           error, info or debug (info)\n"
     "Options of probe:\n"
     "  --timeout SECONDS           for all of it (3)\n"
@@ -3696,6 +3828,16 @@ static enum log_level log_level_parse(const char *s) {
     die_usage("--log-level: error, info or debug");
 }
 
+static enum sandbox sandbox_parse(const char *s) {
+    if (strcmp(s, "auto") == 0)
+        return SANDBOX_AUTO;
+    if (strcmp(s, "require") == 0)
+        return SANDBOX_REQUIRE;
+    if (strcmp(s, "off") == 0)
+        return SANDBOX_OFF;
+    die_usage("--sandbox: auto, require or off");
+}
+
 /* Seconds, with up to three decimals. */
 static int64_t timeout_parse(const char *s) {
     char whole[16];
@@ -3740,10 +3882,10 @@ static bool options_set(struct options *o, enum verb verb, const char *name, con
         bool value;
     } known[] = {
         {"--listen", SERVE, true},          {"--mode", SERVE, true},      {"--group", SERVE, true},   {"--allow-uid", SERVE, true},
-        {"--max-connections", SERVE, true}, {"--log-level", SERVE, true}, {"--timeout", PROBE, true}, {"--strict", AUDIT, false},
-        {"--list", AUDIT, false},
+        {"--max-connections", SERVE, true}, {"--sandbox", SERVE, true},   {"--log-level", SERVE, true}, {"--timeout", PROBE, true},
+        {"--strict", AUDIT, false}, {"--list", AUDIT, false},
     };
-    enum { LISTEN, MODE, GROUP, ALLOW_UID, MAX_CONNECTIONS, LOG_LEVEL, TIMEOUT, STRICT, LIST, OPTIONS };
+    enum { LISTEN, MODE, GROUP, ALLOW_UID, MAX_CONNECTIONS, SANDBOX, LOG_LEVEL, TIMEOUT, STRICT, LIST, OPTIONS };
     struct serve_options *serve = &o->serve;
     size_t i = 0;
     while (i < OPTIONS && (known[i].verb != verb || strcmp(known[i].name, name) != 0))
@@ -3762,6 +3904,7 @@ static bool options_set(struct options *o, enum verb verb, const char *name, con
     case GROUP: serve->group = gid_parse(value); serve->has_group = true; break;
     case ALLOW_UID: options_allow(serve, value); break;
     case MAX_CONNECTIONS: serve->max_connections = max_connections_parse(value); break;
+    case SANDBOX: serve->sandbox = sandbox_parse(value); break;
     case LOG_LEVEL: log_level = log_level_parse(value); break;
     case TIMEOUT: o->timeout_ms = timeout_parse(value); break;
     case STRICT: o->strict = true; break;
@@ -3778,7 +3921,7 @@ static bool is_help(const char *s) {
 static enum verb options_parse(struct options *o, int argc, char **argv) {
     enum verb verb = SERVE;
     int i = 1;
-    *o = (struct options){.timeout_ms = 3000, .serve = {.mode = 0600, .max_connections = CONNECTIONS_DEFAULT}};
+    *o = (struct options){.timeout_ms = 3000, .serve = {.mode = 0600, .max_connections = CONNECTIONS_DEFAULT, .sandbox = SANDBOX_DEFAULT}};
     for (int j = 1; j < argc && strcmp(argv[j], "--") != 0; j++) {
         if (is_help(argv[j])) {
             print(STDOUT_FILENO, "%s", help);
@@ -3840,6 +3983,7 @@ static int serve(struct serve_options *options) {
     struct ring *ring = ring_load();
     sealing_self_test(&ring->suite);
     struct server *s = server_new(ring, options);
+    confine(options->sandbox);
     for (size_t i = 0; i < s->listener_count; i++) {
         server_watch(s, &s->listeners[i].source);
         log_line(LOG_INFO, "msg=ready endpoint=%s key_id=%s keks=%zu cipher=%s version=" VERSION,
