@@ -3524,7 +3524,8 @@ static bool reader_need(struct reader *r, size_t n) {
         return true;
     if (n > RESCUE_INPUT_MAX)
         die("standard input: more than 64 MiB for one value");
-    memmove(r->bytes, r->bytes + r->at, r->len - r->at);
+    if (r->at > 0)
+        memmove(r->bytes, r->bytes + r->at, r->len - r->at);
     r->len -= r->at;
     r->at = 0;
     if (r->cap < n + IN_BYTES) {
