@@ -549,35 +549,43 @@ static void print(int fd, const char *format, ...) {
     va_start(args, format);
     text_vadd(&t, format, args);
     va_end(args);
-    if (write_all(fd, buf, t.len) < 0 && fd == STDOUT_FILENO)
-        _exit(1);
+    if (write_all(fd, buf, t.len) < 0 && fd == STDOUT_FILENO) {
+        print(STDERR_FILENO, "kmsplugin: standard output: %s\n", strerror(errno));
+        exit(1);
+    }
+}
+
+/* One line on stderr. Words of a peer or of the command line may be in it: none reaches the terminal's controls. */
+static void complain(const char *format, va_list args) {
+    char buf[LOG_LINE_MAX];
+    struct text t = {.buf = buf, .cap = sizeof buf - 1};
+    text_add(&t, "kmsplugin: ");
+    text_vadd(&t, format, args);
+    for (size_t i = 0; i < t.len; i++)
+        if ((uint8_t)buf[i] < ' ' || buf[i] == 0x7f)
+            buf[i] = '?';
+    buf[t.len++] = '\n';
+    write_all(STDERR_FILENO, buf, t.len);
 }
 
 /* Ends the program with one sentence on stderr and exit status 1. */
 __attribute__((format(printf, 1, 2), noreturn))
 static void die(const char *format, ...) {
-    char buf[LOG_LINE_MAX];
-    struct text t = {.buf = buf, .cap = sizeof buf - 1};
-    text_add(&t, "kmsplugin: ");
     va_list args;
     va_start(args, format);
-    text_vadd(&t, format, args);
+    complain(format, args);
     va_end(args);
-    buf[t.len++] = '\n';
-    write_all(STDERR_FILENO, buf, t.len);
     exit(1);
 }
 
 /* Ends the program for bad usage: the sentence, a hint, and exit status 2. */
 __attribute__((format(printf, 1, 2), noreturn))
 static void die_usage(const char *format, ...) {
-    char buf[LOG_LINE_MAX];
-    struct text t = {.buf = buf, .cap = sizeof buf - 1};
     va_list args;
     va_start(args, format);
-    text_vadd(&t, format, args);
+    complain(format, args);
     va_end(args);
-    print(STDERR_FILENO, "kmsplugin: %.*s\nTry 'kmsplugin --help'.\n", (int)t.len, buf);
+    print(STDERR_FILENO, "Try 'kmsplugin --help'.\n");
     exit(2);
 }
 
@@ -2196,8 +2204,6 @@ static int on_stream_close(nghttp2_session *session, int32_t id, uint32_t error,
     struct stream *s = nghttp2_session_get_stream_user_data(session, id);
     if (s)
         stream_free(s);
-    if (!c->streams)
-        c->idle_since_ms = c->server->now_ms;
     return callback_result(conn_consume(c));
 }
 
@@ -2306,6 +2312,7 @@ static int conn_read(struct conn *c) {
         return errno == EAGAIN || errno == EWOULDBLOCK || errno == EINTR ? 0 : -1;
     if (n == 0)
         return -1;
+    c->idle_since_ms = s->now_ms;
     ssize_t used = nghttp2_session_mem_recv(c->session, s->in, (size_t)n);
     explicit_bzero(s->in, (size_t)n);
     return used < 0 ? -1 : conn_flush(c);
@@ -2511,39 +2518,39 @@ static void socket_clear(const struct sockaddr_un *address, socklen_t len) {
         die("%s: cannot remove the stale socket: %s", path, strerror(errno));
 }
 
-/*
- * Binds and listens. A file never has a wider mode than asked for: it is made with
- * none, given its group, then its mode, and only then listened on.
- */
-static void listener_open(struct listener *l, const char *endpoint, const struct serve_options *options) {
+/* Sees to it that an endpoint can be bound, or dies. */
+static void listener_prepare(struct listener *l, const char *endpoint) {
     const char *wrong = endpoint_parse(endpoint, &l->address, &l->address_len);
     if (wrong)
         die_usage("%s: %s", endpoint, wrong);
+    if (l->address.sun_path[0] == '\0')
+        return;
+    directory_check(l->address.sun_path);
+    socket_clear(&l->address, l->address_len);
+}
+
+/*
+ * Binds and listens. A file never has a wider mode than asked for: it is made with
+ * none, given its group, then its mode, and only then listened on. 0, or -1 with errno.
+ */
+static int listener_open(struct listener *l, const struct serve_options *options) {
     const char *path = l->address.sun_path;
-    bool file = path[0] != '\0';
-    if (file) {
-        directory_check(path);
-        socket_clear(&l->address, l->address_len);
-    } else {
-        log_line(LOG_WARN, "msg=\"any process of this network namespace can take an abstract name first and play the plugin\" "
-                 "endpoint=%s", endpoint);
-    }
-    l->source = (struct source){SOURCE_LISTENER, socket_new()};
     mode_t mask = umask(0777);
+    l->source = (struct source){SOURCE_LISTENER, socket_new()};
     int rv = bind(l->source.fd, (struct sockaddr *)&l->address, l->address_len);
     umask(mask);
     if (rv < 0)
-        die("%s: %s", endpoint, strerror(errno));
-    if (file && file_identify(path, &l->file) < 0)
-        die("%s: %s", path, strerror(errno));
-    l->made = file;
-    if ((file && options->has_group && lchown(path, (uid_t)-1, options->group) < 0) ||
-        (file && chmod(path, options->mode) < 0) || listen(l->source.fd, BACKLOG) < 0) {
-        int error = errno;
-        if (file)
-            unlink(path);
-        die("%s: %s", endpoint, strerror(error));
+        return -1;
+    if (path[0] != '\0') {
+        if (file_identify(path, &l->file) < 0)
+            return -1;
+        l->made = true;
+        if (options->has_group && lchown(path, (uid_t)-1, options->group) < 0)
+            return -1;
+        if (chmod(path, options->mode) < 0)
+            return -1;
     }
+    return listen(l->source.fd, BACKLOG);
 }
 
 /* Takes over a socket that systemd has opened: listening, stream, AF_UNIX. */
@@ -2605,9 +2612,15 @@ static void listeners_open(struct server *s) {
         endpoints = fallback, count = 1;
     if (count > LISTENERS_MAX - s->listener_count)
         die("more than %d sockets", LISTENERS_MAX);
+    for (size_t i = 0; i < count; i++)
+        listener_prepare(&s->listeners[s->listener_count + i], endpoints[i]);
     for (size_t i = 0; i < count; i++) {
-        listener_open(&s->listeners[s->listener_count], endpoints[i], s->options);
-        s->listener_count++;
+        if (listener_open(&s->listeners[s->listener_count++], s->options) == 0)
+            continue;
+        int error = errno;
+        while (s->listener_count > 0)
+            listener_close(&s->listeners[--s->listener_count]);
+        die("%s: %s", endpoints[i], strerror(error));
     }
 }
 
@@ -2782,8 +2795,8 @@ static void server_signal(struct server *s) {
     s->drain_ms = s->now_ms + DRAIN_TIMEOUT_MS;
     s->resume_accept_ms = INT64_MAX;
     server_due(s, s->drain_ms);
-    for (; s->listener_count > 0; s->listener_count--)
-        listener_close(&s->listeners[s->listener_count - 1]);
+    while (s->listener_count > 0)
+        listener_close(&s->listeners[--s->listener_count]);
     for (struct conn *c = s->conns; c; c = c->next)
         if (!c->closed && conn_goaway(c) < 0)
             conn_close(c, "drained");
@@ -3337,12 +3350,8 @@ static int probe(const char *endpoint, int64_t timeout_ms) {
         unsigned us = (unsigned)(now - before);
         before = now;
         print(STDOUT_FILENO, "%s %s %u.%03u ms\n", steps[i].name, rv == 0 ? "ok" : "failed", us / 1000, us % 1000);
-        if (rv < 0) {
-            char value[2 * LOG_LINE_MAX];
-            struct text t = {.buf = value, .cap = sizeof value};
-            text_value(&t, p.client.why, strlen(p.client.why)); /* it holds words of the peer */
-            die("probe %s: %s: %.*s", endpoint, steps[i].name, (int)t.len, value);
-        }
+        if (rv < 0)
+            die("probe %s: %s: %s", endpoint, steps[i].name, p.client.why);
     }
     nghttp2_session_del(p.client.session);
     close(p.client.fd);
@@ -3615,6 +3624,7 @@ static int unseal(const struct ring *ring, const char *etcd_key) {
             if (without.state != VALUE_BROKEN)
                 v = without;
         }
+        free(r.bytes);
         return unseal_finish(&v);
     }
     V2__Etcd__KeyValue *kv = range_next(&r);
@@ -3624,6 +3634,8 @@ static int unseal(const struct ring *ring, const char *etcd_key) {
     if (second || r.more)
         die("unseal: standard input holds more than one entry: name one etcd key, or use audit");
     value_open(&v, ring, kv->key.data, kv->key.len, kv->value.data, kv->value.len);
+    protobuf_c_message_free_unpacked(&kv->base, NULL);
+    free(r.bytes);
     return unseal_finish(&v);
 }
 
@@ -3681,6 +3693,7 @@ static int audit(const struct ring *ring, bool strict, bool list) {
         value_wipe(&v);
         protobuf_c_message_free_unpacked(&kv->base, NULL);
     }
+    free(r.bytes);
     for (size_t i = 0; i < a.row_count; i++) {
         const struct audit_row *row = &a.rows[i];
         bool seals = strcmp(row->key_id, sealing_id) == 0;
@@ -3748,9 +3761,16 @@ static const char help[] =
     "  KMS_KEK_FILE                a file with one KEK in base64, or several with commas between\n"
     "  KMS_KEK                     the same text in the environment\n";
 
-/* A user's uid, or a group's gid, by name or number. Dies when there is none. */
-static uid_t uid_parse(const char *s) {
+/* A user's uid, or a group's gid: a number, or -1 for a name that has to be looked up. */
+static long long id_parse(const char *option, const char *s) {
     long long n = decimal(s, UINT32_MAX - 1);
+    if (n < 0 && (s[0] == '-' || (s[0] >= '0' && s[0] <= '9')))
+        die_usage("%s: no name, nor a number up to %u: %s", option, UINT32_MAX - 1, s);
+    return n;
+}
+
+static uid_t uid_parse(const char *s) {
+    long long n = id_parse("--allow-uid", s);
     const struct passwd *user = n < 0 ? getpwnam(s) : NULL;
     if (n < 0 && !user)
         die("--allow-uid: no such user: %s", s);
@@ -3758,7 +3778,7 @@ static uid_t uid_parse(const char *s) {
 }
 
 static gid_t gid_parse(const char *s) {
-    long long n = decimal(s, UINT32_MAX - 1);
+    long long n = id_parse("--group", s);
     const struct group *group = n < 0 ? getgrnam(s) : NULL;
     if (n < 0 && !group)
         die("--group: no such group: %s", s);
@@ -3827,6 +3847,15 @@ static enum log_level log_level_parse(const char *s) {
     if (strcmp(s, "debug") == 0)
         return LOG_DEBUG;
     die_usage("--log-level: error, info or debug");
+}
+
+/* Bad usage, if this is no endpoint. */
+static void endpoint_require(const char *endpoint) {
+    struct sockaddr_un address;
+    socklen_t len;
+    const char *wrong = endpoint_parse(endpoint, &address, &len);
+    if (wrong)
+        die_usage("%s: %s", endpoint, wrong);
 }
 
 static enum sandbox sandbox_parse(const char *s) {
@@ -3899,6 +3928,7 @@ static bool options_set(struct options *o, enum verb verb, const char *name, con
     case LISTEN:
         if (serve->endpoint_count == LISTENERS_MAX)
             die_usage("--listen: more than %d endpoints", LISTENERS_MAX);
+        endpoint_require(value);
         serve->endpoints[serve->endpoint_count++] = value;
         break;
     case MODE: serve->mode = mode_parse(value); break;
@@ -3970,15 +4000,19 @@ static void dump_protect(void) {
     setrlimit(RLIMIT_CORE, &none);
 }
 
-static int serve(struct serve_options *options) {
+/* Logs that a listener is open, and what its kind is worth. */
+static void serve_announce(const struct server *s, const struct listener *l) {
+    const struct ring *ring = s->kms.ring;
     char name[ENDPOINT_NAME_BYTES];
-    struct sockaddr_un address;
-    socklen_t len;
-    for (size_t i = 0; i < options->endpoint_count; i++) {
-        const char *wrong = endpoint_parse(options->endpoints[i], &address, &len);
-        if (wrong)
-            die_usage("%s: %s", options->endpoints[i], wrong);
-    }
+    endpoint_name(&l->address, l->address_len, name, sizeof name);
+    if (l->address.sun_path[0] == '\0')
+        log_line(LOG_WARN, "msg=\"any process of this network namespace can take an abstract name first and play the plugin\" "
+                 "endpoint=%s", name);
+    log_line(LOG_INFO, "msg=ready endpoint=%s key_id=%s keks=%zu cipher=%s version=" VERSION, name, ring->keks[0].key_id,
+             ring->count, ring->suite.name);
+}
+
+static int serve(struct serve_options *options) {
     if (options->uid_count == 0)
         options_allow_default(options);
     struct ring *ring = ring_load();
@@ -3987,9 +4021,7 @@ static int serve(struct serve_options *options) {
     confine(options->sandbox);
     for (size_t i = 0; i < s->listener_count; i++) {
         server_watch(s, &s->listeners[i].source);
-        log_line(LOG_INFO, "msg=ready endpoint=%s key_id=%s keks=%zu cipher=%s version=" VERSION,
-                 endpoint_name(&s->listeners[i].address, s->listeners[i].address_len, name, sizeof name),
-                 ring->keks[0].key_id, ring->count, ring->suite.name);
+        serve_announce(s, &s->listeners[i]);
     }
     notify(s->notify, "READY=1");
     server_run(s);
