@@ -65,6 +65,9 @@
 #include <sys/signalfd.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
+#ifndef STATX_BASIC_STATS /* musl before 1.2.5 */
+#include <linux/stat.h>
+#endif
 #include <sys/syscall.h>
 #include <sys/un.h>
 #include <time.h>
@@ -289,12 +292,25 @@ struct heap {
 
 enum http_method { METHOD_OTHER, METHOD_POST, METHOD_GET, METHOD_CONNECT };
 
-enum { SEEN_METHOD = 1, SEEN_SCHEME = 2, SEEN_PATH = 4, SEEN_AUTHORITY = 8, SEEN_PROTOCOL = 16,
-       SEEN_REGULAR = 32, SEEN_CONTENT_TYPE = 64, SEEN_CONTENT_LENGTH = 128, SEEN_TIMEOUT = 256 };
+enum field_name {
+    FIELD_METHOD,
+    FIELD_SCHEME,
+    FIELD_PATH,
+    FIELD_AUTHORITY,
+    FIELD_CONTENT_TYPE,
+    FIELD_CONTENT_LENGTH,
+    FIELD_TIMEOUT,
+    FIELD_TE,
+    FIELD_FORBIDDEN, /* RFC 9113 8.2.2: means something on an HTTP/1 connection only */
+    FIELD_OTHER,
+};
+enum { SEEN_REGULAR = 1 << FIELD_OTHER };
+
+enum verdict { USUAL, UNUSUAL, MALFORMED }; /* on a field */
 
 /* The head of a request, judged field by field; nothing of the peer's is kept. */
 struct request {
-    unsigned seen;
+    unsigned seen; /* 1 << field_name, SEEN_REGULAR */
     enum http_method method;
     enum rpc rpc; /* RPC_UNKNOWN for any other path */
     bool metrics; /* the path is /metrics */
@@ -356,7 +372,7 @@ struct conn {
     struct conn *next, **link;
     struct server *server;
     nghttp2_session *session;
-    struct stream *streams;
+    struct stream *streams, *recent; /* recent: the one that stream_find found last, or NULL */
     size_t stream_count;
     bool closed; /* descriptor and session are gone, the struct goes at the end of the turn */
     bool greeted; /* the client's SETTINGS have come */
@@ -1439,21 +1455,23 @@ static void v1_decrypt(struct kms *kms, const void *message, struct answer *a) {
         answer_message(kms, a, &response);
 }
 
+#define RPC(service, method, type, call)                                                                     \
+    {"/" service ".KeyManagementService/" method, sizeof "/" service ".KeyManagementService/" method - 1, \
+     service, method, &v2__##type##__descriptor, call}
 static const struct {
-    const char *path, *service, *method;
+    const char *path;
+    size_t path_len;
+    const char *service, *method;
     const ProtobufCMessageDescriptor *request;
     void (*call)(struct kms *, const void *, struct answer *);
 } rpcs[RPCS] = {
-    [V2_STATUS] = {"/v2.KeyManagementService/Status", "v2", "Status", &v2__status_request__descriptor, v2_status},
-    [V2_ENCRYPT] = {"/v2.KeyManagementService/Encrypt", "v2", "Encrypt", &v2__encrypt_request__descriptor, v2_encrypt},
-    [V2_DECRYPT] = {"/v2.KeyManagementService/Decrypt", "v2", "Decrypt", &v2__decrypt_request__descriptor, v2_decrypt},
-    [V1_VERSION] = {"/v1beta1.KeyManagementService/Version", "v1beta1", "Version",
-                    &v2__v1beta1__version_request__descriptor, v1_version},
-    [V1_ENCRYPT] = {"/v1beta1.KeyManagementService/Encrypt", "v1beta1", "Encrypt",
-                    &v2__v1beta1__encrypt_request__descriptor, v1_encrypt},
-    [V1_DECRYPT] = {"/v1beta1.KeyManagementService/Decrypt", "v1beta1", "Decrypt",
-                    &v2__v1beta1__decrypt_request__descriptor, v1_decrypt},
-    [RPC_UNKNOWN] = {"", "unknown", "unknown", NULL, NULL},
+    [V2_STATUS] = RPC("v2", "Status", status_request, v2_status),
+    [V2_ENCRYPT] = RPC("v2", "Encrypt", encrypt_request, v2_encrypt),
+    [V2_DECRYPT] = RPC("v2", "Decrypt", decrypt_request, v2_decrypt),
+    [V1_VERSION] = RPC("v1beta1", "Version", v1beta1__version_request, v1_version),
+    [V1_ENCRYPT] = RPC("v1beta1", "Encrypt", v1beta1__encrypt_request, v1_encrypt),
+    [V1_DECRYPT] = RPC("v1beta1", "Decrypt", v1beta1__decrypt_request, v1_decrypt),
+    [RPC_UNKNOWN] = {"", 0, "unknown", "unknown", NULL, NULL},
 };
 
 /* Takes the ring. 0, or -1 without memory. */
@@ -1648,83 +1666,111 @@ static size_t percent_encode(const char *s, char *out, size_t cap) {
  * an HTTP status, and what is gRPC but not ours a gRPC status.
  */
 
-static bool same(const uint8_t *bytes, size_t len, const char *s) {
-    return strlen(s) == len && memcmp(bytes, s, len) == 0;
-}
+/* Equality with a string constant. */
+#define IS(bytes, len, s) ((len) == sizeof(s) - 1 && memcmp((bytes), (s), sizeof(s) - 1) == 0)
 
-/* Takes one bit of `seen`; a second time is malformed. */
-static void request_once(struct request *r, unsigned bit) {
-    if (r->seen & bit)
-        r->malformed = true;
-    r->seen |= bit;
+/* Which of the fields that mean something here this is. */
+static enum field_name field_name(const uint8_t *name, size_t len) {
+    switch (len) {
+    case 2: return IS(name, len, "te") ? FIELD_TE : FIELD_OTHER;
+    case 5: return IS(name, len, ":path") ? FIELD_PATH : FIELD_OTHER;
+    case 7:
+        return IS(name, len, ":method")   ? FIELD_METHOD
+               : IS(name, len, ":scheme") ? FIELD_SCHEME
+               : IS(name, len, "upgrade") ? FIELD_FORBIDDEN
+                                          : FIELD_OTHER;
+    case 10:
+        return IS(name, len, ":authority") ? FIELD_AUTHORITY
+               : IS(name, len, "connection") || IS(name, len, "keep-alive") ? FIELD_FORBIDDEN
+                                                                            : FIELD_OTHER;
+    case 12:
+        return IS(name, len, "content-type")   ? FIELD_CONTENT_TYPE
+               : IS(name, len, "grpc-timeout") ? FIELD_TIMEOUT
+                                               : FIELD_OTHER;
+    case 14: return IS(name, len, "content-length") ? FIELD_CONTENT_LENGTH : FIELD_OTHER;
+    case 16: return IS(name, len, "proxy-connection") ? FIELD_FORBIDDEN : FIELD_OTHER;
+    case 17: return IS(name, len, "transfer-encoding") ? FIELD_FORBIDDEN : FIELD_OTHER;
+    }
+    return FIELD_OTHER;
 }
 
 /* application/grpc or application/grpc+proto, with or without parameters. */
 static bool is_grpc(const uint8_t *value, size_t len) {
+    static const char type[] = "application/grpc+proto";
+    enum { BARE_LEN = sizeof "application/grpc" - 1 };
     const uint8_t *end = memchr(value, ';', len);
     if (end)
         len = (size_t)(end - value);
-    static const char type[] = "application/grpc+proto";
-    size_t bare = sizeof "application/grpc" - 1;
-    return (len == bare || len == sizeof type - 1) && strncasecmp((const char *)value, type, len) == 0;
+    return (len == BARE_LEN || len == sizeof type - 1) && strncasecmp((const char *)value, type, len) == 0;
 }
 
-static void request_pseudo(struct request *r, const uint8_t *name, size_t name_len, const uint8_t *value, size_t len) {
-    if (r->seen & SEEN_REGULAR || r->trailers) {
-        r->malformed = true;
-    } else if (same(name, name_len, ":method")) {
-        request_once(r, SEEN_METHOD);
-        r->method = same(value, len, "POST")      ? METHOD_POST
-                    : same(value, len, "GET")     ? METHOD_GET
-                    : same(value, len, "CONNECT") ? METHOD_CONNECT
-                                                  : METHOD_OTHER;
-        r->malformed |= len == 0;
-    } else if (same(name, name_len, ":scheme")) {
-        request_once(r, SEEN_SCHEME);
-        r->malformed |= len == 0;
-    } else if (same(name, name_len, ":path")) {
-        request_once(r, SEEN_PATH);
-        r->malformed |= len == 0 || (value[0] != '/' && !same(value, len, "*"));
-        r->metrics = same(value, len, "/metrics");
-        r->rpc = 0;
-        while (r->rpc < RPC_UNKNOWN && !same(value, len, rpcs[r->rpc].path))
-            r->rpc++;
-    } else if (same(name, name_len, ":authority")) {
-        request_once(r, SEEN_AUTHORITY); /* any value at all */
-    } else {
-        r->malformed = true;
-    }
-}
-
-static void request_content_length(struct request *r, const uint8_t *value, size_t len) {
-    request_once(r, SEEN_CONTENT_LENGTH);
-    r->malformed |= len == 0 || len > 18;
+/* Decimal digits to content_length; false for anything else. */
+static bool request_content_length(struct request *r, const uint8_t *value, size_t len) {
+    enum { DIGITS_MAX = 18 };
     r->content_length = 0;
-    for (size_t i = 0; i < len && !r->malformed; i++) {
-        r->malformed |= value[i] < '0' || value[i] > '9';
+    for (size_t i = 0; i < len; i++) {
+        if (value[i] < '0' || value[i] > '9')
+            return false;
         r->content_length = 10 * r->content_length + (uint64_t)(value[i] - '0');
     }
+    return len > 0 && len <= DIGITS_MAX;
 }
 
-static void request_regular(struct request *r, const uint8_t *name, size_t name_len, const uint8_t *value, size_t len) {
-    r->seen |= SEEN_REGULAR;
-    if (same(name, name_len, "content-type") && !r->trailers) {
-        request_once(r, SEEN_CONTENT_TYPE);
-        r->grpc = is_grpc(value, len);
-    } else if (same(name, name_len, "content-length") && !r->trailers) {
-        request_content_length(r, value, len);
-    } else if (same(name, name_len, "grpc-timeout") && !r->trailers) {
-        r->bad_timeout |= (r->seen & SEEN_TIMEOUT) != 0;
-        r->seen |= SEEN_TIMEOUT;
+static void request_path(struct request *r, const uint8_t *value, size_t len) {
+    r->metrics = IS(value, len, "/metrics");
+    r->rpc = 0;
+    while (r->rpc < RPC_UNKNOWN && (len != rpcs[r->rpc].path_len || memcmp(value, rpcs[r->rpc].path, len) != 0))
+        r->rpc++;
+}
+
+/*
+ * A field that means something here. USUAL: its value is one of those that clients
+ * send, so its characters need no look; most requests have nothing else.
+ */
+static enum verdict request_known(struct request *r, enum field_name name, const uint8_t *value, size_t len) {
+    bool again = r->seen & 1u << name, usual = false, sound = true;
+    r->seen |= 1u << name;
+    switch (name) {
+    case FIELD_METHOD:
+        r->method = IS(value, len, "POST")      ? METHOD_POST
+                    : IS(value, len, "GET")     ? METHOD_GET
+                    : IS(value, len, "CONNECT") ? METHOD_CONNECT
+                                                : METHOD_OTHER;
+        usual = r->method == METHOD_POST;
+        sound = len > 0;
+        break;
+    case FIELD_SCHEME:
+        usual = IS(value, len, "http");
+        sound = len > 0;
+        break;
+    case FIELD_PATH:
+        request_path(r, value, len);
+        usual = r->rpc != RPC_UNKNOWN;
+        sound = len > 0 && (value[0] == '/' || IS(value, len, "*"));
+        break;
+    case FIELD_AUTHORITY: /* any value at all */
+        usual = IS(value, len, "localhost");
+        break;
+    case FIELD_CONTENT_TYPE:
+        usual = IS(value, len, "application/grpc");
+        r->grpc = usual || is_grpc(value, len);
+        break;
+    case FIELD_CONTENT_LENGTH:
+        sound = request_content_length(r, value, len);
+        break;
+    case FIELD_TIMEOUT:
         r->timeout_us = grpc_timeout_us(value, len);
-        r->bad_timeout |= r->timeout_us == UINT64_MAX;
-    } else if (same(name, name_len, "te")) {
-        r->malformed |= !(len == 8 && strncasecmp((const char *)value, "trailers", 8) == 0);
-    } else if (same(name, name_len, "connection") || same(name, name_len, "proxy-connection") ||
-               same(name, name_len, "keep-alive") || same(name, name_len, "transfer-encoding") ||
-               same(name, name_len, "upgrade")) {
-        r->malformed = true;
+        r->bad_timeout |= again || r->timeout_us == UINT64_MAX; /* gRPC's business, not HTTP's */
+        return r->bad_timeout ? UNUSUAL : USUAL;
+    case FIELD_TE:
+        usual = IS(value, len, "trailers");
+        sound = usual || (len == 8 && strncasecmp((const char *)value, "trailers", 8) == 0);
+        again = false; /* a list may come in parts */
+        break;
+    default: /* FIELD_FORBIDDEN: of HTTP/1 connections */
+        return MALFORMED;
     }
+    return again || !sound ? MALFORMED : usual ? USUAL : UNUSUAL;
 }
 
 static void request_init(struct request *r) {
@@ -1736,20 +1782,27 @@ static void request_field(struct request *r, const uint8_t *name, size_t name_le
     r->field_bytes += name_len + len + FIELD_OVERHEAD_BYTES;
     if (r->malformed || r->field_bytes > FIELDS_MAX_BYTES)
         return; /* the verdict stands already */
-    if (!nghttp2_check_header_name(name, name_len) || !nghttp2_check_header_value_rfc9113(value, len))
-        r->malformed = true;
-    else if (name[0] == ':')
-        request_pseudo(r, name, name_len, value, len);
+    enum field_name known = field_name(name, name_len);
+    enum verdict verdict = UNUSUAL;
+    if (name_len > 0 && name[0] == ':')
+        verdict = known == FIELD_OTHER || r->trailers || r->seen & SEEN_REGULAR ? MALFORMED : UNUSUAL;
     else
-        request_regular(r, name, name_len, value, len);
+        r->seen |= SEEN_REGULAR;
+    if (known == FIELD_OTHER)
+        verdict = verdict == UNUSUAL && nghttp2_check_header_name(name, name_len) ? UNUSUAL : MALFORMED;
+    else if (verdict == UNUSUAL && (!r->trailers || known == FIELD_FORBIDDEN)) /* in trailers the others mean nothing */
+        verdict = request_known(r, known, value, len);
+    r->malformed = verdict == MALFORMED || (verdict == UNUSUAL && !nghttp2_check_header_value_rfc9113(value, len));
 }
 
 /* Judges the head as a whole, RFC 9113 8.3.1 and 8.5. */
 static void request_head_end(struct request *r) {
-    unsigned need = r->method == METHOD_CONNECT ? SEEN_METHOD | SEEN_AUTHORITY : SEEN_METHOD | SEEN_SCHEME | SEEN_PATH;
-    unsigned forbidden = r->method == METHOD_CONNECT ? SEEN_SCHEME | SEEN_PATH : 0;
+    const unsigned method = 1u << FIELD_METHOD, scheme = 1u << FIELD_SCHEME, path = 1u << FIELD_PATH,
+                   authority = 1u << FIELD_AUTHORITY;
+    bool whole = r->method == METHOD_CONNECT ? (r->seen & (method | authority | scheme | path)) == (method | authority)
+                                             : (r->seen & (method | scheme | path)) == (method | scheme | path);
     if (r->field_bytes <= FIELDS_MAX_BYTES)
-        r->malformed |= (r->seen & need) != need || (r->seen & forbidden) != 0;
+        r->malformed |= !whole;
     r->trailers = true;
 }
 
@@ -1779,6 +1832,8 @@ static void buffer_free(struct conn *c, uint8_t *bytes) {
 
 static void stream_free(struct stream *s) {
     struct conn *c = s->conn;
+    if (c->recent == s)
+        c->recent = NULL;
     if (s->next)
         s->next->link = s->link;
     *s->link = s->next;
@@ -2021,6 +2076,13 @@ static int stream_http_error(struct stream *s, const char *status) {
     return stream_respond(s, fields, strcmp(status, "405") == 0 ? 2 : 1, NULL, 0, false);
 }
 
+/* The stream of an id, or NULL. Callbacks for one stream come in a row. */
+static struct stream *stream_find(struct conn *c, int32_t id) {
+    if (!c->recent || c->recent->id != id)
+        c->recent = nghttp2_session_get_stream_user_data(c->session, id);
+    return c->recent;
+}
+
 static int on_begin_headers(nghttp2_session *session, const nghttp2_frame *frame, void *conn) {
     if (frame->headers.cat != NGHTTP2_HCAT_REQUEST)
         return 0; /* trailers */
@@ -2032,9 +2094,9 @@ static int on_begin_headers(nghttp2_session *session, const nghttp2_frame *frame
 
 static int on_header(nghttp2_session *session, const nghttp2_frame *frame, const uint8_t *name, size_t name_len,
                      const uint8_t *value, size_t len, uint8_t flags, void *conn) {
+    (void)session;
     (void)flags;
-    (void)conn;
-    struct stream *s = nghttp2_session_get_stream_user_data(session, frame->hd.stream_id);
+    struct stream *s = stream_find(conn, frame->hd.stream_id);
     if (s)
         request_field(&s->request, name, name_len, value, len);
     return 0;
@@ -2096,9 +2158,10 @@ static int body_append(struct stream *s, const uint8_t *data, size_t len) {
 
 static int on_data_chunk_recv(nghttp2_session *session, uint8_t flags, int32_t id, const uint8_t *data, size_t len,
                               void *conn) {
+    (void)session;
     (void)flags;
     struct conn *c = conn;
-    struct stream *s = nghttp2_session_get_stream_user_data(session, id);
+    struct stream *s = stream_find(c, id);
     int rv = 0;
     c->unconsumed += len;
     if (s && s->state == STREAM_BODY) {
@@ -2138,6 +2201,7 @@ static int stream_trailers_end(struct stream *s, bool end) {
 }
 
 static int on_frame_recv(nghttp2_session *session, const nghttp2_frame *frame, void *conn) {
+    (void)session;
     struct conn *c = conn;
     if (frame->hd.type == NGHTTP2_SETTINGS) {
         c->greeted = true;
@@ -2145,7 +2209,7 @@ static int on_frame_recv(nghttp2_session *session, const nghttp2_frame *frame, v
     }
     if (frame->hd.type != NGHTTP2_HEADERS && frame->hd.type != NGHTTP2_DATA)
         return 0;
-    struct stream *s = nghttp2_session_get_stream_user_data(session, frame->hd.stream_id);
+    struct stream *s = stream_find(c, frame->hd.stream_id);
     bool end = frame->hd.flags & NGHTTP2_FLAG_END_STREAM;
     int rv = 0;
     if (!s)
@@ -2191,17 +2255,18 @@ static int on_send_data(nghttp2_session *session, nghttp2_frame *frame, const ui
 
 /* An answer that came before the end of its request: RFC 9113 8.1, asks for no more. */
 static int on_frame_send(nghttp2_session *session, const nghttp2_frame *frame, void *conn) {
-    (void)conn;
+    (void)session;
     if (frame->hd.type != NGHTTP2_HEADERS || !(frame->hd.flags & NGHTTP2_FLAG_END_STREAM))
         return 0;
-    struct stream *s = nghttp2_session_get_stream_user_data(session, frame->hd.stream_id);
+    struct stream *s = stream_find(conn, frame->hd.stream_id);
     return s && !s->ended ? callback_result(stream_reset(s, NGHTTP2_NO_ERROR)) : 0;
 }
 
 static int on_stream_close(nghttp2_session *session, int32_t id, uint32_t error, void *conn) {
+    (void)session;
     (void)error;
     struct conn *c = conn;
-    struct stream *s = nghttp2_session_get_stream_user_data(session, id);
+    struct stream *s = stream_find(c, id);
     if (s)
         stream_free(s);
     return callback_result(conn_consume(c));
@@ -3087,11 +3152,11 @@ static int client_on_header(nghttp2_session *session, const nghttp2_frame *frame
     (void)frame;
     (void)flags;
     struct call *call = &((struct client *)client)->call;
-    if (same(name, name_len, ":status"))
+    if (IS(name, name_len, ":status"))
         copy_text(call->http_status, sizeof call->http_status, value, len);
-    else if (same(name, name_len, "grpc-status"))
+    else if (IS(name, name_len, "grpc-status"))
         copy_text(call->status, sizeof call->status, value, len);
-    else if (same(name, name_len, "grpc-message"))
+    else if (IS(name, name_len, "grpc-message"))
         copy_text(call->message, sizeof call->message, value, len);
     return 0;
 }
@@ -3186,7 +3251,7 @@ static void *client_call(struct client *c, enum rpc rpc, const void *request, co
     struct call *call = &c->call;
     static uint8_t bytes[GRPC_PREFIX_BYTES + MESSAGE_MAX];
     nghttp2_nv fields[] = {FIELD(":method", "POST"), FIELD(":scheme", "http"),
-                           field_copied(":path", rpcs[rpc].path, strlen(rpcs[rpc].path)),
+                           field_copied(":path", rpcs[rpc].path, rpcs[rpc].path_len),
                            FIELD(":authority", "localhost"), FIELD("content-type", "application/grpc"), FIELD("te", "trailers"),
                            FIELD("user-agent", "kmsplugin/" VERSION)};
     nghttp2_data_provider body = {.source.ptr = call, .read_callback = client_read_request};
