@@ -1,0 +1,283 @@
+"""The command line: help, version, bad usage, endpoints, and the verb probe."""
+import os
+import socket
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import grpc
+
+from plugin import (KEK, STRANGER, WAIT, Case, as_user, fresh_dir, fresh_name, key_id, kms,
+                    needs_root, public_binary, run)
+import sealed
+from sealed import V1, V2
+
+VERBS = ('serve', 'probe', 'genkey', 'keyid', 'unseal', 'audit')
+OPTIONS = ('--listen', '--mode', '--group', '--allow-uid', '--max-connections', '--sandbox',
+           '--log-level', '--timeout', '--strict', '--list', '--version', '--help')
+
+
+class Usage(Case):
+    def test_help(self):
+        help_ = run('--help')
+        self.assertEqual((help_.returncode, help_.stderr), (0, ''))
+        for word in (*VERBS, *OPTIONS, 'KMS_KEK', 'KMS_KEK_FILE', 'unix:///run/kmsplugin/kms.sock'):
+            self.assertIn(word.encode(), help_.stdout)
+        self.assertLess(max(map(len, help_.stdout.splitlines())), 101)
+        self.assertEqual(run('-h').stdout, help_.stdout)
+
+    def test_help_of_every_verb(self):
+        for verb in VERBS:
+            for option in ('-h', '--help'):
+                done = run(verb, option)
+                self.assertEqual((done.returncode, done.stderr), (0, ''), verb)
+                self.assertIn(verb.encode(), done.stdout)
+
+    def test_version(self):
+        done = run('--version')
+        self.assertEqual((done.returncode, done.stderr), (0, ''))
+        self.assertRegex(done.stdout, rb'\Akmsplugin \d+\.\d+\.\d+\S*\b')
+        for library in (rb'nghttp2\D{1,3}\d+\.\d+', rb'protobuf-c\D{1,3}\d+\.\d+', rb'BearSSL'):
+            self.assertRegex(done.stdout, rb'(?i)' + library)
+        runtime = run('--version').stdout.split()[1].decode()
+        server = self.start()
+        self.assertEqual(self.client(server).version().runtime_version, runtime)
+
+    def test_bad_usage(self):
+        for args in (('nonsense',), ('Serve',), ('--nonsense',), ('-x',), ('serve', '--nonsense'),
+                     ('serve', 'extra'), ('serve', '--listen'), ('serve', '--mode'),
+                     ('serve', '--mode', '8'), ('serve', '--mode', '0888'),
+                     ('serve', '--mode', 'rw'), ('serve', '--mode', ''),
+                     ('serve', '--mode', '77777'), ('serve', '--mode', '-1'),
+                     ('serve', '--max-connections', '0'), ('serve', '--max-connections', '-1'),
+                     ('serve', '--max-connections', 'many'), ('serve', '--max-connections', '1x'),
+                     ('serve', '--max-connections', '99999999999999999999'),
+                     ('serve', '--max-connections', ''),
+                     ('serve', '--sandbox', 'maybe'), ('serve', '--log-level', 'loud'),
+                     ('serve', '--allow-uid', ''), ('serve', '--allow-uid', '0,,1'),
+                     ('serve', '--timeout', '3'),
+                     ('probe', '--timeout'), ('probe', '--timeout', '0'),
+                     ('probe', '--timeout', '-1'), ('probe', '--timeout', 'soon'),
+                     ('probe', 'unix:///a/b', 'unix:///c/d'), ('probe', '--listen', 'x'),
+                     ('genkey', 'extra'), ('keyid', 'extra'), ('unseal', 'a', 'b'),
+                     ('genkey', '--nonsense'), ('audit', 'extra'), ('audit', '--nonsense'),
+                     ('unseal', '--nonsense')):
+            with self.subTest(args=args):
+                self.dies(*args, code=2, kek=KEK)
+
+    def test_unknown_users_and_groups(self):
+        for option in ('--group', '--allow-uid'):
+            for name in ('no-such-name', '-1', '4294967295', '4294967296', '0x0'):
+                with self.subTest(option=option, name=name):
+                    line = self.dies('serve', '--listen', f'unix://{fresh_dir()}/kms.sock', option,
+                                     name, code=(1, 2), kek=KEK)
+                    self.assertIn(name, line)
+
+    def test_serve_is_the_default(self):
+        """Without a verb an option of serve is understood, and a missing key told."""
+        listen = ('--listen', f'unix://{fresh_dir()}/kms.sock')
+        self.assertEqual(self.dies(*listen), self.dies('serve', *listen))
+
+    def test_values_after_an_equals_sign(self):
+        """--option VALUE and --option=VALUE are the same."""
+        listen = f'unix://{fresh_dir()}/kms.sock'
+        self.assertEqual(self.dies(f'--listen={listen}'), self.dies('--listen', listen))
+
+    def test_control_characters_are_not_echoed(self):
+        """An argument that is printed back cannot rewrite the terminal or forge a line."""
+        done = run('non\x1b[31m\nsense')
+        self.assertEqual(done.returncode, 2)
+        self.assertNotIn('\x1b', done.stderr)
+
+
+class Endpoints(Case):
+    def test_bad_endpoints(self):
+        directory = fresh_dir()
+        long_path = directory + '/' + 'p' * (108 - len(directory) - 1)
+        self.assertEqual(len(long_path), 108)
+        for endpoint in ('', 'unix://run/kms.sock', 'unix://kms.sock', 'unix://@name', 'unix:',
+                         'unix:/', 'unix://', 'unix:///', 'unix:///@', 'unix:///run/',
+                         f'unix:{directory}/kms.sock', f'unix:/{directory}/kms.sock',
+                         f'{directory}/kms.sock', 'kms.sock', '@name',
+                         f'UNIX://{directory}/kms.sock', 'tcp://127.0.0.1:1234',
+                         'http://localhost/', '127.0.0.1:1234', f'unix://{long_path}',
+                         'unix:///@' + 'n' * 108, f'unix://{directory}/missing/kms.sock',
+                         f'unix://{directory}/a%2Fb', f'unix://{directory}/a?b',
+                         f'unix://{directory}/a#b', 'unix:///@a%b', 'unix:///@a?b', 'unix:///@a#b'):
+            with self.subTest(endpoint=endpoint):
+                line = self.dies('serve', '--listen', endpoint, code=(1, 2), kek=KEK)
+                self.assertGreater(len(line.replace(endpoint, '').split()), 3, line)
+                if 'missing' not in endpoint:
+                    self.dies('probe', endpoint, code=(1, 2))
+        self.assertEqual(os.listdir(directory), [])
+
+    def test_longest_path(self):
+        directory = fresh_dir()
+        path = directory + '/' + 'p' * (107 - len(directory) - 1)
+        server = self.start(path=path)
+        self.assertEqual(self.client(server).status().healthz, 'ok')
+        self.assertEqual(run('probe', 'unix://' + path).returncode, 0)
+
+    def test_bad_among_good(self):
+        """Nothing is left behind when a later endpoint is refused."""
+        good = fresh_dir() + '/kms.sock'
+        self.dies('serve', '--listen', 'unix://' + good, '--listen', 'unix:///no/such/dir/kms.sock',
+                  kek=KEK)
+        self.assertFalse(os.path.lexists(good))
+
+    def test_twice_the_same(self):
+        path = fresh_dir() + '/kms.sock'
+        self.dies('serve', '--listen', 'unix://' + path, '--listen', 'unix://' + path,
+                  code=(1, 2), kek=KEK)
+
+
+class Plugin:
+    """A plugin in Python, well or not: what probe is to tell apart."""
+
+    def __init__(self, **wrong):
+        self.path = fresh_dir() + '/kms.sock'
+        self.wrong = wrong
+        self.server = grpc.server(ThreadPoolExecutor(2))
+        v1 = kms.V1beta1
+        types = {'v2': (kms, ('Status', 'Encrypt', 'Decrypt')),
+                 'v1beta1': (v1, ('Version', 'Encrypt', 'Decrypt'))}
+        for api, (messages, names) in types.items():
+            handlers = {name: grpc.unary_unary_rpc_method_handler(
+                getattr(self, f'{name}_{api}'),
+                request_deserializer=getattr(messages, name + 'Request').FromString,
+                response_serializer=lambda m: m.SerializeToString()) for name in names}
+            self.server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(
+                api + '.KeyManagementService', handlers),))
+        self.server.add_insecure_port('unix:' + self.path)
+        self.server.start()
+
+    def Status_v2(self, _, context):
+        if 'status' in self.wrong:
+            context.abort(grpc.StatusCode.INTERNAL, 'broken')
+        return kms.StatusResponse(version=self.wrong.get('version', 'v2'), key_id=key_id(KEK),
+                                  healthz=self.wrong.get('healthz', 'ok'))
+
+    def Encrypt_v2(self, asked, _):
+        return kms.EncryptResponse(ciphertext=sealed.seal(KEK, asked.plaintext, V2),
+                                   key_id=self.wrong.get('key_id', key_id(KEK)))
+
+    def Decrypt_v2(self, asked, _):
+        opened = sealed.unseal(KEK, asked.ciphertext, V2)
+        return kms.DecryptResponse(plaintext=self.wrong.get('plaintext', opened))
+
+    def Version_v1beta1(self, *_):
+        return kms.V1beta1.VersionResponse(version=self.wrong.get('version_v1', 'v1beta1'),
+                                           runtime_name='python', runtime_version='0.0.1')
+
+    def Encrypt_v1beta1(self, asked, _):
+        return kms.V1beta1.EncryptResponse(cipher=sealed.seal(KEK, asked.plain, V1))
+
+    def Decrypt_v1beta1(self, asked, _):
+        opened = sealed.unseal(KEK, asked.cipher, V1)
+        return kms.V1beta1.DecryptResponse(plain=self.wrong.get('plain', opened))
+
+
+class Probe(Case):
+    def assert_well(self, endpoint, *args, **options):
+        done = run('probe', endpoint, *args, **options)
+        self.assertEqual((done.returncode, done.stderr), (0, ''))
+        lines = done.stdout.decode().splitlines()
+        self.assertIn(len(lines), (4, 5, 6), lines)
+        for line in lines:
+            self.assertRegex(line, r'\d+(\.\d+)? ?(us|\u00b5s|ms|s)\b')
+        for word in ('Status', 'Encrypt', 'Decrypt', 'Version', 'v2', 'v1'):
+            self.assertIn(word, done.stdout.decode())
+
+    def assert_unwell(self, *args):
+        done = run('probe', *args)
+        self.assertEqual(done.returncode, 1, done)
+        self.assertEqual(len(done.stderr.splitlines()), 1, done.stderr)
+        return done.stderr
+
+    def test_file_and_abstract_sockets(self):
+        name = fresh_name()
+        server = self.start('--listen', f'unix:///@{name}')
+        for endpoint in (f'unix://{server.path}', f'unix:///@{name}'):
+            self.assert_well(endpoint)
+            self.assert_well(endpoint, '--timeout', '10')
+            self.assert_well(endpoint, kek='not a key')
+
+    @needs_root
+    def test_another_user_is_refused(self):
+        server = self.start('--mode', '0666')
+        done = run('probe', f'unix://{server.path}', binary=public_binary(),
+                   wrapper=as_user(STRANGER))
+        self.assertEqual(done.returncode, 1)
+        self.assertEqual(len(done.stderr.splitlines()), 1, done.stderr)
+
+    def test_no_server(self):
+        path = fresh_dir() + '/kms.sock'
+        self.assertIn(path, self.assert_unwell(f'unix://{path}'))
+        with socket.socket(socket.AF_UNIX) as stale:
+            stale.bind(path)
+        self.assertIn(path, self.assert_unwell(f'unix://{path}'))
+        self.assert_unwell('unix:///@' + fresh_name())
+
+    def test_timeout(self):
+        """A server that accepts and is silent; one whose queue is full; one that is stopped."""
+        path = fresh_dir() + '/kms.sock'
+        with socket.socket(socket.AF_UNIX) as silent:
+            silent.bind(path)
+            silent.listen(8)
+            begin = time.monotonic()
+            self.assert_unwell(f'unix://{path}', '--timeout', '1')
+            self.assertTrue(0.5 < time.monotonic() - begin < 10)
+        path = fresh_dir() + '/kms.sock'
+        with socket.socket(socket.AF_UNIX) as full:
+            full.bind(path)
+            full.listen(0)
+            with socket.socket(socket.AF_UNIX) as first:
+                first.connect(path)
+                self.assert_unwell(f'unix://{path}', '--timeout', '1')
+
+    def answering(self, answer):
+        """A listener that says the same to everybody and hangs up."""
+        path = fresh_dir() + '/kms.sock'
+        listener = socket.socket(socket.AF_UNIX)
+        self.addCleanup(listener.close)
+        listener.bind(path)
+        listener.listen()
+        listener.settimeout(WAIT)
+
+        def serve():
+            connection, _ = listener.accept()
+            with connection:
+                connection.sendall(answer)
+                connection.shutdown(socket.SHUT_WR)
+                connection.settimeout(WAIT)
+                while connection.recv(4096):
+                    pass
+        thread = threading.Thread(target=serve)
+        thread.start()
+        self.addCleanup(thread.join)
+        return f'unix://{path}'
+
+    def test_not_a_plugin(self):
+        for answer in (b'', b'HTTP/1.1 200 OK\r\n\r\n', bytes(100), os.urandom(1000),
+                       b'\0\0\0\4\0\0\0\0\0', b'\0\0\0\4\0\0\0\0\0' + b'\0\0\x08\7' + bytes(13)):
+            with self.subTest(answer=answer[:20]):
+                self.assert_unwell(self.answering(answer))
+
+    def test_a_plugin_that_is_well(self):
+        """A real gRPC server of other make understands the probe."""
+        plugin = Plugin()
+        try:
+            self.assert_well(f'unix://{plugin.path}', '--timeout', '10')
+        finally:
+            plugin.server.stop(0).wait()
+
+    def test_plugins_that_are_not_well(self):
+        for wrong in ({'healthz': 'no'}, {'healthz': ''}, {'version': 'v3'}, {'status': 'error'},
+                      {'key_id': key_id(KEK)[::-1]}, {'plaintext': b'other'}, {'plaintext': b''},
+                      {'version_v1': 'v1'}, {'plain': b'other'}):
+            with self.subTest(wrong=wrong):
+                plugin = Plugin(**wrong)
+                try:
+                    self.assert_unwell(f'unix://{plugin.path}', '--timeout', '10')
+                finally:
+                    plugin.server.stop(0).wait()

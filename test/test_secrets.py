@@ -1,0 +1,175 @@
+"""Where keys and plaintexts must not be found: memory, environment, core dumps."""
+import os
+import re
+import socket
+import subprocess
+import unittest
+
+from hyperframe.frame import DataFrame, RstStreamFrame
+
+import sealed
+from plugin import (BINARY, INVALID, KEK, OTHER, SANITIZED, STRANGER, WAIT, Case, as_user,
+                    environment, fresh_dir, key_id, needs_root, public_binary, text, until)
+from raw import CANCEL, DECRYPT, DECRYPT_V1, ENCRYPT, ENCRYPT_V1, Raw, field, message, request
+from sealed import V1, V2
+
+
+def memory(pid):
+    """The readable memory of a process."""
+    parts = []
+    with open(f'/proc/{pid}/maps', encoding='utf-8') as maps, \
+            open(f'/proc/{pid}/mem', 'rb', buffering=0) as mem:
+        for line in maps:
+            low, high, mode, name = re.match(r'(\w+)-(\w+) (\S+) \S+ \S+ \S+ *(.*)', line).groups()
+            if mode[0] != 'r' or name.startswith(('[vvar', '[vsyscall')):
+                continue
+            mem.seek(int(low, 16))
+            parts.append(mem.read(int(high, 16) - int(low, 16)))
+    return b'\0'.join(parts)
+
+
+@needs_root
+@unittest.skipIf(SANITIZED, 'sanitizers keep freed memory')
+class Memory(Case):
+    def setUp(self):
+        self.server = self.start('--log-level', 'debug', kek=f'{text(KEK)},{text(OTHER)}')
+        self.rpc = self.client(self.server)
+        self.rpc.status()
+        self.barrier = Raw(self.server.path)
+        self.addCleanup(self.barrier.close)
+        self.barrier.ping()
+        self.descriptors = self.server.descriptors()
+
+    def assert_clean(self, secrets):
+        until(lambda: self.server.descriptors() == self.descriptors, 'all connections closed')
+        self.barrier.ping()     # the answers before this one have left; it needs no key itself
+        found = memory(self.server.pid)
+        self.assertGreater(len(found), 100000)
+        self.assertIn(b'KeyManagementService', found)
+        traces = [name for name, secret in secrets if secret in found]
+        self.assertEqual(traces, [])
+        for kek in (KEK, OTHER):
+            self.assertLessEqual(found.count(kek), 1)
+            self.assertNotIn(text(kek).encode(), found)
+            self.assertNotIn(text(kek).encode()[10:32], found)
+            self.assertNotIn(kek.hex().encode(), found)
+
+    def test_at_the_start(self):
+        self.assert_clean([])
+
+    def test_after_calls(self):
+        secrets = []
+        for i in range(300):
+            plaintext = os.urandom(32)
+            secrets.append((f'plaintext {i}', plaintext))
+            answer = self.rpc.encrypt(plaintext)
+            for ciphertext in (answer.ciphertext, sealed.seal(KEK, plaintext, V2)):
+                self.assertEqual(self.rpc.decrypt(ciphertext, answer.key_id), plaintext)
+                secrets.append((f'message key {i}', sealed.derive(KEK, ciphertext[17:41])))
+            cipher = self.rpc.encrypt_v1(plaintext)
+            self.assertEqual(self.rpc.decrypt_v1(cipher), plaintext)
+            secrets.append((f'message key {i}', sealed.derive(KEK, cipher[17:41])))
+        self.assert_clean(secrets)
+
+    def test_after_large_calls(self):
+        secrets = []
+        for i in range(20):
+            plain = os.urandom(60000)
+            secrets += [(f'{i} at {at}', plain[at:at + 24]) for at in range(0, 60000 - 24, 600)]
+            self.assertEqual(self.rpc.decrypt_v1(self.rpc.encrypt_v1(plain)), plain)
+        self.assert_clean(secrets)
+
+    def test_after_refusals(self):
+        """Forgeries open to their plaintext before their tag is found wrong."""
+        secrets = []
+        for i in range(50):
+            plaintext = os.urandom(32)
+            secrets.append((f'plaintext {i}', plaintext))
+            forged = bytearray(sealed.seal(KEK, plaintext, V2))
+            forged[-1] ^= 1
+            forged = bytes(forged)
+            secrets.append((f'message key {i}', sealed.derive(KEK, forged[17:41])))
+            self.fails(INVALID, self.rpc.decrypt, forged, key_id(KEK))
+            self.fails(INVALID, self.rpc.decrypt_v1, sealed.seal(KEK, plaintext, V2))
+            self.fails(INVALID, self.rpc.encrypt, plaintext * 40)
+            self.fails(INVALID, self.rpc.encrypt_v1, plaintext, 'v1')
+        self.assert_clean(secrets)
+
+    def test_after_broken_calls(self):
+        """Cancelled, cut off, undecodable, and never read."""
+        secrets = []
+        for i in range(30):
+            plaintext = os.urandom(32)
+            secrets.append((f'plaintext {i}', plaintext))
+            body = message(field(1, plaintext) + field(2, b'uid'))
+            with Raw(self.server.path) as raw:
+                stream = raw.open(request(ENCRYPT))
+                raw.send(DataFrame(stream, body[:-2]), RstStreamFrame(stream, error_code=CANCEL))
+                self.assertEqual(raw.call(ENCRYPT, body[:-2]).status, 13)
+                self.assertEqual(raw.call(ENCRYPT, body * 2).status, 13)
+                self.assertEqual(raw.call(ENCRYPT, message(field(1, plaintext) + b'\x0a')).status, 13)
+                self.assertEqual(raw.call(ENCRYPT, message(body, flag=1)).status, 12)
+                stream = raw.open(request(ENCRYPT))
+                raw.send(DataFrame(stream, body[:-2]))
+                raw.drained()
+            with Raw(self.server.path, window=3, grant=0) as raw:
+                v1 = sealed.seal(KEK, plaintext, V1)
+                for path, sent in ((DECRYPT_V1, field(1, b'v1beta1') + field(2, v1)), (DECRYPT, field(
+                        1, sealed.seal(KEK, plaintext, V2)) + field(3, key_id(KEK).encode()))):
+                    stream = raw.open(request(path))
+                    raw.upload(stream, message(sent))
+                    while len(raw.answers[stream].data) < 3:
+                        self.assertIsNotNone(raw.frame())
+            with Raw(self.server.path) as raw:
+                raw.call(ENCRYPT_V1, message(field(1, b'v1beta1') + field(2, plaintext * 100)))
+        self.assert_clean(secrets)
+
+
+class Environment(Case):
+    @needs_root
+    def test_serve_overwrites_its_environment(self):
+        server = self.start(kek=f'{text(KEK)},{text(OTHER)}', env={'BESIDE': 'stays'})
+        found = server.proc('environ')
+        self.assertIn(b'BESIDE=stays', found)
+        for kek in (KEK, OTHER):
+            self.assertNotIn(text(kek)[:8].encode(), found)
+            self.assertNotIn(text(kek)[-9:].encode(), found)
+
+    @needs_root
+    def test_probe_overwrites_what_it_does_not_need(self):
+        path = os.path.join(fresh_dir(), 'silent.sock')
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(path)
+            listener.listen()
+            listener.settimeout(WAIT)
+            probe = subprocess.Popen([BINARY, 'probe', '--timeout', '10', 'unix://' + path],
+                                     env=environment(KEK, {'BESIDE': 'stays'}),
+                                     stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            try:
+                connection, _ = listener.accept()
+                with connection, open(f'/proc/{probe.pid}/environ', 'rb') as file:
+                    found = file.read()
+            finally:
+                probe.kill()
+                probe.wait()
+        self.assertIn(b'BESIDE=stays', found)
+        self.assertNotIn(text(KEK)[:8].encode(), found)
+
+    def test_no_core_dump(self):
+        server = self.start()
+        limits = server.proc('limits').decode()
+        self.assertRegex(limits, r'Max core file size +0 +0 ')
+
+    @needs_root
+    def test_not_dumpable(self):
+        """The kernel then gives the files in /proc to root, so that its own user cannot read them."""
+        directory = fresh_dir()
+        os.chown(directory, STRANGER, STRANGER)
+        server = self.start(binary=public_binary(), wrapper=as_user(STRANGER),
+                            path=directory + '/kms.sock')
+        self.assertIn(f'Uid:\t{STRANGER}'.encode(), server.proc('status'))
+        self.assertEqual(os.stat(f'/proc/{server.pid}/mem').st_uid, 0)
+
+    def test_not_in_the_arguments(self):
+        server = self.start()
+        self.assertNotIn(text(KEK)[:8].encode(), server.proc('cmdline'))
