@@ -3589,7 +3589,8 @@ static void value_wipe(struct value *v) {
 struct reader {
     uint8_t *bytes;
     size_t at, len, cap;
-    bool more; /* an etcd RangeResponse says that it is not all */
+    bool header, more; /* of an etcd RangeResponse: it has one; it says that it is not all */
+    uint64_t entries, count; /* seen, and announced (behind them) */
 };
 
 /* Makes the next n bytes available at r->bytes + r->at; false when there are not as many. */
@@ -3636,28 +3637,37 @@ static bool reader_varint(struct reader *r, uint64_t *value) {
 
 /* The next entry of an etcd RangeResponse, or NULL behind the last one. Dies on anything else. */
 static V2__Etcd__KeyValue *range_next(struct reader *r) {
-    enum { KVS = 2 << 3 | 2, MORE = 3 << 3 | 0 };
+    enum { HEADER = 1 << 3 | 2, KVS = 2 << 3 | 2, MORE = 3 << 3 | 0, COUNT = 4 << 3 | 0 };
     static const char no_response[] = "standard input is no etcd RangeResponse (etcdctl get ... -w protobuf)";
+    V2__Etcd__KeyValue *kv = NULL;
     uint64_t tag, n;
-    while (reader_varint(r, &tag)) {
-        if (!reader_varint(r, &n) || ((tag & 7) != 0 && (tag & 7) != 2) || tag >> 3 == 0 || tag >> 3 > 4)
-            die("%s", no_response);
-        if (tag == MORE)
+    while (!kv && reader_varint(r, &tag)) {
+        if (!reader_varint(r, &n))
+            die("standard input ends in the middle of a field");
+        if (tag == MORE) {
             r->more = n != 0;
-        if ((tag & 7) == 0)
-            continue;
-        if (n > RESCUE_INPUT_MAX || !reader_need(r, (size_t)n))
-            die("standard input ends in the middle of an entry");
-        const uint8_t *bytes = r->bytes + r->at;
-        r->at += (size_t)n;
-        if (tag != KVS)
-            continue;
-        V2__Etcd__KeyValue *kv = (void *)protobuf_c_message_unpack(&v2__etcd__key_value__descriptor, NULL, (size_t)n, bytes);
-        if (!kv)
+        } else if (tag == COUNT) {
+            r->count = n;
+        } else if (tag == HEADER || tag == KVS) {
+            if (n > RESCUE_INPUT_MAX || !reader_need(r, (size_t)n))
+                die("standard input ends in the middle of an entry");
+            const uint8_t *bytes = r->bytes + r->at;
+            r->at += (size_t)n;
+            r->header |= tag == HEADER;
+            if (tag == KVS && !(kv = (void *)protobuf_c_message_unpack(&v2__etcd__key_value__descriptor, NULL, (size_t)n, bytes)))
+                die("%s", no_response);
+        } else {
             die("%s", no_response);
-        return kv;
+        }
     }
-    return NULL;
+    if (kv)
+        r->entries++;
+    return kv;
+}
+
+/* Whether all of a response has been read: etcd writes a header first, and the number of entries last. */
+static bool range_complete(const struct reader *r) {
+    return !r->more && (r->header || r->count > 0 ? r->count == r->entries : true);
 }
 
 /* Writes the object of an opened value, or dies saying why there is none. */
@@ -3696,8 +3706,8 @@ static int unseal(const struct ring *ring, const char *etcd_key) {
     if (!kv)
         die("unseal: standard input holds no entry: does the etcd key exist?");
     V2__Etcd__KeyValue *second = range_next(&r);
-    if (second || r.more)
-        die("unseal: standard input holds more than one entry: name one etcd key, or use audit");
+    if (second || !range_complete(&r))
+        die("unseal: standard input is not one whole entry: name one etcd key, or use audit");
     value_open(&v, ring, kv->key.data, kv->key.len, kv->value.data, kv->value.len);
     protobuf_c_message_free_unpacked(&kv->base, NULL);
     free(r.bytes);
@@ -3768,8 +3778,9 @@ static int audit(const struct ring *ring, bool strict, bool list) {
     }
     print(STDOUT_FILENO, "plaintext values=%llu\nforeign values=%llu\nbroken values=%llu\n", (unsigned long long)a.plain,
           (unsigned long long)a.foreign, (unsigned long long)a.broken);
-    if (r.more)
-        die("audit: the response says that there is more: get all of it, without --limit");
+    if (!range_complete(&r))
+        die("audit: %llu of %llu entries: the response was cut off, or asked for with --limit",
+            (unsigned long long)r.entries, (unsigned long long)r.count);
     if (other + a.broken > 0)
         die("audit: %llu values are not under the sealing KEK, %llu do not open: keep every KEK",
             (unsigned long long)other, (unsigned long long)a.broken);

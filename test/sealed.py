@@ -1,4 +1,4 @@
-"""The sealed form a second time, and what kube-apiserver stores around it: independent of the C code."""
+"""The sealed form, and what kube-apiserver stores around it, a second time: without the C code."""
 import hashlib
 import hmac
 import os
