@@ -1159,7 +1159,7 @@ static bool environment_take(char *text, size_t cap) {
         size_t len = strlen(value);
         if (text && !found) {
             if (len >= cap)
-                len = cap - 1; /* too long for sixteen keys: ring_parse will say so */
+                len = cap - 1; /* more than sixteen keys take: ring_load refuses a full buffer */
             memcpy(text, value, len);
             text[len] = '\0';
         }
@@ -1279,6 +1279,8 @@ static struct ring *ring_load(void) {
     if (!variable && !path)
         die("no key: set KMS_KEK_FILE to a file, or KMS_KEK to the key (kmsplugin genkey makes one)");
     size_t len = strlen(ring->text);
+    if (len == KEK_TEXT_MAX)
+        die("KMS_KEK: %d bytes or more", KEK_TEXT_MAX);
     if (path)
         source = "KMS_KEK_FILE", len = key_file_read(path, ring->text, sizeof ring->text);
     ring_parse(ring, source, ring->text, len);
@@ -3956,7 +3958,8 @@ static int64_t timeout_parse(const char *s) {
     if (right) {
         copy_text(whole, sizeof whole, (const uint8_t *)s, len);
         long long seconds = decimal(whole, 3600);
-        right = seconds >= 0 && (ms += 1000 * seconds) > 0;
+        ms += 1000 * seconds;
+        right = seconds >= 0 && ms > 0 && ms <= 3600 * 1000;
     }
     if (!right)
         die_usage("--timeout: seconds, more than 0 and at most 3600");

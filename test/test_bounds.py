@@ -37,6 +37,7 @@ class Bounds(Case):
             raw.socket.settimeout(20)
         return gone
 
+    @needs_root     # its directory in /proc is root's
     def test_descriptors_do_not_leak(self):
         server = self.start()
         rpc = self.client(server)

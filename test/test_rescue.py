@@ -190,7 +190,8 @@ class Audit(Case):
             self.assert_audit(1, entries, '--strict')
 
     def test_etcd_keys_are_escaped(self):
-        shown = self.assert_audit(0, [*self.entries(1), (b'/a\nforged\x1b[31m\xff', b'plain')], '--list')
+        entries = [*self.entries(1), (b'/a\nforged\x1b[31m\xff', b'plain')]
+        shown = self.assert_audit(0, entries, '--list')
         self.assertNotRegex(shown, '[\x00-\x09\x0b-\x1f]|(?m:^forged)')
 
     def test_cut_off(self):
