@@ -34,6 +34,7 @@ all: kmsplugin
 help:
 	@echo 'make                build ./kmsplugin'
 	@echo 'make run            build it and serve on a socket under /tmp'
+	@echo 'make static         build/static/kmsplugin, on musl; needs dpkg-dev'
 	@echo 'make test           quick tests, with Debian packages only'
 	@echo 'make test-kube      tests with Kubernetes'\'' own client code (Go)'
 	@echo 'make lint           static analysis of C and shell'
@@ -52,6 +53,20 @@ run: kmsplugin
 	@if [ -z "$$KMS_KEK$$KMS_KEK_FILE" ]; then KMS_KEK=$$(./kmsplugin genkey) && export KMS_KEK; \
 		echo 'no KMS_KEK is set: this KEK is made up, and gone when the server stops' >&2; fi; \
 		exec ./kmsplugin serve --listen unix://$(RUN_DIR)/kms.sock
+
+# The release build: one static-pie binary on musl, with libraries built from Debian's
+# sources (deploy/static-libs.sh, which makes the compiler bin/cc for it, too).
+ARCH ?= $(shell uname -m)
+STATIC_FLAGS = -O2 -flto -fPIE \
+	-ffunction-sections -fdata-sections \
+	-fno-asynchronous-unwind-tables -fno-unwind-tables \
+	-fstack-protector-strong
+STATIC_LD = -flto-partition=one -static-pie -Wl,--gc-sections -Wl,-z,relro,-z,now -Wl,-z,noexecstack -Wl,--build-id=none -s
+static: build/static/kmsplugin
+build/static/kmsplugin: $(SOURCES) $(HEADERS) build/static/$(ARCH)/lib/libbearssl.a
+	build/static/$(ARCH)/bin/cc $(STD) $(WARN) $(STATIC_FLAGS) -ffile-prefix-map="$(CURDIR)=." -o $@ $(SOURCES) $(STATIC_LD) $(LIBS)
+build/static/$(ARCH)/lib/libbearssl.a: deploy/static-libs.sh
+	ARCH=$(ARCH) CC= AR= CFLAGS='$(STATIC_FLAGS)' deploy/static-libs.sh
 
 proto:
 	$(PROTOC_C) --c_out=. kms.proto
@@ -78,7 +93,7 @@ test-kube: kmsplugin
 lint:
 	clang-tidy --quiet kmsplugin.c -- $(STD)
 	cppcheck --quiet --enable=warning,performance,portability --suppress=preprocessorErrorDirective --error-exitcode=1 $(subst -std=,--std=,$(STD)) kmsplugin.c
-	shellcheck test.sh test/kube/run.sh .ci/run
+	shellcheck test.sh test/kube/run.sh deploy/static-libs.sh .ci/run
 
 install: kmsplugin
 	install -D -m 0755 kmsplugin $(DESTDIR)$(SBINDIR)/kmsplugin
@@ -89,4 +104,5 @@ uninstall:
 clean:
 	rm -rf kmsplugin build
 
-.PHONY: all help run proto test test-kube lint install uninstall clean
+
+.PHONY: all help run static proto test test-kube lint install uninstall clean
