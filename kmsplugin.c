@@ -1616,6 +1616,18 @@ static void metrics_write(const struct metrics *m, const char *key_id, size_t co
  * error may be all in one HEADERS: "trailers-only".
  */
 
+/* The prefix of an uncompressed message of len bytes. */
+static void grpc_prefix_write(uint8_t prefix[GRPC_PREFIX_BYTES], size_t len) {
+    prefix[0] = 0;
+    for (int i = 1; i < GRPC_PREFIX_BYTES; i++)
+        prefix[i] = (uint8_t)(len >> 8 * (GRPC_PREFIX_BYTES - 1 - i));
+}
+
+/* The length that a prefix tells. */
+static size_t grpc_prefix_len(const uint8_t prefix[GRPC_PREFIX_BYTES]) {
+    return (size_t)prefix[1] << 24 | (size_t)prefix[2] << 16 | (size_t)prefix[3] << 8 | prefix[4];
+}
+
 /*
  * grpc-timeout: 1 to 8 digits and a unit of H M S m u n. Returns microseconds,
  * rounded up; UINT64_MAX for anything else.
@@ -1965,11 +1977,13 @@ static struct stream *stream_new(struct conn *c, int32_t id) {
  */
 
 #define FIELD(n, v)                                                                                         \
-    {(uint8_t *)(n), (uint8_t *)(v), sizeof(n) - 1, sizeof(v) - 1, NGHTTP2_NV_FLAG_NO_COPY_NAME | NGHTTP2_NV_FLAG_NO_COPY_VALUE}
+    {(uint8_t *)(n), (uint8_t *)(v), sizeof(n) - 1, sizeof(v) - 1,                                          \
+     NGHTTP2_NV_FLAG_NO_COPY_NAME | NGHTTP2_NV_FLAG_NO_COPY_VALUE}
 
 /* A field whose value nghttp2 copies. */
 static nghttp2_nv field_copied(const char *name, const char *value, size_t len) {
-    return (nghttp2_nv){(uint8_t *)(uintptr_t)name, (uint8_t *)(uintptr_t)value, strlen(name), len, NGHTTP2_NV_FLAG_NO_COPY_NAME};
+    return (nghttp2_nv){(uint8_t *)(uintptr_t)name, (uint8_t *)(uintptr_t)value, strlen(name), len,
+                        NGHTTP2_NV_FLAG_NO_COPY_NAME};
 }
 
 static int callback_result(int rv) {
@@ -2023,8 +2037,8 @@ static int stream_respond(struct stream *s, const nghttp2_nv *fields, size_t cou
         s->reply = buffer_new(c, prefix + len);
         if (!s->reply)
             return NGHTTP2_ERR_NOMEM;
-        const uint8_t head[GRPC_PREFIX_BYTES] = {0, (uint8_t)(len >> 24), (uint8_t)(len >> 16), (uint8_t)(len >> 8), (uint8_t)len};
-        memcpy(s->reply, head, prefix);
+        if (grpc)
+            grpc_prefix_write(s->reply, len);
         memcpy(s->reply + prefix, bytes, len);
         s->reply_len = prefix + len;
         s->reply_grpc = grpc;
@@ -2143,7 +2157,7 @@ static int body_append(struct stream *s, const uint8_t *data, size_t len) {
             return stream_fail(s, GRPC_UNIMPLEMENTED, "compressed messages are not supported, only identity");
         if (s->prefix[0] != 0)
             return stream_fail(s, GRPC_INTERNAL, "the compressed flag is neither 0 nor 1");
-        size_t n = (size_t)s->prefix[1] << 24 | (size_t)s->prefix[2] << 16 | (size_t)s->prefix[3] << 8 | s->prefix[4];
+        size_t n = grpc_prefix_len(s->prefix);
         if (n > MESSAGE_MAX)
             return stream_fail(s, GRPC_RESOURCE_EXHAUSTED, "the message is over 65536 bytes");
         s->body_cap = n;
@@ -2303,7 +2317,8 @@ static int session_init(struct conn *c) {
     nghttp2_mem memory = {c, session_malloc, session_free, session_calloc, session_realloc};
     if (nghttp2_session_server_new3(&c->session, c->server->callbacks, c, c->server->session_options, &memory) != 0)
         return -1;
-    return nghttp2_submit_settings(c->session, NGHTTP2_FLAG_NONE, settings, sizeof settings / sizeof *settings) == 0 ? 0 : -1;
+    const size_t count = sizeof settings / sizeof *settings;
+    return nghttp2_submit_settings(c->session, NGHTTP2_FLAG_NONE, settings, count) == 0 ? 0 : -1;
 }
 
 /* ------------------------------------------------------------- Connections */
@@ -2467,8 +2482,9 @@ static const char *endpoint_parse(const char *endpoint, struct sockaddr_un *addr
     memset(address, 0, sizeof *address);
     address->sun_family = AF_UNIX;
     if (strncmp(endpoint, "unix:", 5) != 0)
-        return endpoint[0] == '/' || endpoint[0] == '@' ? "it lacks its scheme: write unix:///path or unix:///@name"
-                                                        : "kube-apiserver reaches KMS plugins on UNIX sockets only: unix:///path";
+        return endpoint[0] == '/' || endpoint[0] == '@'
+                   ? "it lacks its scheme: write unix:///path or unix:///@name"
+                   : "kube-apiserver reaches KMS plugins on UNIX sockets only: unix:///path";
     if (strncmp(endpoint, scheme, sizeof scheme - 1) != 0)
         return "unix: has to be followed by three slashes: unix:///path";
     const char *path = endpoint + sizeof scheme - 1;
@@ -2702,7 +2718,8 @@ static int notify_open(void) {
     if (path[0] == '@')
         address.sun_path[0] = '\0';
     int fd = socket(AF_UNIX, SOCK_DGRAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
-    if (fd >= 0 && connect(fd, (struct sockaddr *)&address, (socklen_t)(offsetof(struct sockaddr_un, sun_path) + len)) < 0) {
+    socklen_t address_len = (socklen_t)(offsetof(struct sockaddr_un, sun_path) + len);
+    if (fd >= 0 && connect(fd, (struct sockaddr *)&address, address_len) < 0) {
         close(fd);
         return -1;
     }
@@ -2857,7 +2874,8 @@ static void server_signal(struct server *s) {
         s->drain_ms = s->now_ms;
         return;
     }
-    log_line(LOG_INFO, "msg=stopping signal=%u connections=%zu streams=%zu", info.ssi_signo, s->conn_count, s->stream_count);
+    log_line(LOG_INFO, "msg=stopping signal=%u connections=%zu streams=%zu", info.ssi_signo, s->conn_count,
+             s->stream_count);
     notify(s->notify, "STOPPING=1");
     s->drain_ms = s->now_ms + DRAIN_TIMEOUT_MS;
     s->resume_accept_ms = INT64_MAX;
@@ -3254,15 +3272,14 @@ static void *client_call(struct client *c, enum rpc rpc, const void *request, co
     static uint8_t bytes[GRPC_PREFIX_BYTES + MESSAGE_MAX];
     nghttp2_nv fields[] = {FIELD(":method", "POST"), FIELD(":scheme", "http"),
                            field_copied(":path", rpcs[rpc].path, rpcs[rpc].path_len),
-                           FIELD(":authority", "localhost"), FIELD("content-type", "application/grpc"), FIELD("te", "trailers"),
-                           FIELD("user-agent", "kmsplugin/" VERSION)};
+                           FIELD(":authority", "localhost"), FIELD("content-type", "application/grpc"),
+                           FIELD("te", "trailers"), FIELD("user-agent", "kmsplugin/" VERSION)};
     nghttp2_data_provider body = {.source.ptr = call, .read_callback = client_read_request};
     memset(call, 0, sizeof *call);
     size_t len = protobuf_c_message_pack(request, bytes + GRPC_PREFIX_BYTES); /* the probe's are all small */
-    const uint8_t prefix[] = {0, (uint8_t)(len >> 24), (uint8_t)(len >> 16), (uint8_t)(len >> 8), (uint8_t)len};
-    memcpy(bytes, prefix, sizeof prefix);
+    grpc_prefix_write(bytes, len);
     call->request = bytes;
-    call->request_len = sizeof prefix + len;
+    call->request_len = GRPC_PREFIX_BYTES + len;
     if (nghttp2_submit_request(c->session, NULL, fields, sizeof fields / sizeof *fields, &body, NULL) < 0) {
         client_fail(c, "out of memory");
         return NULL;
@@ -3278,11 +3295,11 @@ static void *client_call(struct client *c, enum rpc rpc, const void *request, co
     }
     const uint8_t *p = call->response;
     if (call->response_len < GRPC_PREFIX_BYTES || p[0] != 0 ||
-        ((size_t)p[1] << 24 | (size_t)p[2] << 16 | (size_t)p[3] << 8 | p[4]) != call->response_len - GRPC_PREFIX_BYTES) {
+        grpc_prefix_len(p) != call->response_len - GRPC_PREFIX_BYTES) {
         client_fail(c, "the response is no single gRPC message");
         return NULL;
     }
-    void *response = protobuf_c_message_unpack(type, NULL, call->response_len - GRPC_PREFIX_BYTES, p + GRPC_PREFIX_BYTES);
+    void *response = protobuf_c_message_unpack(type, NULL, grpc_prefix_len(p), p + GRPC_PREFIX_BYTES);
     if (!response)
         client_fail(c, "the response is not a valid protobuf message");
     return response;
@@ -3357,7 +3374,8 @@ static int probe_v2_decrypt(struct probe *p) {
 static int probe_v1_version(struct probe *p) {
     V2__V1beta1__VersionRequest request = V2__V1BETA1__VERSION_REQUEST__INIT;
     request.version = (char *)"v1beta1";
-    V2__V1beta1__VersionResponse *r = client_call(&p->client, V1_VERSION, &request, &v2__v1beta1__version_response__descriptor);
+    const ProtobufCMessageDescriptor *type = &v2__v1beta1__version_response__descriptor;
+    V2__V1beta1__VersionResponse *r = client_call(&p->client, V1_VERSION, &request, type);
     if (!r)
         return -1;
     int rv = strcmp(r->version, "v1beta1") == 0 ? 0 : client_fail(&p->client, "version %s", r->version);
@@ -3369,7 +3387,8 @@ static int probe_v1_encrypt(struct probe *p) {
     V2__V1beta1__EncryptRequest request = V2__V1BETA1__ENCRYPT_REQUEST__INIT;
     request.version = (char *)"v1beta1";
     request.plain = (ProtobufCBinaryData){sizeof p->secret, p->secret};
-    V2__V1beta1__EncryptResponse *r = client_call(&p->client, V1_ENCRYPT, &request, &v2__v1beta1__encrypt_response__descriptor);
+    const ProtobufCMessageDescriptor *type = &v2__v1beta1__encrypt_response__descriptor;
+    V2__V1beta1__EncryptResponse *r = client_call(&p->client, V1_ENCRYPT, &request, type);
     if (!r)
         return -1;
     int rv = probe_keep(p, r->cipher);
@@ -3381,7 +3400,8 @@ static int probe_v1_decrypt(struct probe *p) {
     V2__V1beta1__DecryptRequest request = V2__V1BETA1__DECRYPT_REQUEST__INIT;
     request.version = (char *)"v1beta1";
     request.cipher = (ProtobufCBinaryData){p->sealed_len, p->sealed};
-    V2__V1beta1__DecryptResponse *r = client_call(&p->client, V1_DECRYPT, &request, &v2__v1beta1__decrypt_response__descriptor);
+    const ProtobufCMessageDescriptor *type = &v2__v1beta1__decrypt_response__descriptor;
+    V2__V1beta1__DecryptResponse *r = client_call(&p->client, V1_DECRYPT, &request, type);
     if (!r)
         return -1;
     int rv = probe_compare(p, r->plain);
@@ -3511,8 +3531,8 @@ static void value_open_data(struct value *v, const struct ring *ring, const uint
             v->object = NULL;
             value_fail(v, VALUE_BROKEN,
                        v->api == API_V2 ? "it does not open: damaged, or of another etcd key"
-                                        : "it does not open: damaged, of another etcd key, or AES-CBC (Kubernetes up to 1.24), "
-                                          "which carries no tag and is not opened");
+                                        : "it does not open: damaged, of another etcd key, or AES-CBC "
+                                          "(Kubernetes up to 1.24), which carries no tag and is not opened");
         }
     }
     explicit_bzero(dek, sizeof dek);
@@ -3525,13 +3545,16 @@ static void value_open_v1(struct value *v, const struct ring *ring, const uint8_
     if (len < 2 || sealed_len > len - 2)
         value_fail(v, VALUE_BROKEN, "it is cut short");
     else
-        value_open_data(v, ring, bytes + 2, sealed_len, key, key_len, bytes + 2 + sealed_len, len - 2 - sealed_len, false);
+        value_open_data(v, ring, bytes + 2, sealed_len, key, key_len, bytes + 2 + sealed_len, len - 2 - sealed_len,
+                        false);
 }
 
 static void value_open_v2(struct value *v, const struct ring *ring, const uint8_t *key, size_t key_len,
                           const uint8_t *bytes, size_t len) {
     const ProtobufCMessageDescriptor *type = &v2__etcd__encrypted_object__descriptor;
-    V2__Etcd__EncryptedObject *o = strings_check(type, bytes, len) == 0 ? (void *)protobuf_c_message_unpack(type, NULL, len, bytes) : NULL;
+    V2__Etcd__EncryptedObject *o = NULL;
+    if (strings_check(type, bytes, len) == 0)
+        o = (void *)protobuf_c_message_unpack(type, NULL, len, bytes);
     char sealing_id[KEY_ID_LEN + 1] = "";
     if (!o) {
         value_fail(v, VALUE_BROKEN, "it is no EncryptedObject: damaged");
@@ -3656,7 +3679,9 @@ static V2__Etcd__KeyValue *range_next(struct reader *r) {
             const uint8_t *bytes = r->bytes + r->at;
             r->at += (size_t)n;
             r->header |= tag == HEADER;
-            if (tag == KVS && !(kv = (void *)protobuf_c_message_unpack(&v2__etcd__key_value__descriptor, NULL, (size_t)n, bytes)))
+            if (tag == KVS)
+                kv = (void *)protobuf_c_message_unpack(&v2__etcd__key_value__descriptor, NULL, (size_t)n, bytes);
+            if (tag == KVS && !kv)
                 die("%s", no_response);
         } else {
             die("%s", no_response);
@@ -3778,8 +3803,8 @@ static int audit(const struct ring *ring, bool strict, bool list) {
               (unsigned long long)row->count, seals ? "sealing-kek" : labels[row->state]);
         *(seals ? &sealing : &other) += row->count;
     }
-    print(STDOUT_FILENO, "plaintext values=%llu\nforeign values=%llu\nbroken values=%llu\n", (unsigned long long)a.plain,
-          (unsigned long long)a.foreign, (unsigned long long)a.broken);
+    print(STDOUT_FILENO, "plaintext values=%llu\nforeign values=%llu\nbroken values=%llu\n",
+          (unsigned long long)a.plain, (unsigned long long)a.foreign, (unsigned long long)a.broken);
     if (!range_complete(&r))
         die("audit: %llu of %llu entries: the response was cut off, or asked for with --limit",
             (unsigned long long)r.entries, (unsigned long long)r.count);
@@ -3946,22 +3971,19 @@ static enum sandbox sandbox_parse(const char *s) {
     die_usage("--sandbox: auto, require or off");
 }
 
-/* Seconds, with up to three decimals. */
+/* Seconds with up to three decimals, in milliseconds. */
 static int64_t timeout_parse(const char *s) {
-    char whole[16];
+    enum { TIMEOUT_MAX_MS = 3600 * 1000 };
     const char *dot = strchr(s, '.');
-    size_t len = dot ? (size_t)(dot - s) : strlen(s);
-    long long ms = 0;
-    for (size_t i = 0; dot && i < 3; i++)
-        ms = 10 * ms + (i < strlen(dot + 1) ? dot[1 + i] - '0' : 0);
-    bool right = len < sizeof whole && (!dot || (dot[1] && strlen(dot + 1) <= 3 && strspn(dot + 1, "0123456789") == strlen(dot + 1)));
-    if (right) {
-        copy_text(whole, sizeof whole, (const uint8_t *)s, len);
-        long long seconds = decimal(whole, 3600);
-        ms += 1000 * seconds;
-        right = seconds >= 0 && ms > 0 && ms <= 3600 * 1000;
+    size_t whole = dot ? (size_t)(dot - s) : strlen(s), decimals = dot ? strlen(dot + 1) : 0;
+    int64_t ms = 0;
+    bool right = whole > 0 && whole <= 4 && decimals <= 3 && (!dot || decimals > 0);
+    for (size_t i = 0; right && i < whole + 3; i++) { /* "2.5" as 2500 */
+        char c = i < whole ? s[i] : i - whole < decimals ? dot[1 + i - whole] : '0';
+        right = c >= '0' && c <= '9';
+        ms = 10 * ms + (c - '0');
     }
-    if (!right)
+    if (!right || ms == 0 || ms > TIMEOUT_MAX_MS)
         die_usage("--timeout: seconds, more than 0 and at most 3600");
     return ms;
 }
@@ -3990,9 +4012,10 @@ static bool options_set(struct options *o, enum verb verb, const char *name, con
         enum verb verb;
         bool value;
     } known[] = {
-        {"--listen", SERVE, true},          {"--mode", SERVE, true},      {"--group", SERVE, true},   {"--allow-uid", SERVE, true},
-        {"--max-connections", SERVE, true}, {"--sandbox", SERVE, true},   {"--log-level", SERVE, true}, {"--timeout", PROBE, true},
-        {"--strict", AUDIT, false}, {"--list", AUDIT, false},
+        {"--listen", SERVE, true},    {"--mode", SERVE, true},      {"--group", SERVE, true},
+        {"--allow-uid", SERVE, true}, {"--max-connections", SERVE, true}, {"--sandbox", SERVE, true},
+        {"--log-level", SERVE, true}, {"--timeout", PROBE, true},   {"--strict", AUDIT, false},
+        {"--list", AUDIT, false},
     };
     enum { LISTEN, MODE, GROUP, ALLOW_UID, MAX_CONNECTIONS, SANDBOX, LOG_LEVEL, TIMEOUT, STRICT, LIST, OPTIONS };
     struct serve_options *serve = &o->serve;
@@ -4031,7 +4054,8 @@ static bool is_help(const char *s) {
 static enum verb options_parse(struct options *o, int argc, char **argv) {
     enum verb verb = SERVE;
     int i = 1;
-    *o = (struct options){.timeout_ms = 3000, .serve = {.mode = 0600, .max_connections = CONNECTIONS_DEFAULT, .sandbox = SANDBOX_DEFAULT}};
+    *o = (struct options){.timeout_ms = 3000, .serve = {.mode = 0600, .sandbox = SANDBOX_DEFAULT}};
+    o->serve.max_connections = CONNECTIONS_DEFAULT;
     for (int j = 1; j < argc && strcmp(argv[j], "--") != 0; j++) {
         if (is_help(argv[j])) {
             print(STDOUT_FILENO, "%s", help);
@@ -4085,10 +4109,10 @@ static void serve_announce(const struct server *s, const struct listener *l) {
     char name[ENDPOINT_NAME_BYTES];
     endpoint_name(&l->address, l->address_len, name, sizeof name);
     if (l->address.sun_path[0] == '\0')
-        log_line(LOG_WARN, "msg=\"any process of this network namespace can take an abstract name first and play the plugin\" "
-                 "endpoint=%s", name);
-    log_line(LOG_INFO, "msg=ready endpoint=%s key_id=%s keks=%zu cipher=%s version=" VERSION, name, ring->keks[0].key_id,
-             ring->count, ring->suite.name);
+        log_line(LOG_WARN, "msg=\"any process of this network namespace can take an abstract name first "
+                 "and play the plugin\" endpoint=%s", name);
+    log_line(LOG_INFO, "msg=ready endpoint=%s key_id=%s keks=%zu cipher=%s version=" VERSION, name,
+             ring->keks[0].key_id, ring->count, ring->suite.name);
 }
 
 static int serve(struct serve_options *options) {

@@ -993,16 +993,22 @@ static const struct {
     {"case 2, AES-128", ZERO16, "000000000000000000000000", "", ZERO16, "0388dace60b6a392f328c2b971b2fe78",
      "ab6e47d42cec13bdf53a67b21257bddf"},
     {"case 4, AES-128", GCM_KEY, GCM_NONCE, GCM_AAD, GCM_PLAIN,
-     "42831ec2217774244b7221b784d0d49ce3aa212f2c02a4e035c17e2329aca12e" "21d514b25466931c7d8f6a5aac84aa051ba30b396a0aac973d58e091", "5bc94fbc3221a5db94fae95ae7121a47"},
+     "42831ec2217774244b7221b784d0d49ce3aa212f2c02a4e035c17e2329aca12e"
+     "21d514b25466931c7d8f6a5aac84aa051ba30b396a0aac973d58e091",
+     "5bc94fbc3221a5db94fae95ae7121a47"},
     {"case 7, AES-192", ZERO16 "0000000000000000", "000000000000000000000000", "", "", "",
      "cd33b28ac773f74ba00ed1f312572435"},
     {"case 10, AES-192", GCM_KEY "feffe9928665731c", GCM_NONCE, GCM_AAD, GCM_PLAIN,
-     "3980ca0b3c00e841eb06fac4872a2757859e1ceaa6efd984628593b40ca1e19c" "7d773d00c144c525ac619d18c84a3f4718e2448b2fe324d9ccda2710", "2519498e80f1478f37ba55bd6d27618c"},
+     "3980ca0b3c00e841eb06fac4872a2757859e1ceaa6efd984628593b40ca1e19c"
+     "7d773d00c144c525ac619d18c84a3f4718e2448b2fe324d9ccda2710",
+     "2519498e80f1478f37ba55bd6d27618c"},
     {"case 13, AES-256", ZERO16 ZERO16, "000000000000000000000000", "", "", "", "530f8afbc74536b9a963b4f1c4cb738b"},
     {"case 14, AES-256", ZERO16 ZERO16, "000000000000000000000000", "", ZERO16, "cea7403d4d606b6e074ec5d3baf39d18",
      "d0d1c8a799996bf0265b98b5d48ab919"},
     {"case 16, AES-256", GCM_KEY GCM_KEY, GCM_NONCE, GCM_AAD, GCM_PLAIN,
-     "522dc1f099567d07f47f37a32a84427d643a8cdcbfe5c0c97598a2bd2555d1aa" "8cb08e48590dbb3da7b08b1056828838c5f61e6393ba7a0abcc9f662", "76fc6ece0f4e1768cddf8853bb2d551b"},
+     "522dc1f099567d07f47f37a32a84427d643a8cdcbfe5c0c97598a2bd2555d1aa"
+     "8cb08e48590dbb3da7b08b1056828838c5f61e6393ba7a0abcc9f662",
+     "76fc6ece0f4e1768cddf8853bb2d551b"},
 };
 
 /* Every vector by every suite: sealed, opened, and not opened with any one bit of the tag wrong. */
@@ -1087,13 +1093,18 @@ static void body_keyid(const void *ring) {
 }
 
 static void keyid_prints_hashes(void) {
-    static const char keys[] = "AAECAwQFBgcICQoLDA0ODxAREhMUFRYXGBkaGxwdHh8=,4OHi4+Tl5ufo6err7O3u7/Dx8vP09fb3+Pn6+/z9/v8=";
+    static const char keys[] = "AAECAwQFBgcICQoLDA0ODxAREhMUFRYXGBkaGxwdHh8=,"
+                               "4OHi4+Tl5ufo6err7O3u7/Dx8vP09fb3+Pn6+/z9/v8=";
+    static const char want[] =
+        "14c740c2e9cfd299daba6c1dd0a86c1f "
+        "sha256:34d519c98d6af272ccb316fdd8e37853bd3169902422433b6da75e7e143b67c8\n"
+        "0779863873c3f6576cc25424c8a33e60 "
+        "sha256:cb870923ae1bb0401668e42500691598e6e544be2480ba6c2e2a4b140b1d2de3\n";
     struct ring *ring = ring_new();
     ring_parse(ring, "test", keys, sizeof keys - 1);
     const struct child *c = child_run(body_keyid, ring);
     CHECK(c->code == CHILD_RETURNED && c->err[0] == '\0');
-    CHECK(strcmp(c->out, "14c740c2e9cfd299daba6c1dd0a86c1f sha256:34d519c98d6af272ccb316fdd8e37853bd3169902422433b6da75e7e143b67c8\n"
-                         "0779863873c3f6576cc25424c8a33e60 sha256:cb870923ae1bb0401668e42500691598e6e544be2480ba6c2e2a4b140b1d2de3\n") == 0);
+    CHECK(strcmp(c->out, want) == 0);
     ring_free(ring);
 }
 
@@ -1175,7 +1186,10 @@ static void seal_tampered(void) {
     prng_fill(plain, sizeof plain);
     CHECK(seal(ring, &random, API_V2, plain, PLAIN, sealed) == 0);
     for (unsigned bit = 0; bit < 8 * SEALED; bit++) {
-        enum opened want = bit / 8 == 0 ? OPEN_MALFORMED : bit / 8 <= FINGERPRINT_BYTES ? OPEN_UNKNOWN_KEY : OPEN_FORGED;
+        unsigned byte = bit / 8;
+        enum opened want = byte == 0                   ? OPEN_MALFORMED
+                           : byte <= FINGERPRINT_BYTES ? OPEN_UNKNOWN_KEY
+                                                       : OPEN_FORGED;
         memset(out, 0xaa, sizeof out);
         sealed[bit / 8] ^= (uint8_t)(1 << bit % 8);
         row("bit %u of byte %u", bit % 8, bit / 8);
@@ -1392,8 +1406,8 @@ static void ring_holds_no_text(void) {
     uint8_t key[KEK_BYTES];
     size_t found = 0;
     test_key(0, key);
-    for (uint8_t *at = (uint8_t *)ring, *end = at + sizeof *ring; (at = memmem(at, (size_t)(end - at), key,
-        KEK_BYTES)); at++)
+    const uint8_t *at = (const uint8_t *)ring, *end = at + sizeof *ring;
+    for (; (at = memmem(at, (size_t)(end - at), key, KEK_BYTES)); at++)
         found++;
     CHECK(found <= 1); /* an AES-256 schedule starts with the key */
     CHECK(memmem(ring, sizeof *ring, test_key_text(0), 20) == NULL);
@@ -2282,50 +2296,72 @@ static const struct head_case {
     {":authority the path, percent-encoded", false, {POST, HTTP, PATH, ":authority: %2Frun%2Fkms.sock"}},
     {":authority the path", false, {POST, HTTP, PATH, ":authority: /run/kms.sock"}},
     {":authority the abstract name", false, {POST, HTTP, PATH, ":authority: @kms"}},
-    {":authority empty", false, {POST, HTTP, PATH, ":authority: "}}, {":authority absent", false, {POST, HTTP, PATH}},
+    {":authority empty", false, {POST, HTTP, PATH, ":authority: "}},
+    {":authority absent", false, {POST, HTTP, PATH}},
     {"pseudo fields in another order", false, {LOCAL, PATH, HTTP, POST}},
     {"host in its stead", false, {POST, HTTP, PATH, "host: localhost"}},
     {"another scheme", false, {POST, ":scheme: https", PATH}},
     {"GET", false, {":method: GET", HTTP, ":path: /metrics", LOCAL}},
     {"any other method", false, {":method: BREW", HTTP, PATH}},
     {"OPTIONS *", false, {":method: OPTIONS", HTTP, ":path: *"}},
-    {"a field twice", false, {HEAD, "x-a: 1", "x-a: 2"}}, {"cookies", false, {HEAD, "cookie: a=1", "cookie: b=2"}},
+    {"a field twice", false, {HEAD, "x-a: 1", "x-a: 2"}},
+    {"cookies", false, {HEAD, "cookie: a=1", "cookie: b=2"}},
     {"an empty value", false, {HEAD, "x-empty: "}},
     {"a value with a space and a tab within", false, {HEAD, "x-a: one two\tthree"}},
     {"bytes over 0x7f in a value", false, {HEAD, "x-a: caf\xc3\xa9"}},
     {"every letter of a token", false, {HEAD, "abcdefghijklmnopqrstuvwxyz0123456789!#$%&'*+-.^_`|~: x"}},
     {"te: trailers", false, {HEAD, "te: trailers"}},
     {"grpc-timeout twice is gRPC's to refuse", false, {HEAD, "grpc-timeout: 1S", "grpc-timeout: 1S"}},
-    {"nothing", true, {NULL}}, {"no :method", true, {HTTP, PATH, LOCAL}}, {"no :scheme", true, {POST, PATH, LOCAL}},
-    {"no :path", true, {POST, HTTP, LOCAL}}, {"an empty :method", true, {":method: ", HTTP, PATH}},
-    {"an empty :scheme", true, {POST, ":scheme: ", PATH}}, {"an empty :path", true, {POST, HTTP, ":path: "}},
+
+    {"nothing", true, {NULL}},
+    {"no :method", true, {HTTP, PATH, LOCAL}},
+    {"no :scheme", true, {POST, PATH, LOCAL}},
+    {"no :path", true, {POST, HTTP, LOCAL}},
+    {"an empty :method", true, {":method: ", HTTP, PATH}},
+    {"an empty :scheme", true, {POST, ":scheme: ", PATH}},
+    {"an empty :path", true, {POST, HTTP, ":path: "}},
     {"a relative :path", true, {POST, HTTP, ":path: v2.KeyManagementService/Status"}},
     {"an absolute URL as :path", true, {POST, HTTP, ":path: http://localhost/x"}},
     {":method twice", true, {POST, POST, HTTP, PATH}},
     {":method twice, another", true, {":method: GET", POST, HTTP, PATH}},
-    {":scheme twice", true, {POST, HTTP, HTTP, PATH}}, {":path twice", true, {POST, HTTP, PATH, PATH}},
+    {":scheme twice", true, {POST, HTTP, HTTP, PATH}},
+    {":path twice", true, {POST, HTTP, PATH, PATH}},
     {":authority twice", true, {POST, HTTP, PATH, LOCAL, LOCAL}},
     {":authority twice, empty", true, {POST, HTTP, PATH, ":authority: ", ":authority: "}},
-    {":status", true, {HEAD, ":status: 200"}}, {":protocol", true, {HEAD, ":protocol: websocket"}},
-    {"an unknown pseudo field", true, {HEAD, ":x: y"}}, {"a colon alone", true, {HEAD, ":: y"}},
-    {"an empty name", true, {HEAD, ": y"}}, {"pseudo behind regular", true, {POST, HTTP, "x-a: b", PATH}},
+    {":status", true, {HEAD, ":status: 200"}},
+    {":protocol", true, {HEAD, ":protocol: websocket"}},
+    {"an unknown pseudo field", true, {HEAD, ":x: y"}},
+    {"a colon alone", true, {HEAD, ":: y"}},
+    {"an empty name", true, {HEAD, ": y"}},
+    {"pseudo behind regular", true, {POST, HTTP, "x-a: b", PATH}},
     {":authority behind regular", true, {POST, HTTP, PATH, "te: trailers", LOCAL}},
-    {"upper case", true, {HEAD, "Content-Type: application/grpc"}}, {"upper case within", true, {HEAD, "x-A: b"}},
+    {"upper case", true, {HEAD, "Content-Type: application/grpc"}},
+    {"upper case within", true, {HEAD, "x-A: b"}},
     {"upper case in a pseudo field", true, {":Method: POST", HTTP, PATH}},
-    {"a colon in a name", true, {HEAD, "x:a: b"}}, {"a space in a name", true, {HEAD, "x a: b"}},
-    {"a space behind a name", true, {HEAD, "x-a : b"}}, {"a space before a name", true, {HEAD, " x-a: b"}},
-    {"a byte over 0x7f in a name", true, {HEAD, "caf\xc3\xa9: x"}}, {"space before a value", true, {HEAD, "x-a:  b"}},
-    {"space behind a value", true, {HEAD, "x-a: b "}}, {"tab before a value", true, {HEAD, "x-a: \tb"}},
-    {"tab behind a value", true, {HEAD, "x-a: b\t"}}, {"only a space", true, {HEAD, "x-a:  "}},
+    {"a colon in a name", true, {HEAD, "x:a: b"}},
+    {"a space in a name", true, {HEAD, "x a: b"}},
+    {"a space behind a name", true, {HEAD, "x-a : b"}},
+    {"a space before a name", true, {HEAD, " x-a: b"}},
+    {"a byte over 0x7f in a name", true, {HEAD, "caf\xc3\xa9: x"}},
+    {"space before a value", true, {HEAD, "x-a:  b"}},
+    {"space behind a value", true, {HEAD, "x-a: b "}},
+    {"tab before a value", true, {HEAD, "x-a: \tb"}},
+    {"tab behind a value", true, {HEAD, "x-a: b\t"}},
+    {"only a space", true, {HEAD, "x-a:  "}},
     {"CR LF and another field", true, {HEAD, "x-a: b\r\nx-c: d"}},
-    {"connection", true, {HEAD, "connection: keep-alive"}}, {"connection, empty", true, {HEAD, "connection: "}},
+    {"connection", true, {HEAD, "connection: keep-alive"}},
+    {"connection, empty", true, {HEAD, "connection: "}},
     {"proxy-connection", true, {HEAD, "proxy-connection: keep-alive"}},
     {"keep-alive", true, {HEAD, "keep-alive: timeout=5"}},
-    {"transfer-encoding", true, {HEAD, "transfer-encoding: chunked"}}, {"upgrade", true, {HEAD, "upgrade: h2c"}},
-    {"te: gzip", true, {HEAD, "te: gzip"}}, {"te: two", true, {HEAD, "te: trailers, gzip"}},
+    {"transfer-encoding", true, {HEAD, "transfer-encoding: chunked"}},
+    {"upgrade", true, {HEAD, "upgrade: h2c"}},
+    {"te: gzip", true, {HEAD, "te: gzip"}},
+    {"te: two", true, {HEAD, "te: trailers, gzip"}},
     {"te, empty", true, {HEAD, "te: "}},
     {"content-type twice", true, {HEAD, "content-type: application/grpc", "content-type: application/grpc"}},
-    {"content-length 0", false, {HEAD, "content-length: 0"}}, {"content-length", false, {HEAD, "content-length: 5"}},
+
+    {"content-length 0", false, {HEAD, "content-length: 0"}},
+    {"content-length", false, {HEAD, "content-length: 5"}},
     {"content-length with leading zeros", false, {HEAD, "content-length: 0000000005"}},
     {"content-length, the largest", false, {HEAD, "content-length: 999999999999999999"}},
     {"content-length, empty", true, {HEAD, "content-length: "}},
@@ -2338,6 +2374,7 @@ static const struct head_case {
     {"content-length 2^64 + 5", true, {HEAD, "content-length: 18446744073709551621"}},
     {"content-length, endless", true, {HEAD, "content-length: 99999999999999999999999999999999999999"}},
     {"content-length twice", true, {HEAD, "content-length: 5", "content-length: 6"}},
+
     {"CONNECT", false, {":method: CONNECT", ":authority: localhost:443"}},
     {"CONNECT without :authority", true, {":method: CONNECT"}},
     {"CONNECT with :scheme", true, {":method: CONNECT", HTTP, LOCAL}},
@@ -2696,8 +2733,7 @@ struct exchange {
 static struct exchange dialogue[DIALOGUE];
 
 static void exchange_set(size_t i, const char *name, const char *method, const char *path, const char *type,
-                         const char *http,
-                         const char *status) {
+                         const char *http, const char *status) {
     dialogue[i] = (struct exchange){
         .name = name, .method = method, .path = path, .content_type = type, .http = http, .status = status};
 }
@@ -2787,8 +2823,7 @@ static void dialogue_init(struct server *s) {
 }
 
 static ssize_t peer_read_body(nghttp2_session *session, int32_t id, uint8_t *buf, size_t cap, uint32_t *flags,
-                              nghttp2_data_source *source,
-                              void *user) {
+                              nghttp2_data_source *source, void *user) {
     (void)session;
     (void)id;
     (void)user;
@@ -2811,8 +2846,7 @@ static bool is_text(const uint8_t *bytes, size_t len, const char *text) {
 }
 
 static int peer_on_header(nghttp2_session *session, const nghttp2_frame *frame, const uint8_t *name, size_t name_len,
-                          const uint8_t *value,
-                          size_t len, uint8_t flags, void *user) {
+                          const uint8_t *value, size_t len, uint8_t flags, void *user) {
     (void)session;
     (void)flags;
     (void)user;
@@ -2865,8 +2899,8 @@ static nghttp2_session *peer_new(void) {
         struct exchange *x = &dialogue[i];
         nghttp2_nv fields[8] = {field_copied(":method", x->method, strlen(x->method)), FIELD(":scheme", "http"),
                                 field_copied(":path", x->path, strlen(x->path)),
-                                    FIELD(":authority", "%2Frun%2Fkms.sock"),
-                                FIELD("te", "trailers"), FIELD("grpc-timeout", "2999943u")};
+                                FIELD(":authority", "%2Frun%2Fkms.sock"), FIELD("te", "trailers"),
+                                FIELD("grpc-timeout", "2999943u")};
         size_t count = 6;
         if (x->content_type)
             fields[count++] = field_copied("content-type", x->content_type, strlen(x->content_type));
@@ -3332,8 +3366,7 @@ static size_t stored_make(const struct stored *o, const struct ring *ring, uint8
     }
     memcpy(data + at + 12, o->object, len);
     CHECK(gcm_crypt(&ring->suite, true, key, key_len > 32 ? 32 : key_len, data + at, (const uint8_t *)o->etcd_key,
-                    strlen(o->etcd_key),
-                    data + at + 12, len, data + at + 12 + len) == 0);
+                    strlen(o->etcd_key), data + at + 12, len, data + at + 12 + len) == 0);
     size_t data_len = at + 12 + len + TAG_BYTES, sealed_len = o->dek_len + SEALED_OVERHEAD, n = 15 + 6;
     memcpy(out, o->api == API_V2 ? "k8s:enc:kms:v2:vault:" : "k8s:enc:kms:v1:vault:", n);
     if (o->api == API_V1) {
@@ -3423,8 +3456,10 @@ static void values_not_ours(void) {
         const char *name, *bytes;
         enum value_state want;
     } rows[] = {
-        {"nothing", "", VALUE_PLAIN}, {"protobuf in the clear", "k8s\n\f\n\2v1\22\6Secret", VALUE_PLAIN},
-        {"JSON in the clear", "{\"kind\":\"Secret\"}", VALUE_PLAIN}, {"a prefix cut short", "k8s:enc", VALUE_PLAIN},
+        {"nothing", "", VALUE_PLAIN},
+        {"protobuf in the clear", "k8s\n\f\n\2v1\22\6Secret", VALUE_PLAIN},
+        {"JSON in the clear", "{\"kind\":\"Secret\"}", VALUE_PLAIN},
+        {"a prefix cut short", "k8s:enc", VALUE_PLAIN},
         {"aescbc", "k8s:enc:aescbc:v1:key1:xxxxxxxxxxxxxxxx", VALUE_FOREIGN},
         {"aesgcm", "k8s:enc:aesgcm:v1:key1:xxxxxxxxxxxxxxxx", VALUE_FOREIGN},
         {"secretbox", "k8s:enc:secretbox:v1:key1:xxxxxxxxxxx", VALUE_FOREIGN},
@@ -3573,8 +3608,8 @@ static void options_verbs(void) {
 }
 
 static void options_values(void) {
-    static const char line[] = "serve --listen unix:///a --listen=unix:///@b --mode 0660 --group=0 --allow-uid 0,1000,4294967294 --max-connections=12 "
-                               "--log-level debug";
+    static const char line[] = "serve --listen unix:///a --listen=unix:///@b --mode 0660 --group=0 "
+                               "--allow-uid 0,1000,4294967294 --max-connections=12 --log-level debug";
     for (unsigned defaulted = 0; defaulted < 2; defaulted++) { /* "serve" may be left out */
         struct options o;
         char *argv[ARGS];
@@ -3754,35 +3789,27 @@ static const struct {
 } tests[] = {
 #define TEST(name) {#name, name}
     TEST(text_formats), TEST(text_is_cut_at_cap), TEST(logfmt_quotes), TEST(logfmt_reads_back),
-    TEST(log_lines_cannot_be_forged),
-    TEST(log_level_filters),
+    TEST(log_lines_cannot_be_forged), TEST(log_level_filters),
     TEST(hex), TEST(base64_vectors), TEST(base64_roundtrip), TEST(base64_refuses_other_bytes),
-    TEST(base64_refuses_trailing_bits),
-    TEST(base64_refuses_bad_padding), TEST(base64_keeps_to_cap), TEST(utf8_table), TEST(utf8_everything), TEST(varints),
-    TEST(fields),
-    TEST(strings_of_messages),
+    TEST(base64_refuses_trailing_bits), TEST(base64_refuses_bad_padding), TEST(base64_keeps_to_cap), TEST(utf8_table),
+    TEST(utf8_everything), TEST(varints), TEST(fields), TEST(strings_of_messages),
     TEST(heap_classes), TEST(heap_accounts), TEST(heap_wipes), TEST(heap_keeps_no_more_than_its_share), TEST(arena),
     TEST(xaes_known_answers), TEST(xaes_10000_iterations), TEST(xaes_1000000_iterations), TEST(gcm_known_answers),
-    TEST(hmac_known_answers),
-    TEST(key_ids), TEST(keyid_prints_hashes), TEST(self_test), TEST(seal_roundtrip), TEST(seal_layout),
-    TEST(seal_tampered), TEST(seal_rotation),
-    TEST(nonces),
-    TEST(ring_forms), TEST(ring_takes_16_keys), TEST(ring_add_refusals), TEST(ring_holds_no_text), TEST(key_file_modes),
-    TEST(key_file_kinds),
-    TEST(environment), TEST(environment_too_long), TEST(ring_load_sources),
+    TEST(hmac_known_answers), TEST(key_ids), TEST(keyid_prints_hashes), TEST(self_test), TEST(seal_roundtrip),
+    TEST(seal_layout), TEST(seal_tampered), TEST(seal_rotation), TEST(nonces),
+    TEST(ring_forms), TEST(ring_takes_16_keys), TEST(ring_add_refusals), TEST(ring_holds_no_text),
+    TEST(key_file_modes), TEST(key_file_kinds), TEST(environment), TEST(environment_too_long), TEST(ring_load_sources),
     TEST(rpc_status_and_version), TEST(rpc_status_tells_the_truth), TEST(rpc_v2_roundtrip), TEST(rpc_v1_roundtrip),
-    TEST(rpc_v2_decrypt_order),
-    TEST(rpc_decrypt_lengths), TEST(rpc_malformed), TEST(rpc_too_many_fields), TEST(rpc_wipes), TEST(rpc_random_bytes),
+    TEST(rpc_v2_decrypt_order), TEST(rpc_decrypt_lengths), TEST(rpc_malformed), TEST(rpc_too_many_fields),
+    TEST(rpc_wipes), TEST(rpc_random_bytes),
     TEST(metrics_lines), TEST(metrics_fit), TEST(grpc_timeouts), TEST(percent_encoding), TEST(grpc_code_names),
     TEST(head_rules), TEST(head_bytes), TEST(head_values), TEST(trailer_rules), TEST(head_size),
     TEST(endpoints_good), TEST(endpoints_bad), TEST(endpoint_names_of_sockets),
     TEST(session_whole), TEST(session_split_everywhere), TEST(session_slow_reader), TEST(session_metrics),
-    TEST(session_large_head), TEST(session_deadlines),
-    TEST(session_random_bytes), TEST(session_without_memory),
+    TEST(session_large_head), TEST(session_deadlines), TEST(session_random_bytes), TEST(session_without_memory),
     TEST(values_stored), TEST(values_not_ours), TEST(values_damaged), TEST(values_random_bytes),
     TEST(options_defaults), TEST(options_verbs), TEST(options_values), TEST(options_numbers), TEST(options_many),
-    TEST(options_names),
-    TEST(options_bad), TEST(options_unknown_names), TEST(options_help), TEST(verbs_run),
+    TEST(options_names), TEST(options_bad), TEST(options_unknown_names), TEST(options_help), TEST(verbs_run),
 };
 
 /* A test that ends this process, as by die(), has failed. */
