@@ -156,6 +156,7 @@ enum {
     RESCUE_INPUT_MAX = 64 * 1024 * 1024, /* etcd refuses values over 1.5 MiB by default */
     AUDIT_ROWS_MAX = 64,                /* pairs of API and key_id in one cluster */
 
+    LOG_VALUE_MAX = 64,                 /* of a peer's words in a line: Kubernetes' uids have 36 */
     LOG_LINE_MAX = 1024,                /* under PIPE_BUF: a line is written whole or not at all */
     UNMAPPED_UID = 65534,               /* what the kernel shows for a uid without a mapping */
 };
@@ -522,7 +523,7 @@ static void text_vadd(struct text *t, const char *format, va_list args) {
             int n = va_arg(args, int);
             if (n < 0)
                 text_char(t, '-');
-            text_number(t, (unsigned)(n < 0 ? -n : n), 10, width);
+            text_number(t, n < 0 ? 0u - (unsigned)n : (unsigned)n, 10, width);
         } else { /* u, x */
             unsigned long long n = longs == 3   ? va_arg(args, size_t)
                                    : longs == 2 ? va_arg(args, unsigned long long)
@@ -2055,8 +2056,8 @@ static int stream_answer(struct stream *s, const struct answer *a) {
     clock_gettime(CLOCK_MONOTONIC, &now);
     uint64_t us = (uint64_t)now.tv_sec * 1000000 + (uint64_t)now.tv_nsec / 1000 - s->start_us;
     metrics_count(&server->metrics, s->request.rpc, a->code, us);
-    log_line(LOG_DEBUG, "msg=rpc method=%s uid=%s key_id=%s code=%s us=%llu", rpcs[s->request.rpc].path, a->uid,
-             a->key_id, grpc_code_name(a->code), (unsigned long long)us);
+    log_line(LOG_DEBUG, "msg=rpc method=%s uid=%.*s key_id=%.*s code=%s us=%llu", rpcs[s->request.rpc].path,
+             LOG_VALUE_MAX, a->uid, LOG_VALUE_MAX, a->key_id, grpc_code_name(a->code), (unsigned long long)us);
     if (a->code == GRPC_OK)
         return stream_respond(s, ok, sizeof ok / sizeof *ok, a->bytes, a->len, true);
     char status[4], message[MESSAGE_TEXT_MAX];
