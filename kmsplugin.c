@@ -3565,7 +3565,10 @@ static void value_open_v2(struct value *v, const struct ring *ring, const uint8_
     if (sealed_shaped(sealed.data, sealed.len))
         hex_encode(sealed.data + 1, FINGERPRINT_BYTES, sealing_id);
     size_t id_len = strlen(o->key_id);
-    if (id_len != KEY_ID_LEN || strspn(o->key_id, "0123456789abcdef") != id_len)
+    bool ours = id_len == KEY_ID_LEN && strspn(o->key_id, "0123456789abcdef") == id_len;
+    if (id_len == 0 || (sealing_id[0] && ring_find(ring, sealed.data + 1)))
+        ours = true; /* no plugin has an empty keyID; and a damaged one does not disown a value */
+    if (!ours)
         value_fail(v, VALUE_FOREIGN, "it was sealed by another KMS plugin: its keyID is none of kmsplugin's");
     else if (strcmp(o->key_id, sealing_id) != 0 || o->n_annotations > 0)
         value_fail(v, VALUE_BROKEN, "its keyID and its sealed data key disagree, or it has annotations: damaged");
@@ -3587,8 +3590,8 @@ static void value_open(struct value *v, const struct ring *ring, const uint8_t *
         value_fail(v, VALUE_PLAIN, "it is not encrypted");
         return;
     }
-    bool is_v2 = len > PREFIX_LEN && memcmp(bytes, v2, PREFIX_LEN) == 0;
-    bool is_v1 = len > PREFIX_LEN && memcmp(bytes, v1, PREFIX_LEN) == 0;
+    bool is_v2 = len >= PREFIX_LEN && memcmp(bytes, v2, PREFIX_LEN) == 0;
+    bool is_v1 = len >= PREFIX_LEN && memcmp(bytes, v1, PREFIX_LEN) == 0;
     if (!is_v1 && !is_v2) {
         value_fail(v, VALUE_FOREIGN, "it is encrypted by another provider than KMS");
         return;

@@ -3411,8 +3411,8 @@ static const struct {
     {"v2, another keyID of ours", {API_V2, 1, 32, ETCD_KEY, "0123456789abcdef0123456789abcdef", false, "the object"},
      VALUE_BROKEN},
     {"v2, with an annotation", {API_V2, 1, 32, ETCD_KEY, NULL, true, "the object"}, VALUE_BROKEN},
-    {"v2, a keyID of another plugin", {API_V2, 1, 32, ETCD_KEY, "projects/p/locations/l/keyRings/r", false,
-     "the object"}, VALUE_FOREIGN},
+    {"v2, a keyID unlike ours over a fingerprint of ours", {API_V2, 1, 32, ETCD_KEY, "projects/p/locations/l/keyRings/r",
+     false, "the object"}, VALUE_BROKEN},
 };
 
 static enum value_state value_of(struct value *v, const struct ring *ring, const char *etcd_key, const uint8_t *bytes,
