@@ -3465,7 +3465,7 @@ static void values_not_ours(void) {
         {"secretbox", "k8s:enc:secretbox:v1:key1:xxxxxxxxxxx", VALUE_FOREIGN},
         {"a KMS version to come", "k8s:enc:kms:v3:vault:xxxxxxxxxxx", VALUE_FOREIGN},
         {"v2, no name", "k8s:enc:kms:v2:x", VALUE_BROKEN},
-        {"v2, nothing behind the name", "k8s:enc:kms:v2:vault:", VALUE_FOREIGN},
+        {"v2, nothing behind the name", "k8s:enc:kms:v2:vault:", VALUE_BROKEN},
         {"v2, no message", "k8s:enc:kms:v2:vault:\xff\xff\xff", VALUE_BROKEN},
         {"v1, nothing behind the name", "k8s:enc:kms:v1:vault:", VALUE_BROKEN},
         {"v1, half a length", "k8s:enc:kms:v1:vault:\x01", VALUE_BROKEN},
