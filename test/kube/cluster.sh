@@ -1,0 +1,102 @@
+#!/bin/sh
+# Runs the plugin under a real kube-apiserver with a real etcd (cluster/), and
+# under the client halves of older ones (compat/). The last line is "N passed, N
+# failed"; to fail is also to run nothing.
+#
+#     cluster.sh          all of it
+#     cluster.sh short    fewer Secrets, shorter outages: under 10 minutes when all is built
+#
+# KMSPLUGIN is the plugin under test (../../kmsplugin from here), KUBE_RUN a
+# regular expression that chooses tests of cluster/. What is built for this stays
+# in build/kube/, which git ignores.
+set -eu
+case ${KMSPLUGIN-} in '' | /*) ;; *) KMSPLUGIN="$PWD/$KMSPLUGIN" ;; esac
+cd "$(dirname "$0")"
+root=$(cd ../.. && pwd)
+export KMSPLUGIN="${KMSPLUGIN:-$root/kmsplugin}" KUBE_PROGRAMS="$root/build/kube"
+case ${1-} in
+'') short='' limit=45m ;;
+short) short=-short limit=15m ;;
+*)
+    echo "usage: $0 [short]" >&2
+    exit 2
+    ;;
+esac
+
+tmp=$(mktemp -d)
+trap 'rm -rf "$tmp"' EXIT
+trap 'exit 1' HUP INT TERM
+: >"$tmp/log"
+broken=0
+
+# tests NAME COMMAND...: shows what go test says, and keeps it. Not built, ended by a
+# panic or by the time limit: no test says so itself, so it counts as a failure here.
+tests() {
+    name=$1
+    shift
+    echo "== $name"
+    # POSIX sh knows no pipefail: the status passes the pipe in a file.
+    { "$@" 2>&1 && status=0 || status=$?; echo "$status" >"$tmp/status"; } | tee "$tmp/part"
+    read -r status <"$tmp/status"
+    if [ "$status" -ne 0 ] && ! grep -q '^--- FAIL: ' "$tmp/part"; then
+        broken=$((broken + 1))
+    elif [ "$status" -eq 0 ] && ! grep -q '^--- PASS: ' "$tmp/part"; then
+        broken=$((broken + 1))
+    fi
+    cat "$tmp/part" >>"$tmp/log"
+}
+
+module_version() {
+    go list -m -f '{{.Version}}' "$@"
+}
+
+# The programs are built anew when a version changes, or Go's.
+build() {
+    cd cluster
+    kubernetes=$(module_version k8s.io/kubernetes)
+    stamp="$kubernetes $(module_version go.etcd.io/etcd/server/v3) $(go version)"
+    if [ "$(cat "$KUBE_PROGRAMS/stamp" 2>/dev/null)" != "$stamp" ]; then
+        echo "== building kube-apiserver and etcd: $stamp (minutes, once)"
+        mkdir -p "$KUBE_PROGRAMS"
+        rm -f "$KUBE_PROGRAMS/stamp"
+        flags="-s -w -X k8s.io/component-base/version.gitVersion=$kubernetes"
+        go build -trimpath -ldflags="$flags" -o "$KUBE_PROGRAMS/kube-apiserver" k8s.io/kubernetes/cmd/kube-apiserver &&
+            go build -trimpath -ldflags='-s -w' -o "$KUBE_PROGRAMS/etcd" go.etcd.io/etcd/server/v3 &&
+            go build -trimpath -ldflags='-s -w' -o "$KUBE_PROGRAMS/etcdctl" go.etcd.io/etcd/etcdctl/v3 &&
+            go build -trimpath -ldflags='-s -w' -o "$KUBE_PROGRAMS/etcdutl" go.etcd.io/etcd/etcdutl/v3 &&
+            echo "$stamp" >"$KUBE_PROGRAMS/stamp"
+    fi
+}
+
+# Generations from old to new, since each reads what the earlier ones stored.
+compat() {
+    cd compat
+    KMS_COMPAT_APISERVER=$(module_version "-modfile=$1" k8s.io/apiserver)
+    KMS_COMPAT_GRPC=$(module_version "-modfile=$1" google.golang.org/grpc)
+    export KMS_COMPAT_APISERVER KMS_COMPAT_GRPC KMS_COMPAT_DIR="$tmp/compat"
+    go test -count=1 -timeout 10m "-modfile=$1" -v .
+}
+
+cluster() {
+    cd cluster
+    # shellcheck disable=SC2086 # $short is one word or none
+    go test -count=1 -timeout "$limit" $short -run "${KUBE_RUN:-.}" -v .
+}
+
+mkdir "$tmp/compat"
+for file in compat/v*.mod; do
+    tests "${file#compat/}" compat "${file#compat/}"
+done
+if (build); then
+    tests cluster cluster
+else
+    broken=$((broken + 1))
+fi
+
+passed=$(grep -c '^--- PASS: ' "$tmp/log") || true
+failed=$(grep -c '^--- FAIL: ' "$tmp/log") || true
+failed=$((failed + broken))
+echo '== figures'
+sed -n 's/^ *[a-z_]*\.go:[0-9]*: figures //p' "$tmp/log"
+echo "$passed passed, $failed failed"
+[ "$failed" -eq 0 ] && [ "$passed" -gt 0 ]
