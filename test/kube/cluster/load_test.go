@@ -3,6 +3,7 @@ package cluster
 import (
 	"context"
 	"fmt"
+	"regexp"
 	"strings"
 	"sync"
 	"testing"
@@ -16,15 +17,14 @@ import (
 // load is a client that makes one kind of request without a pause, and notes
 // how it fared: what its user would have noticed.
 type load struct {
-	name       string
-	good, bad  int
-	gap, slow  time.Duration // longest time from one success to the next; slowest success
-	errs       []string      // the first ones
-	end        chan struct{}
-	done       sync.WaitGroup
-	lastTime   time.Time
-	mutex      sync.Mutex
-	lastErrors time.Time
+	name      string
+	good, bad int
+	gap, slow time.Duration // longest time from one success to the next; slowest success
+	errs      []string      // all of them
+	end       chan struct{}
+	done      sync.WaitGroup
+	lastTime  time.Time
+	mutex     sync.Mutex
 }
 
 func startLoad(t *testing.T, name string, request func(ctx context.Context, i int) error) *load {
@@ -54,10 +54,7 @@ func (l *load) note(start time.Time, err error) {
 	now := time.Now()
 	if err != nil {
 		l.bad++
-		l.lastErrors = now
-		if len(l.errs) < 3 {
-			l.errs = append(l.errs, err.Error())
-		}
+		l.errs = append(l.errs, err.Error())
 		return
 	}
 	l.good++
@@ -80,12 +77,32 @@ func (l *load) String() string {
 	return fmt.Sprintf("%s %d ok, %d failed, longest gap %v", l.name, l.good, l.bad, l.gap.Round(time.Millisecond))
 }
 
+func (l *load) first() string { return strings.Join(l.errs[:min(len(l.errs), 3)], "\n") }
+
+// cutOff are the calls that a SIGKILL ended half-way. Nobody can answer those,
+// and a client has one at a time: any other failure, or more of them than kills,
+// is one that a user need not have seen.
+var cutOff = regexp.MustCompile(`code = Unavailable desc = error reading from server: .*(EOF|connection reset by peer)`)
+
+func (l *load) survived(t *testing.T, kills int) {
+	t.Helper()
+	l.stop()
+	for _, err := range l.errs {
+		if !cutOff.MatchString(err) {
+			t.Errorf("%s: %s", l.name, err)
+		}
+	}
+	if l.bad > kills || l.good < 100 {
+		t.Errorf("%v, with %d kills: %s", l, kills, l.first())
+	}
+}
+
 // flawless wants no failure at all.
 func (l *load) flawless(t *testing.T) {
 	t.Helper()
 	l.stop()
 	if l.bad > 0 || l.good == 0 {
-		t.Errorf("%v: %s", l, strings.Join(l.errs, "\n"))
+		t.Errorf("%v: %s", l, l.first())
 	}
 }
 
