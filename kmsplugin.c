@@ -127,7 +127,8 @@ enum {
     LISTENERS_MAX = 16,
     ACCEPT_BURST = 16,                  /* connections a wake-up takes from one listener */
     EVENTS_MAX = 64,                    /* what one epoll_wait brings */
-    IN_BYTES = 16 * 1024,               /* read a turn: no peer keeps the loop longer than that */
+    TURN_BYTES = 64 * 1024,             /* read in one turn, shared by the peers that are ready: bounds a newcomer's wait */
+    IN_BYTES = 16 * 1024,               /* of that, one peer's at most */
     OUT_BYTES = 64 * 1024,              /* sent a turn: the answers to a full read fit */
     ALLOWED_UIDS_MAX = 32,
     BACKLOG = 128,
@@ -288,7 +289,7 @@ struct block {
 struct heap {
     struct block *free[HEAP_CLASSES];
     size_t kept; /* bytes on those lists */
-    size_t in_use; /* bytes asked for and not given back */
+    size_t in_use; /* cost of what was not given back */
 };
 
 enum http_method { METHOD_OTHER, METHOD_POST, METHOD_GET, METHOD_CONNECT };
@@ -431,6 +432,7 @@ struct server {
     int64_t refused_logged_ms;
     uint64_t refused_unlogged;
     struct ucred refused_peer; /* the last one */
+    size_t share; /* bytes that a peer may be read for in this turn */
     size_t out_len;
     uint8_t in[IN_BYTES], out[OUT_BYTES];
 };
@@ -851,6 +853,13 @@ static unsigned heap_class(size_t size) {
     return class;
 }
 
+/* What a block of that size takes in memory, malloc's own header included: the figure that limits count. */
+static size_t heap_cost(size_t size) {
+    enum { MALLOC_BYTES = 16 };
+    unsigned class = heap_class(size);
+    return sizeof(struct block) + MALLOC_BYTES + (class < HEAP_CLASSES ? (size_t)HEAP_CLASS0_BYTES << class : size);
+}
+
 /* A block of at least `size` bytes, or NULL. */
 static void *heap_new(struct heap *h, size_t size) {
     if (size > UINT32_MAX)
@@ -867,7 +876,7 @@ static void *heap_new(struct heap *h, size_t size) {
         b->class = class;
     }
     b->size = (uint32_t)size;
-    h->in_use += size;
+    h->in_use += heap_cost(size);
     return b->bytes;
 }
 
@@ -875,12 +884,12 @@ static struct block *block_of(void *bytes) {
     return (struct block *)((char *)bytes - offsetof(struct block, bytes));
 }
 
-/* Wipes the block and takes it back. Returns its size. */
+/* Wipes the block and takes it back. Returns its cost. */
 static size_t heap_free(struct heap *h, void *bytes) {
     struct block *b = block_of(bytes);
-    size_t size = b->size, cap = (size_t)HEAP_CLASS0_BYTES << b->class;
-    explicit_bzero(b->bytes, size);
-    h->in_use -= size;
+    size_t cost = heap_cost(b->size), cap = (size_t)HEAP_CLASS0_BYTES << b->class;
+    explicit_bzero(b->bytes, b->size);
+    h->in_use -= cost;
     if (b->class < HEAP_CLASSES && h->kept + cap <= HEAP_KEEP_BYTES) {
         b->next = h->free[b->class];
         h->free[b->class] = b;
@@ -888,7 +897,7 @@ static size_t heap_free(struct heap *h, void *bytes) {
     } else {
         free(b);
     }
-    return size;
+    return cost;
 }
 
 /* Returns what is kept to the C library. */
@@ -1834,10 +1843,11 @@ static void server_due(struct server *s, int64_t ms) {
         s->next_ms = ms;
 }
 
+/* Takes counted memory back. Returns its cost. */
 static size_t conn_free_bytes(struct conn *c, void *bytes) {
-    size_t size = heap_free(&c->server->heap, bytes);
-    c->held -= size;
-    return size;
+    size_t cost = heap_free(&c->server->heap, bytes);
+    c->held -= cost;
+    return cost;
 }
 
 static void buffer_free(struct conn *c, uint8_t *bytes) {
@@ -1894,24 +1904,24 @@ static bool server_shed(struct server *s, const struct conn *self) {
 /* Counted memory, or NULL: the caller's connection is then closed by the loop. */
 static void *conn_new_bytes(struct conn *c, size_t size) {
     struct server *s = c->server;
-    while (s->heap.in_use + size > HEAP_MAX)
+    while (heap_cost(size) > HEAP_MAX - s->heap.in_use)
         if (!server_shed(s, c))
             return NULL;
     void *bytes = heap_new(&s->heap, size);
     if (bytes)
-        c->held += size;
+        c->held += heap_cost(size);
     return bytes;
 }
 
 /* Memory for a request or an answer; NULL as above. */
 static uint8_t *buffer_new(struct conn *c, size_t size) {
     struct server *s = c->server;
-    while (s->buffered + size > BUFFERED_MAX)
+    while (heap_cost(size) > BUFFERED_MAX - s->buffered)
         if (!server_shed(s, c))
             return NULL;
     uint8_t *bytes = conn_new_bytes(c, size);
     if (bytes)
-        s->buffered += size;
+        s->buffered += heap_cost(size);
     return bytes;
 }
 
@@ -2390,7 +2400,7 @@ static int conn_flush(struct conn *c) {
 /* Reads one turn's worth, handles it, and sends the answers. -1 as conn_flush. */
 static int conn_read(struct conn *c) {
     struct server *s = c->server;
-    ssize_t n = read(c->source.fd, s->in, sizeof s->in);
+    ssize_t n = read(c->source.fd, s->in, s->share);
     if (n < 0)
         return errno == EAGAIN || errno == EWOULDBLOCK || errno == EINTR ? 0 : -1;
     if (n == 0)
@@ -2522,34 +2532,47 @@ static const char *endpoint_name(const struct sockaddr_un *address, socklen_t le
 
 enum { ENDPOINT_NAME_BYTES = sizeof "unix:///@" + sizeof((struct sockaddr_un *)0)->sun_path };
 
+/* Dies if someone other than root and ourselves can put something else in the place of what is at `path`. */
+static void owner_check(const char *path) {
+    struct stat st;
+    if (lstat(path, &st) < 0)
+        die("%s: %s", path, strerror(errno));
+    if (st.st_uid != 0 && st.st_uid != geteuid())
+        die("%s: belongs to uid %u, who could replace the socket", path, st.st_uid);
+    if (S_ISDIR(st.st_mode) && (st.st_mode & (S_IWGRP | S_IWOTH)) && !(st.st_mode & S_ISVTX))
+        die("%s: others may write there, and could replace the socket", path);
+}
+
+/* Checks every directory and link on the way to the last component of an absolute path, but not that one itself. */
+static void way_check(const char *path) {
+    char prefix[PATH_MAX];
+    owner_check("/");
+    for (const char *slash = strchr(path + 1, '/'); slash; slash = strchr(slash + 1, '/')) {
+        memcpy(prefix, path, (size_t)(slash - path));
+        prefix[slash - path] = '\0';
+        owner_check(prefix);
+    }
+}
+
 /*
  * Refuses a directory in which someone other than root and ourselves can rename
  * files, be it by a right on a directory above: who swaps the socket receives the
- * next data key. In a sticky directory only owners can rename.
+ * next data key. In a sticky directory only owners can rename. The path is judged
+ * as kube-apiserver will walk it, and once more with its links resolved.
  */
 static void directory_check(const char *path) {
-    char parent[PATH_MAX], real[PATH_MAX];
-    struct stat st;
+    char parent[PATH_MAX], real[PATH_MAX + 1];
     const char *slash = strrchr(path, '/');
     size_t len = slash == path ? 1 : (size_t)(slash - path);
+    struct stat st;
     memcpy(parent, path, len);
     parent[len] = '\0';
-    if (!realpath(parent, real))
+    if (!realpath(parent, real) || stat(real, &st) < 0)
         die("%s: the directory of the socket: %s", parent, strerror(errno));
-    for (;;) {
-        if (stat(real, &st) < 0)
-            die("%s: %s", real, strerror(errno));
-        if (!S_ISDIR(st.st_mode))
-            die("%s: not a directory", real);
-        if (st.st_uid != 0 && st.st_uid != geteuid())
-            die("%s: belongs to uid %u, who could replace the socket", real, st.st_uid);
-        if ((st.st_mode & (S_IWGRP | S_IWOTH)) && !(st.st_mode & S_ISVTX))
-            die("%s: others may write there, and could replace the socket", real);
-        if (strcmp(real, "/") == 0)
-            return;
-        char *up = strrchr(real, '/');
-        up[up == real ? 1 : 0] = '\0';
-    }
+    if (!S_ISDIR(st.st_mode))
+        die("%s: not a directory", real);
+    way_check(path);
+    way_check(strcat(real, "/")); /* the whole of it is on the way */
 }
 
 /* A socket of ours, close-on-exec and non-blocking; dies without. */
@@ -2661,6 +2684,11 @@ static void listener_close(struct listener *l) {
     close(l->source.fd);
 }
 
+static void listeners_close(struct server *s) {
+    while (s->listener_count > 0)
+        listener_close(&s->listeners[--s->listener_count]);
+}
+
 /* The number of a decimal string, or -1; nothing but digits, at most `max`. */
 static long long decimal(const char *s, long long max) {
     long long n = 0;
@@ -2702,8 +2730,7 @@ static void listeners_open(struct server *s) {
         if (listener_open(&s->listeners[s->listener_count++], s->options) == 0)
             continue;
         int error = errno;
-        while (s->listener_count > 0)
-            listener_close(&s->listeners[--s->listener_count]);
+        listeners_close(s);
         die("%s: %s", endpoints[i], strerror(error));
     }
 }
@@ -2884,8 +2911,7 @@ static void server_signal(struct server *s) {
     s->drain_ms = s->now_ms + DRAIN_TIMEOUT_MS;
     s->resume_accept_ms = INT64_MAX;
     server_due(s, s->drain_ms);
-    while (s->listener_count > 0)
-        listener_close(&s->listeners[--s->listener_count]);
+    listeners_close(s);
     for (struct conn *c = s->conns; c; c = c->next)
         if (!c->closed && conn_goaway(c) < 0)
             conn_close(c, "drained");
@@ -2907,6 +2933,7 @@ static void server_run(struct server *s) {
         server_clock(s);
         if (n == 0 && s->stream_count == 0)
             heap_tidy(&s->heap);
+        s->share = n > TURN_BYTES / IN_BYTES ? (size_t)(TURN_BYTES / n) : IN_BYTES;
         for (int i = 0; i < n; i++) {
             struct source *source = events[i].data.ptr;
             if (source->kind == SOURCE_CONN)
@@ -2952,6 +2979,7 @@ static struct server *server_new(struct ring *ring, const struct serve_options *
     s->max_connections = server_capacity(options->max_connections);
     s->next_ms = s->resume_accept_ms = s->drain_ms = INT64_MAX;
     s->refused_logged_ms = -REFUSED_LOG_MS;
+    s->share = IN_BYTES;
     metrics_init(&s->metrics);
     server_clock(s);
     /* Signals become events before there is a socket file that one could leave behind. */
@@ -3087,23 +3115,27 @@ static int capabilities_drop(void) {
     return (int)syscall(SYS_capset, &header, none);
 }
 
-/* One step of confinement failed: a warning, or the end. */
-static void confine_failed(enum sandbox sandbox, const char *feature) {
-    if (sandbox == SANDBOX_REQUIRE)
-        die("--sandbox require: %s: %s", feature, strerror(errno));
-    log_line(LOG_WARN, "msg=\"the sandbox lacks a feature\" feature=%s error=%s", feature, strerror(errno));
+static int privileges_freeze(void) {
+    return prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0);
 }
 
-static void confine(enum sandbox sandbox) {
+/* Confines the process. Returns NULL, or with errno the feature that is required and lacking. */
+static const char *confine(enum sandbox sandbox) {
+    static const struct {
+        const char *feature;
+        int (*step)(void);
+    } steps[] = {{"no_new_privs", privileges_freeze}, {"capabilities", capabilities_drop}, {"seccomp", seccomp_install}};
     if (sandbox == SANDBOX_OFF)
-        return;
+        return NULL;
     tzset(); /* glibc's gmtime_r would read the time zone's file on its first use */
-    if (prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) < 0)
-        confine_failed(sandbox, "no_new_privs");
-    if (capabilities_drop() < 0)
-        confine_failed(sandbox, "capabilities");
-    if (seccomp_install() < 0)
-        confine_failed(sandbox, "seccomp");
+    for (size_t i = 0; i < sizeof steps / sizeof *steps; i++) {
+        if (steps[i].step() == 0)
+            continue;
+        if (sandbox == SANDBOX_REQUIRE)
+            return steps[i].feature;
+        log_line(LOG_WARN, "msg=\"the sandbox lacks a feature\" feature=%s error=%s", steps[i].feature, strerror(errno));
+    }
+    return NULL;
 }
 
 /* ------------------------------------------------------------------- Probe
@@ -4132,7 +4164,12 @@ static int serve(struct serve_options *options) {
     struct ring *ring = ring_load();
     sealing_self_test(&ring->suite);
     struct server *s = server_new(ring, options);
-    confine(options->sandbox);
+    const char *lacking = confine(options->sandbox);
+    if (lacking) {
+        int error = errno;
+        listeners_close(s);
+        die("--sandbox require: %s: %s", lacking, strerror(error));
+    }
     for (size_t i = 0; i < s->listener_count; i++) {
         server_watch(s, &s->listeners[i].source);
         serve_announce(s, &s->listeners[i]);

@@ -14,6 +14,7 @@ int kmsplugin_main(int argc, char **argv);
 #include "../kmsplugin.c"
 #undef main
 
+#include <malloc.h>
 #include <ctype.h>
 #include <setjmp.h>
 #include <stdio.h>
@@ -758,9 +759,10 @@ static void heap_classes(void) {
         if (class > 0)
             CHECK(size > (size_t)HEAP_CLASS0_BYTES << (class - 1));
         uint8_t *p = heap_new(&h, size);
-        CHECK(p && (uintptr_t)p % 16 == 0 && h.in_use == size);
+        CHECK(p && (uintptr_t)p % 16 == 0 && h.in_use == heap_cost(size));
+        CHECK(heap_cost(size) >= malloc_usable_size(block_of(p))); /* no less than it really takes */
         memset(p, 0xaa, size); /* ASan: there is so much */
-        CHECK(heap_free(&h, p) == size && h.in_use == 0);
+        CHECK(heap_free(&h, p) == heap_cost(size) && h.in_use == 0);
         uint8_t *again = heap_new(&h, size);
         CHECK(again && (class == HEAP_CLASSES || again == p)); /* a kept block is given out again */
         if (class < HEAP_CLASSES)
@@ -789,8 +791,8 @@ static void heap_accounts(void) {
         if (live[i].bytes) {
             for (size_t k = 0; k < live[i].size; k++)
                 CHECK(live[i].bytes[k] == live[i].fill); /* nobody else was given it */
-            CHECK(heap_free(&h, live[i].bytes) == live[i].size);
-            in_use -= live[i].size;
+            CHECK(heap_free(&h, live[i].bytes) == heap_cost(live[i].size));
+            in_use -= heap_cost(live[i].size);
             live[i].bytes = NULL;
         } else {
             live[i].size = 1 + prng(prng(10) ? 300 : 9000);
@@ -798,7 +800,7 @@ static void heap_accounts(void) {
             live[i].bytes = heap_new(&h, live[i].size);
             CHECK(live[i].bytes);
             memset(live[i].bytes, live[i].fill, live[i].size);
-            in_use += live[i].size;
+            in_use += heap_cost(live[i].size);
         }
         CHECK(h.in_use == in_use && h.kept <= HEAP_KEEP_BYTES);
         if (round % 1000 == 0)

@@ -1,0 +1,312 @@
+#!/bin/sh
+# What is tested under a real systemd: the units, the socket, the sealed key, the
+# textfile timer, OpenRC's script, and the operator's guide, whose blocks lie in
+# /test/doc. Prints `ok` and `not ok` lines; `ran NAME` for each block; `end`.
+set -u
+export PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
+mkdir -p /tmp/cwd
+cd /tmp/cwd || exit 1
+log=/tmp/log
+said=/tmp/said
+
+# check NAME COMMAND...
+check() {
+    name=$1
+    shift
+    if "$@" >"$log" 2>&1; then
+        echo "ok $name"
+    else
+        echo "not ok $name: $*"
+        sed 's/^/    /' "$log"
+    fi
+}
+
+not() { ! "$@"; }
+
+# doc NAME: a block of the guide, as it stands there; docfails: it has to fail.
+# What it says is in $said.
+doc() {
+    echo "ran $1"
+    check "guide, $1" sh -eu "/test/doc/$1"
+    cp "$log" "$said"
+}
+docfails() {
+    echo "ran $1"
+    check "guide, $1 says no" not sh -eu "/test/doc/$1"
+    cp "$log" "$said"
+}
+
+# soon COMMAND...: within ten seconds.
+soon() {
+    tries=0
+    until "$@" >/dev/null 2>&1; do
+        tries=$((tries + 1))
+        [ "$tries" -lt 100 ] || return 1
+        sleep 0.1
+    done
+}
+
+property() { systemctl show --property="$2" --value "$1"; }
+ids() { KMS_KEK_FILE=/etc/kmsplugin/kek kmsplugin keyid | cut -d ' ' -f 1; }
+first() { ids | head -n 1; }
+sealing() { journalctl --no-pager -o cat -u kmsplugin.service | sed -n 's/.*msg=ready.* key_id=\([0-9a-f]*\).*/\1/p' | tail -n 1; }
+same() { [ "$1" = "$2" ] || { echo "$1, not $2"; return 1; }; }
+metrics() { curl -s --http2-prior-knowledge --unix-socket /run/kmsplugin/kms.sock http://localhost/metrics; }
+metric() { metrics | sed -n "s/^$1 //p"; }
+
+# ---- the key, sealed; the units
+useradd --system --user-group --no-create-home kube-apiserver
+doc kek
+check 'the KEK is for root alone' same "$(stat -c '%a %u' /etc/kmsplugin/kek)" '600 0'
+doc seal
+check 'the sealed KEK is not the KEK' not grep -qF "$(cat /etc/kmsplugin/kek)" /etc/kmsplugin/kek.cred
+doc start
+check 'no warning in the log' not sh -c 'journalctl --no-pager -u kmsplugin.service | grep level=warn'
+check 'it seals under the sealed KEK' same "$(sealing)" "$(first)"
+pid=$(property kmsplugin.service MainPID)
+check 'it is not root' not same "$(stat -c %u "/proc/$pid")" 0
+check 'it has no capability' same "$(sed -n 's/^Cap\(Prm\|Eff\|Bnd\|Amb\):\t0*$/none/p' "/proc/$pid/status" | wc -l)" 4
+check 'it has no key in its environment' not grep -qF "$(cat /etc/kmsplugin/kek)" "/proc/$pid/environ"
+systemctl show kmsplugin.service >/tmp/shown
+check 'nor has the unit' not grep -F "$(cat /etc/kmsplugin/kek)" /tmp/shown
+# (That it takes effect needs a capability which these namespaces may lack.)
+check 'out of memory it comes last' same "$(property kmsplugin.service OOMScoreAdjust)" -900
+check 'socket: mode 0600, root' same "$(stat -c '%a %U' /run/kmsplugin/kms.sock)" '600 root'
+doc look
+
+# ---- restarts: the same socket, and nobody refused
+inode=$(stat -c %i /run/kmsplugin/kms.sock)
+doc restart
+check 'the socket stays over a restart' same "$(stat -c %i /run/kmsplugin/kms.sock)" "$inode"
+# Connects all the time during three restarts, and counts what is refused.
+cat >/tmp/hammer.py <<'X'
+import socket, sys, time
+refused = connected = 0
+end = time.monotonic() + float(sys.argv[1])
+while time.monotonic() < end:
+    with socket.socket(socket.AF_UNIX) as s:
+        s.settimeout(5)
+        try:
+            s.connect('/run/kmsplugin/kms.sock')
+            connected += 1
+        except ConnectionRefusedError:
+            refused += 1
+    time.sleep(0.005)
+print(f'{connected} connected, {refused} refused')
+sys.exit(refused > 0 or connected < 100)
+X
+restarts() {
+    python3 /tmp/hammer.py 4 &
+    hammer=$!
+    sleep 0.5
+    systemctl restart kmsplugin.service && kill -KILL "$(property kmsplugin.service MainPID)" &&
+        sleep 1.5 && systemctl restart kmsplugin.service
+    wait "$hammer"
+}
+check 'no connect is refused during restarts and a crash' restarts
+sed 's/^/# /' "$log"
+check 'killed, it comes back' soon kmsplugin probe
+check 'the socket stays over a crash' same "$(stat -c %i /run/kmsplugin/kms.sock)" "$inode"
+crashes() {
+    # faster than any start limit; the unit has none
+    for _ in 1 2 3 4 5 6 7; do
+        kill -KILL "$(property kmsplugin.service MainPID)" && sleep 1.2 || return 1
+    done
+    soon kmsplugin probe
+}
+check 'seven crashes in a row are no limit' crashes
+
+# ---- a bind mount, as a container has it
+# shellcheck disable=SC2016 # for the sh below
+bound='mkdir -p /mnt/kms; mount --bind -o ro "$1" /mnt/kms; mount -o remount,bind,ro /mnt/kms
+    kmsplugin probe unix:///mnt/kms/kms.sock && systemctl restart "$2"'
+check 'a read-only bind mount reaches the plugin after a restart' unshare --mount sh -euc "$bound
+    kmsplugin probe unix:///mnt/kms/kms.sock" sh /run/kmsplugin kmsplugin.service
+check 'and after systemd-tmpfiles' sh -c 'systemd-tmpfiles --create kmsplugin.conf && kmsplugin probe'
+cat >/etc/systemd/system/runtimedir.service <<'X'
+[Service]
+Type=notify
+RuntimeDirectory=runtimedir
+Environment=KMS_KEK_FILE=/etc/kmsplugin/kek
+ExecStart=kmsplugin serve --listen unix:///run/runtimedir/kms.sock
+X
+systemctl start runtimedir.service
+check 'with RuntimeDirectory= it would not (which is why)' unshare --mount sh -euc "$bound
+    kmsplugin probe unix:///run/runtimedir/kms.sock
+    ! kmsplugin probe --timeout 1 unix:///mnt/kms/kms.sock" sh /run/runtimedir runtimedir.service
+systemctl stop runtimedir.service
+
+# ---- another key, another user
+doc plain
+check 'it seals under the plain KEK' same "$(sealing)" "$(first)"
+doc nonroot
+check 'root may still probe' kmsplugin probe
+refused=$(metric kmsplugin_refused_peers_total)
+check 'a member of the group that is not allowed is refused' not setpriv --reuid=daemon --regid=kube-apiserver --clear-groups kmsplugin probe --timeout 1
+check 'and counted' test "$(metric kmsplugin_refused_peers_total)" -gt "$refused"
+check 'and logged' sh -c "journalctl --no-pager -u kmsplugin.service | grep 'msg=refused.* uid=$(id -u daemon) '"
+check 'a stranger does not reach the socket' not setpriv --reuid=nobody --regid=nogroup --clear-groups kmsplugin probe --timeout 1
+rm -r /etc/systemd/system/kmsplugin.socket.d /etc/systemd/system/kmsplugin.service.d/apiserver.conf
+systemctl daemon-reload
+systemctl restart kmsplugin.socket
+check 'the drop-ins are gone' kmsplugin probe
+
+# ---- etcd
+systemd-run --quiet --unit=etcd-test etcd --data-dir /var/lib/etcd-test
+export ETCDCTL_API=3
+check 'etcd runs' soon etcdctl endpoint health
+# values: writes sealed objects to /tmp/values, under the KEK that now seals, and one under a stranger's.
+values() {
+    PYTHONPATH=/test/test python3 - <<'X'
+import base64, os, pathlib
+import sealed
+kek = base64.b64decode(open('/etc/kmsplugin/kek').read().split(',')[0])
+to = pathlib.Path('/tmp/values')
+to.mkdir(exist_ok=True)
+example = b'k8s\0\n\x0c\n\x02v1\x12\x06Secret' + bytes(range(256)) + b'\n'
+key = b'/registry/secrets/default/'
+(to / 'object').write_bytes(example)
+(to / 'example').write_bytes(sealed.etcd_v2(kek, key + b'example', example))
+(to / 'older').write_bytes(sealed.etcd_v1(kek, key + b'older', example))
+(to / 'stranger').write_bytes(sealed.etcd_v2(os.urandom(32), key + b'stranger', example))
+X
+}
+put() { etcdctl put "/registry/secrets/default/$1" <"/tmp/values/${2:-$1}"; }
+list() { etcdctl get --prefix /registry/secrets -w protobuf | KMS_KEK_FILE=/etc/kmsplugin/kek kmsplugin audit --strict --list; }
+check 'values' values
+check 'put' eval 'put example && put older && put plain object'
+docfails audit-strict
+check 'the one in plaintext is named' grep -q /registry/secrets/default/plain "$said"
+etcdctl del /registry/secrets/default/plain >/dev/null
+doc audit-strict
+
+# ---- rotation
+old=$(first)
+doc rotate-1
+check '1: two KEKs, the old one seals' same "$(sealing) $(ids | wc -l)" "$old 2"
+check '1: the KEK is still for root alone' same "$(stat -c '%a %u' /etc/kmsplugin/kek)" '600 0'
+new=$(ids | tail -n 1)
+doc rotate-2
+check '2: the new one seals' same "$(sealing) $(ids | tail -n 1)" "$new $old"
+docfails audit
+check '2: names what is under the old one' grep -q /registry/secrets/default/example "$said"
+check 'rewrite' eval 'values && put example && put older'
+doc audit
+doc rotate-3
+check '3: the new one alone' same "$(sealing) $(ids)" "$new $new"
+check '3: all of it opens' list
+
+# ---- rescue
+doc rescue
+check 'rescued as it was' cmp example.bin /tmp/values/object
+rm example.bin
+doc rescue-raw
+check 'rescued from the raw value' cmp example.bin /tmp/values/object
+doc putback
+etcdctl get /registry/secrets/default/example --print-value-only >value
+check 'put back in plaintext' cmp -n "$(wc -c </tmp/values/object)" value /tmp/values/object
+
+# ---- k3s' SQLite (kine's table)
+mkdir -p /var/lib/rancher/k3s/server/db
+blob() { od -An -v -tx1 "/tmp/values/$1" | tr -d ' \n'; }
+row() { echo "INSERT INTO kine (name, created, deleted, value) VALUES ('/registry/secrets/default/$1', 1, $2, x'$3');"; }
+{
+    echo 'CREATE TABLE kine (id INTEGER PRIMARY KEY AUTOINCREMENT, name INTEGER, created INTEGER, deleted INTEGER,'
+    echo '  create_revision INTEGER, prev_revision INTEGER, lease INTEGER, value BLOB, old_value BLOB);'
+    row example 0 00
+    row example 0 "$(blob example)"
+    row older 0 "$(blob older)"
+    row gone 0 "$(blob object)"
+    row gone 1 "$(blob object)"
+    row plain 0 "$(blob object)"
+    row stranger 0 "$(blob stranger)"
+} | sqlite3 /var/lib/rancher/k3s/server/db/state.db
+rm -f example.bin
+doc sqlite
+check 'opened from SQLite' cmp example.bin /tmp/values/object
+doc sqlite-audit
+check 'SQLite: names what does not open' same "$(sort "$said" | tr '\n' ' ')" '/registry/secrets/default/plain /registry/secrets/default/stranger '
+
+# ---- metrics
+doc metrics
+check 'it has metrics' grep -q '^kmsplugin_build_info' "$said"
+check 'promtool takes GET /metrics' promtool check metrics <"$said"
+metrics >/tmp/metrics.now
+names() { grep -o 'kmsplugin_[a-z_]*' /test/rules.yaml | sort -u | grep -v -e '^kmsplugin_up$'; }
+for name in $(names); do
+    check "the alerts' $name is a metric" grep -q "^$name[ {]" /tmp/metrics.now
+done
+doc textfile
+prom=/var/lib/prometheus/node-exporter/kmsplugin.prom
+check 'textfile: kmsplugin_up is 1' grep -qx 'kmsplugin_up 1' $prom
+check 'textfile: promtool takes it' promtool check metrics <$prom
+check 'textfile: the timer runs' systemctl is-active kmsplugin-textfile.timer
+systemd-run --quiet --unit=node-exporter-test prometheus-node-exporter --collector.disable-defaults --collector.textfile \
+    --collector.textfile.directory=/var/lib/prometheus/node-exporter --web.listen-address=127.0.0.1:9100
+scrape() { curl -s --fail http://127.0.0.1:9100/metrics >/tmp/scraped && grep -qx 'kmsplugin_up 1' /tmp/scraped; }
+check 'node_exporter serves it' soon scrape
+check 'node_exporter: no error of the textfile collector' grep -qx 'node_textfile_scrape_error 0' /tmp/scraped
+check 'node_exporter: the label that the alert looks at' grep -q '^node_textfile_mtime_seconds{file=".*kmsplugin.prom"}' /tmp/scraped
+started=$(metric process_start_time_seconds)
+check 'node_exporter: the start time is there under a name of its own' grep -q '^kmsplugin_process_start_time_seconds ' /tmp/scraped
+sed 's/kmsplugin_process_/process_/' $prom >/tmp/unrenamed
+cp /tmp/unrenamed $prom
+curl -s http://127.0.0.1:9100/metrics >/tmp/scraped
+check 'node_exporter does not serve ours as process_* (which is why)' not grep -qx "process_start_time_seconds $started" /tmp/scraped
+journalctl --no-pager -o cat -u node-exporter-test | tail -n 3 | sed 's/^/# /'
+systemctl stop kmsplugin.service kmsplugin.socket
+check 'textfile: runs without the plugin' systemctl start kmsplugin-textfile.service
+check 'textfile: kmsplugin_up is 0, and nothing else there' same "$(grep -v '^#' $prom)" 'kmsplugin_up 0'
+check 'textfile: no file left over' same "$(find /var/lib/prometheus/node-exporter -type f | wc -l)" 1
+
+# ---- order: a kubelet that is started together with the plugin comes after it
+cat >/etc/systemd/system/kubelet.service <<'X'
+[Service]
+Type=oneshot
+RemainAfterExit=yes
+ExecStart=kmsplugin probe
+X
+for unit in k3s rke2-server k0scontroller; do
+    cp /etc/systemd/system/kubelet.service /etc/systemd/system/$unit.service
+done
+systemctl daemon-reload
+check 'started together' systemctl start kubelet.service k3s.service rke2-server.service k0scontroller.service kmsplugin.service
+ready=$(property kmsplugin.service ActiveEnterTimestampMonotonic)
+for unit in kubelet k3s rke2-server k0scontroller; do
+    check "$unit waits for the plugin" test "$(property $unit.service InactiveExitTimestampMonotonic)" -ge "$ready"
+done
+check 'an error at start ends in a restart, not in a failed socket' sh -euc '
+    mv /etc/kmsplugin/kek /etc/kmsplugin/away
+    systemctl restart kmsplugin.service && exit 1
+    kmsplugin probe --timeout 1 && exit 1
+    sleep 1.5
+    mv /etc/kmsplugin/away /etc/kmsplugin/kek
+    sleep 2
+    kmsplugin probe'
+
+# ---- OpenRC
+systemctl stop kmsplugin.service kmsplugin.socket
+rm -rf /run/kmsplugin
+# what OpenRC's own boot makes
+for dir in exclusive failed inactive options scheduled started starting stopping wasinactive daemons tmp; do
+    mkdir -p /run/openrc/$dir
+done
+echo default >/run/openrc/softlevel
+mkdir -p /etc/conf.d
+install -m 755 /test/openrc /etc/init.d/kmsplugin
+printf 'rc_logger=NO\n' >>/etc/rc.conf
+echo 'kmsplugin_args="--group kube-apiserver --mode 0660 --allow-uid root,kube-apiserver"' >/etc/conf.d/kmsplugin
+check 'OpenRC: starts' rc-service kmsplugin start
+check 'OpenRC: answers' soon kmsplugin probe
+check 'OpenRC: the arguments of conf.d' same "$(stat -c '%a %G' /run/kmsplugin/kms.sock)" '660 kube-apiserver'
+daemon() { pgrep -x kmsplugin; }
+before=$(daemon)
+kill -KILL "$before"
+check 'OpenRC: killed, it comes back' soon kmsplugin probe
+check 'OpenRC: as another process' not same "$(daemon)" "$before"
+check 'OpenRC: stops' rc-service kmsplugin stop
+check 'OpenRC: the directory stays' test -d /run/kmsplugin
+check 'OpenRC: nothing runs' not daemon
+mv /etc/kmsplugin/kek /etc/kmsplugin/away
+check 'OpenRC: refuses without the KEK' not rc-service kmsplugin start
+echo end
