@@ -127,7 +127,7 @@ enum {
     LISTENERS_MAX = 16,
     ACCEPT_BURST = 16,                  /* connections a wake-up takes from one listener */
     EVENTS_MAX = 64,                    /* what one epoll_wait brings */
-    TURN_BYTES = 64 * 1024,             /* read in one turn, shared by the peers that are ready: bounds a newcomer's wait */
+    TURN_BYTES = 64 * 1024,             /* read in a turn, shared by all who are ready: bounds a newcomer's wait */
     IN_BYTES = 16 * 1024,               /* of that, one peer's at most */
     OUT_BYTES = 64 * 1024,              /* sent a turn: the answers to a full read fit */
     ALLOWED_UIDS_MAX = 32,
@@ -2561,7 +2561,7 @@ static void way_check(const char *path) {
  * as kube-apiserver will walk it, and once more with its links resolved.
  */
 static void directory_check(const char *path) {
-    char parent[PATH_MAX], real[PATH_MAX + 1];
+    char parent[PATH_MAX], real[PATH_MAX];
     const char *slash = strrchr(path, '/');
     size_t len = slash == path ? 1 : (size_t)(slash - path);
     struct stat st;
@@ -2572,7 +2572,8 @@ static void directory_check(const char *path) {
     if (!S_ISDIR(st.st_mode))
         die("%s: not a directory", real);
     way_check(path);
-    way_check(strcat(real, "/")); /* the whole of it is on the way */
+    way_check(real); /* down to the directory, but without it */
+    owner_check(real);
 }
 
 /* A socket of ours, close-on-exec and non-blocking; dies without. */
@@ -3124,7 +3125,11 @@ static const char *confine(enum sandbox sandbox) {
     static const struct {
         const char *feature;
         int (*step)(void);
-    } steps[] = {{"no_new_privs", privileges_freeze}, {"capabilities", capabilities_drop}, {"seccomp", seccomp_install}};
+    } steps[] = {
+        {"no_new_privs", privileges_freeze},
+        {"capabilities", capabilities_drop},
+        {"seccomp", seccomp_install},
+    };
     if (sandbox == SANDBOX_OFF)
         return NULL;
     tzset(); /* glibc's gmtime_r would read the time zone's file on its first use */
@@ -3133,7 +3138,8 @@ static const char *confine(enum sandbox sandbox) {
             continue;
         if (sandbox == SANDBOX_REQUIRE)
             return steps[i].feature;
-        log_line(LOG_WARN, "msg=\"the sandbox lacks a feature\" feature=%s error=%s", steps[i].feature, strerror(errno));
+        log_line(LOG_WARN, "msg=\"the sandbox lacks a feature\" feature=%s error=%s", steps[i].feature,
+                 strerror(errno));
     }
     return NULL;
 }
