@@ -5,6 +5,9 @@ BEARSSL_VERSION ?= 0.6
 
 PREFIX ?= /usr/local
 SBINDIR ?= $(PREFIX)/sbin
+MANDIR ?= $(PREFIX)/share/man
+UNITDIR ?= $(PREFIX)/lib/systemd/system
+TMPFILESDIR ?= $(PREFIX)/lib/tmpfiles.d
 DESTDIR ?=
 
 CC = cc
@@ -28,6 +31,7 @@ SANITIZE = -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all -fno-om
 
 SOURCES = kmsplugin.c kms.pb-c.c
 HEADERS = kms.pb-c.h Makefile
+UNITS = $(wildcard deploy/systemd/*.service deploy/systemd/*.socket deploy/systemd/*.timer)
 
 all: kmsplugin
 
@@ -37,6 +41,7 @@ help:
 	@echo 'make static         build/static/kmsplugin, on musl; needs dpkg-dev'
 	@echo 'make test           quick tests, with Debian packages only'
 	@echo 'make test-kube      tests with Kubernetes'\'' own client code (Go)'
+	@echo 'make test-deploy    the files of deploy/ and the guide, under a real systemd (root)'
 	@echo 'make lint           static analysis of C and shell'
 	@echo 'make install        PREFIX=$(PREFIX), DESTDIR=$(DESTDIR)'
 	@echo 'make uninstall, make clean'
@@ -90,19 +95,30 @@ test: kmsplugin
 test-kube: kmsplugin
 	test/kube/run.sh
 
+test-deploy: kmsplugin
+	test/deploy.sh
+
 lint:
 	clang-tidy --quiet kmsplugin.c -- $(STD)
 	cppcheck --quiet --enable=warning,performance,portability --suppress=preprocessorErrorDirective --error-exitcode=1 $(subst -std=,--std=,$(STD)) kmsplugin.c
-	shellcheck test.sh test/kube/run.sh deploy/static-libs.sh .ci/run
+	shellcheck test.sh test/kube/run.sh test/kube/cluster.sh test/deploy.sh test/deploy/boot.sh test/deploy/inside.sh \
+		deploy/static-libs.sh deploy/openrc/kmsplugin deploy/metrics/kmsplugin-textfile .ci/run
 
 install: kmsplugin
 	install -D -m 0755 kmsplugin $(DESTDIR)$(SBINDIR)/kmsplugin
+	install -D -m 0755 deploy/metrics/kmsplugin-textfile $(DESTDIR)$(SBINDIR)/kmsplugin-textfile
+	install -D -m 0644 doc/kmsplugin.8 $(DESTDIR)$(MANDIR)/man8/kmsplugin.8
+	install -D -m 0644 deploy/systemd/kmsplugin.tmpfiles $(DESTDIR)$(TMPFILESDIR)/kmsplugin.conf
+	install -d $(DESTDIR)$(UNITDIR)
+	install -m 0644 $(UNITS) $(DESTDIR)$(UNITDIR)
 
 uninstall:
-	rm -f $(DESTDIR)$(SBINDIR)/kmsplugin
+	rm -f $(DESTDIR)$(SBINDIR)/kmsplugin $(DESTDIR)$(SBINDIR)/kmsplugin-textfile
+	rm -f $(DESTDIR)$(MANDIR)/man8/kmsplugin.8 $(DESTDIR)$(TMPFILESDIR)/kmsplugin.conf
+	rm -f $(addprefix $(DESTDIR)$(UNITDIR)/,$(notdir $(UNITS)))
 
 clean:
 	rm -rf kmsplugin build
 
 
-.PHONY: all help run static proto test test-kube lint install uninstall clean
+.PHONY: all help run static proto test test-kube test-deploy lint install uninstall clean
