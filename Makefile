@@ -41,6 +41,7 @@ help:
 	@echo 'make static         build/static/kmsplugin, on musl; needs dpkg-dev'
 	@echo 'make test           quick tests, with Debian packages only'
 	@echo 'make test-kube      tests with Kubernetes'\'' own client code (Go)'
+	@echo 'make test-cluster   tests with a real kube-apiserver and etcd (Go, some 15 minutes)'
 	@echo 'make test-deploy    the files of deploy/ and the guide, under a real systemd (root)'
 	@echo 'make lint           static analysis of C and shell'
 	@echo 'make install        PREFIX=$(PREFIX), DESTDIR=$(DESTDIR)'
@@ -95,6 +96,9 @@ test: kmsplugin
 test-kube: kmsplugin
 	test/kube/run.sh
 
+test-cluster: kmsplugin
+	test/kube/cluster.sh
+
 test-deploy: kmsplugin
 	test/deploy.sh
 
@@ -121,4 +125,4 @@ clean:
 	rm -rf kmsplugin build
 
 
-.PHONY: all help run static proto test test-kube test-deploy lint install uninstall clean
+.PHONY: all help run static proto test test-kube test-cluster test-deploy lint install uninstall clean
