@@ -375,7 +375,6 @@ struct conn {
     struct server *server;
     nghttp2_session *session;
     struct stream *streams, *recent; /* recent: the one that stream_find found last, or NULL */
-    size_t stream_count;
     bool closed; /* descriptor and session are gone, the struct goes at the end of the turn */
     bool greeted; /* the client's SETTINGS have come */
     bool writing; /* epoll waits for room to write, and for nothing else */
@@ -665,6 +664,13 @@ static unsigned in_range(unsigned c, unsigned low, unsigned high) {
     return 0u - (((low - 1 - c) & (c - high - 1)) >> 31);
 }
 
+/* Microseconds of a clock that nobody sets. */
+static int64_t monotonic_us(void) {
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return (int64_t)now.tv_sec * 1000000 + now.tv_nsec / 1000;
+}
+
 /*
  * Decodes padded, canonical base64 (RFC 4648 section 4) and returns the number of
  * bytes that it stands for, or -1. Writes them only if they are no more than cap.
@@ -853,11 +859,14 @@ static unsigned heap_class(size_t size) {
     return class;
 }
 
-/* What a block of that size takes in memory, malloc's own header included: the figure that limits count. */
-static size_t heap_cost(size_t size) {
+/* What such a block takes in memory, malloc's own header included: the figure that limits count. */
+static size_t block_cost(unsigned class, size_t size) {
     enum { MALLOC_BYTES = 16 };
-    unsigned class = heap_class(size);
     return sizeof(struct block) + MALLOC_BYTES + (class < HEAP_CLASSES ? (size_t)HEAP_CLASS0_BYTES << class : size);
+}
+
+static size_t heap_cost(size_t size) {
+    return block_cost(heap_class(size), size);
 }
 
 /* A block of at least `size` bytes, or NULL. */
@@ -876,7 +885,7 @@ static void *heap_new(struct heap *h, size_t size) {
         b->class = class;
     }
     b->size = (uint32_t)size;
-    h->in_use += heap_cost(size);
+    h->in_use += block_cost(class, size);
     return b->bytes;
 }
 
@@ -887,7 +896,7 @@ static struct block *block_of(void *bytes) {
 /* Wipes the block and takes it back. Returns its cost. */
 static size_t heap_free(struct heap *h, void *bytes) {
     struct block *b = block_of(bytes);
-    size_t cost = heap_cost(b->size), cap = (size_t)HEAP_CLASS0_BYTES << b->class;
+    size_t cost = block_cost(b->class, b->size), cap = (size_t)HEAP_CLASS0_BYTES << b->class;
     explicit_bzero(b->bytes, b->size);
     h->in_use -= cost;
     if (b->class < HEAP_CLASSES && h->kept + cap <= HEAP_KEEP_BYTES) {
@@ -1862,7 +1871,6 @@ static void stream_free(struct stream *s) {
     if (s->next)
         s->next->link = s->link;
     *s->link = s->next;
-    c->stream_count--;
     c->server->stream_count--;
     c->unread -= s->reply_len;
     buffer_free(c, s->body);
@@ -1904,24 +1912,26 @@ static bool server_shed(struct server *s, const struct conn *self) {
 /* Counted memory, or NULL: the caller's connection is then closed by the loop. */
 static void *conn_new_bytes(struct conn *c, size_t size) {
     struct server *s = c->server;
-    while (heap_cost(size) > HEAP_MAX - s->heap.in_use)
+    size_t cost = heap_cost(size);
+    while (cost > HEAP_MAX - s->heap.in_use)
         if (!server_shed(s, c))
             return NULL;
     void *bytes = heap_new(&s->heap, size);
     if (bytes)
-        c->held += heap_cost(size);
+        c->held += cost;
     return bytes;
 }
 
 /* Memory for a request or an answer; NULL as above. */
 static uint8_t *buffer_new(struct conn *c, size_t size) {
     struct server *s = c->server;
-    while (heap_cost(size) > BUFFERED_MAX - s->buffered)
+    size_t cost = heap_cost(size);
+    while (cost > BUFFERED_MAX - s->buffered)
         if (!server_shed(s, c))
             return NULL;
     uint8_t *bytes = conn_new_bytes(c, size);
     if (bytes)
-        s->buffered += heap_cost(size);
+        s->buffered += cost;
     return bytes;
 }
 
@@ -1970,7 +1980,6 @@ static struct stream *stream_new(struct conn *c, int32_t id) {
     if ((s->next = c->streams))
         s->next->link = &s->next;
     c->streams = s;
-    c->stream_count++;
     server->stream_count++;
     return s;
 }
@@ -2062,9 +2071,7 @@ static int stream_respond(struct stream *s, const nghttp2_nv *fields, size_t cou
 static int stream_answer(struct stream *s, const struct answer *a) {
     static const nghttp2_nv ok[] = {FIELD(":status", "200"), FIELD("content-type", "application/grpc")};
     struct server *server = s->conn->server;
-    struct timespec now;
-    clock_gettime(CLOCK_MONOTONIC, &now);
-    uint64_t us = (uint64_t)now.tv_sec * 1000000 + (uint64_t)now.tv_nsec / 1000 - s->start_us;
+    uint64_t us = (uint64_t)monotonic_us() - s->start_us;
     metrics_count(&server->metrics, s->request.rpc, a->code, us);
     log_line(LOG_DEBUG, "msg=rpc method=%s uid=%.*s key_id=%.*s code=%s us=%llu", rpcs[s->request.rpc].path,
              LOG_VALUE_MAX, a->uid, LOG_VALUE_MAX, a->key_id, grpc_code_name(a->code), (unsigned long long)us);
@@ -2518,6 +2525,13 @@ static const char *endpoint_parse(const char *endpoint, struct sockaddr_un *addr
     return NULL;
 }
 
+/* Parses an endpoint; bad usage, if it is none. */
+static void endpoint_require(const char *endpoint, struct sockaddr_un *address, socklen_t *address_len) {
+    const char *wrong = endpoint_parse(endpoint, address, address_len);
+    if (wrong)
+        die_usage("%s: %s", endpoint, wrong);
+}
+
 /* The endpoint string of an address, for log lines and messages. */
 static const char *endpoint_name(const struct sockaddr_un *address, socklen_t len, char *out, size_t cap) {
     struct text t = {.buf = out, .cap = cap - 1};
@@ -2628,9 +2642,7 @@ static void socket_clear(const struct sockaddr_un *address, socklen_t len) {
 
 /* Sees to it that an endpoint can be bound, or dies. */
 static void listener_prepare(struct listener *l, const char *endpoint) {
-    const char *wrong = endpoint_parse(endpoint, &l->address, &l->address_len);
-    if (wrong)
-        die_usage("%s: %s", endpoint, wrong);
+    endpoint_require(endpoint, &l->address, &l->address_len);
     if (l->address.sun_path[0] == '\0')
         return;
     directory_check(l->address.sun_path);
@@ -2769,10 +2781,8 @@ static void notify(int fd, const char *state) {
  */
 
 static void server_clock(struct server *s) {
-    struct timespec now;
-    clock_gettime(CLOCK_MONOTONIC, &now);
-    s->now_ms = (int64_t)now.tv_sec * 1000 + now.tv_nsec / 1000000;
-    s->now_us = (uint64_t)now.tv_sec * 1000000 + (uint64_t)now.tv_nsec / 1000;
+    s->now_us = (uint64_t)monotonic_us();
+    s->now_ms = (int64_t)(s->now_us / 1000);
 }
 
 static bool server_allows(const struct server *s, uid_t uid) {
@@ -3168,12 +3178,6 @@ struct client {
     char why[LOG_LINE_MAX]; /* of the last failure */
 };
 
-static int64_t monotonic_us(void) {
-    struct timespec now;
-    clock_gettime(CLOCK_MONOTONIC, &now);
-    return (int64_t)now.tv_sec * 1000000 + now.tv_nsec / 1000;
-}
-
 __attribute__((format(printf, 2, 3)))
 static int client_fail(struct client *c, const char *format, ...) {
     struct text t = {.buf = c->why, .cap = sizeof c->why - 1};
@@ -3467,9 +3471,7 @@ static int probe(const char *endpoint, int64_t timeout_ms) {
     static struct probe p;
     struct sockaddr_un address;
     socklen_t len;
-    const char *wrong = endpoint_parse(endpoint, &address, &len);
-    if (wrong)
-        die_usage("%s: %s", endpoint, wrong);
+    endpoint_require(endpoint, &address, &len);
     if (random_fill(p.secret, sizeof p.secret) < 0)
         die("getrandom: %s", strerror(errno));
     signal(SIGPIPE, SIG_IGN);
@@ -4001,15 +4003,6 @@ static enum log_level log_level_parse(const char *s) {
     die_usage("--log-level: error, info or debug");
 }
 
-/* Bad usage, if this is no endpoint. */
-static void endpoint_require(const char *endpoint) {
-    struct sockaddr_un address;
-    socklen_t len;
-    const char *wrong = endpoint_parse(endpoint, &address, &len);
-    if (wrong)
-        die_usage("%s: %s", endpoint, wrong);
-}
-
 static enum sandbox sandbox_parse(const char *s) {
     if (strcmp(s, "auto") == 0)
         return SANDBOX_AUTO;
@@ -4068,6 +4061,8 @@ static bool options_set(struct options *o, enum verb verb, const char *name, con
     };
     enum { LISTEN, MODE, GROUP, ALLOW_UID, MAX_CONNECTIONS, SANDBOX, LOG_LEVEL, TIMEOUT, STRICT, LIST, OPTIONS };
     struct serve_options *serve = &o->serve;
+    struct sockaddr_un address;
+    socklen_t address_len;
     size_t i = 0;
     while (i < OPTIONS && (known[i].verb != verb || strcmp(known[i].name, name) != 0))
         i++;
@@ -4079,7 +4074,7 @@ static bool options_set(struct options *o, enum verb verb, const char *name, con
     case LISTEN:
         if (serve->endpoint_count == LISTENERS_MAX)
             die_usage("--listen: more than %d endpoints", LISTENERS_MAX);
-        endpoint_require(value);
+        endpoint_require(value, &address, &address_len); /* before anything else is looked at */
         serve->endpoints[serve->endpoint_count++] = value;
         break;
     case MODE: serve->mode = mode_parse(value); break;
