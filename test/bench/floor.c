@@ -79,7 +79,7 @@ static void spawn(double *samples, const char *dir, char **command) {
     for (struct dirent *entry; count < SAMPLES_MAX && (entry = readdir(files));) {
         posix_spawn_file_actions_t actions;
         pid_t child;
-        int status;
+        int status = 0;
         if (entry->d_name[0] == '.')
             continue;
         posix_spawn_file_actions_init(&actions);
@@ -98,7 +98,9 @@ static void spawn(double *samples, const char *dir, char **command) {
 
 /* The canned-answer server. */
 
-#define FIELD(n, v) {(uint8_t *)(n), (uint8_t *)(v), sizeof(n) - 1, sizeof(v) - 1, NGHTTP2_NV_FLAG_NO_COPY_NAME | NGHTTP2_NV_FLAG_NO_COPY_VALUE}
+#define FIELD(n, v)                                                          \
+    {(uint8_t *)(n), (uint8_t *)(v), sizeof(n) - 1, sizeof(v) - 1,            \
+     NGHTTP2_NV_FLAG_NO_COPY_NAME | NGHTTP2_NV_FLAG_NO_COPY_VALUE}
 
 struct conn {
     int fd;
@@ -158,7 +160,7 @@ static void serve(const char *path) {
         die(path);
     signal(SIGPIPE, SIG_IGN);
     nghttp2_session_callbacks *callbacks;
-    nghttp2_option *options;
+    nghttp2_option *options = NULL;
     if (nghttp2_session_callbacks_new(&callbacks) != 0 || nghttp2_option_new(&options) != 0)
         die("nghttp2");
     nghttp2_session_callbacks_set_on_frame_recv_callback(callbacks, on_frame);
@@ -172,7 +174,8 @@ static void serve(const char *path) {
             if (!c) {
                 c = calloc(1, sizeof *c);
                 event.data.ptr = c;
-                if (!c || (c->fd = accept(listener, NULL, NULL)) < 0 || epoll_ctl(epoll, EPOLL_CTL_ADD, c->fd, &event) < 0 ||
+                if (!c || (c->fd = accept(listener, NULL, NULL)) < 0 ||
+                    epoll_ctl(epoll, EPOLL_CTL_ADD, c->fd, &event) < 0 ||
                     nghttp2_session_server_new2(&c->session, callbacks, c, options) != 0)
                     die("accept");
                 nghttp2_submit_settings(c->session, 0, NULL, 0);

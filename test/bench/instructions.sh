@@ -15,7 +15,10 @@ tmp=$(mktemp -d)
 pid=
 # shellcheck disable=SC2317 # called by the trap
 clean() {
-    if [ -n "$pid" ]; then kill "$pid" 2>/dev/null || :; fi
+    if [ -n "$pid" ]; then
+        kill -KILL "$pid" 2>/dev/null || :
+        wait "$pid" 2>/dev/null || :
+    fi
     rm -rf "$tmp"
 }
 trap clean EXIT
@@ -25,7 +28,8 @@ LOAD=${LOAD:-$tmp/load}
 if [ ! -x "$LOAD" ]; then $CC -std=c11 -O2 -o "$LOAD" "$here/load.c" -lnghttp2; fi
 
 # EncryptRequest behind a gRPC prefix: 32 bytes of plaintext and a uid of 36.
-printf '\0\0\0\0\110\12\040%s\22\44%s' 0123456789abcdef0123456789abcdef 00000000-0000-4000-8000-000000000000 >"$tmp/body"
+printf '\0\0\0\0\110\12\040%s\22\44%s' \
+    0123456789abcdef0123456789abcdef 00000000-0000-4000-8000-000000000000 >"$tmp/body"
 rounds=$((4096 / (connections * streams)))
 if [ "$rounds" -eq 0 ]; then rounds=1; fi
 
@@ -33,7 +37,8 @@ if [ "$rounds" -eq 0 ]; then rounds=1; fi
 # stop while the client still holds its connections, so that it closes all of them in
 # one turn. Nothing else about it depends on time: no environment, no deadlines met.
 count() {
-    : >"$tmp/answers" >"$tmp/log"
+    : >"$tmp/answers"
+    : >"$tmp/log"
     mkfifo "$tmp/hold"
     env -i KMS_KEK=ssxskDYHxBjHGLnaWxSraatiyVqL4s248mq1e/w1Knc= \
         valgrind -q --tool=callgrind --callgrind-out-file="$tmp/profile" \

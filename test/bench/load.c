@@ -150,7 +150,7 @@ static size_t receive(struct conn *c, size_t at) {
         if (type == SETTINGS && flags & ACK)
             c->acknowledged = true;
         else if (type == SETTINGS || (type == PING && !(flags & ACK)))
-            put_frame(c, type, ACK, 0, frame + FRAME_HEAD, type == PING ? len - FRAME_HEAD : 0); /* goes with the next batch */
+            put_frame(c, type, ACK, 0, frame + FRAME_HEAD, type == PING ? len - FRAME_HEAD : 0); /* sent with a batch */
     }
     return at;
 }
@@ -292,7 +292,8 @@ int main(int argc, char **argv) {
            (double)(end - load) / 1e9, samples[count / 2] / 1e3, samples[count * 99 / 100] / 1e3,
            (double)(first - begin) / 1e3);
     fflush(stdout);
-    if (out && (!(file = fopen(out, "wb")) || fwrite(message, 1, message_len, file) != message_len || fclose(file) != 0))
+    if (out && (!(file = fopen(out, "wb")) || fwrite(message, 1, message_len, file) != message_len ||
+                fclose(file) != 0))
         die("cannot write the answer");
     while (wait && getchar() != EOF)
         continue;

@@ -1,11 +1,12 @@
+#!/usr/bin/env python3
 """Measures kmsplugin beside what people use today and beside what the machine can do at all.
 
     run.py [OUTPUT-FOLDER]      build/bench by default, where `make bench` built the programs that it runs
 
-Three servers answer the same requests: the plugin ($KMSPLUGIN, or build/static/kmsplugin) with all its protections, a Go
-plugin (go/peer) and a floor (floor.c). They take turns, ROUNDS times over, so that a slow minute of the machine meets all
-of them; what counts is the median. A server has one core to itself, its client the other, except where they share one
-on purpose. CPU time is what the kernel counted (/proc/PID/task/*/schedstat).
+Three servers answer the same requests: the plugin ($KMSPLUGIN, or build/static/kmsplugin) with all its protections, a
+Go plugin (go/peer) and a floor (floor.c). They take turns, ROUNDS times over, so that a slow minute of the machine
+meets all of them; what counts is the median. A server has one core to itself, its client the other, except where they
+share one on purpose. CPU time is what the kernel counted (/proc/PID/task/*/schedstat).
 
     ROUNDS=5        more is calmer
     REQUESTS=200000 of the plugin in one measurement of load; the Go plugin gets a tenth
@@ -100,11 +101,15 @@ class Server:
         return total
 
     def resident(self):
-        with open(f'/proc/{self.process.pid}/statm', encoding='ascii') as file:
-            return int(file.read().split()[1]) * os.sysconf('SC_PAGE_SIZE')
+        """KiB. Counted page by page if we may look; else as statm has it, some pages per core behind."""
+        try:
+            with open(f'/proc/{self.process.pid}/smaps_rollup', encoding='ascii') as file:
+                return int(re.search(r'Rss: *(\d+)', file.read())[1])
+        except PermissionError:
+            with open(f'/proc/{self.process.pid}/statm', encoding='ascii') as file:
+                return int(file.read().split()[1]) * os.sysconf('SC_PAGE_SIZE') // 1024
 
-    def load(self, body, method, rounds=1, cpu=CLIENT_CPU, out=None):
-        options = ['-o', out] if out else []
+    def load(self, body, method, *options, rounds=1, cpu=CLIENT_CPU):
         return fields(run(program('load'), '-n', rounds, *options, self.path, method, os.path.join(TMP, body), cpu=cpu))
 
     def h2load(self, body, method, requests, conns=CONNS, streams=STREAMS, cpu=CLIENT_CPU):
@@ -142,7 +147,7 @@ def body(name, *fields_of):
 
 def answer(server, name, method):
     out = os.path.join(TMP, 'answer')
-    server.load(name, method, out=out)
+    server.load(name, method, '-o', out)
     with open(out, 'rb') as file:
         return parts(file.read())
 
@@ -179,13 +184,18 @@ def take(name, subject, value):
     samples[name, subject].append(value)
 
 
-def latency(server):
-    """One request at a time, on the same core."""
-    subject = server.subject
-    rounds = 20000 if subject != 'peer' else 5000
-    take('latency', subject, server.load('Encrypt', V2 + 'Encrypt', rounds, cpu=SERVER_CPU)['p50_us'])
-    rate, _ = server.h2load('Encrypt', V2 + 'Encrypt', rounds, 1, 1, cpu=SERVER_CPU)
-    take('latency-h2load', subject, 1e6 / rate)
+def latency():
+    """One request at a time, on the same core, the servers in quick turns: this varies most of all with the machine."""
+    with Server('plugin') as plugin, Server('peer') as peer, Server('floor') as floor:
+        for _ in range(5):
+            take('latency', 'floor', fields(run(program('floor'), 'pingpong', 5000, cpu=SERVER_CPU))['p50_us'])
+            for server in (plugin, peer, floor):
+                p50 = server.load('Encrypt', V2 + 'Encrypt', rounds=5000, cpu=SERVER_CPU)['p50_us']
+                take('latency-http2', server.subject, p50)
+                if server is not floor:
+                    take('latency', server.subject, p50)
+                    rate, _ = server.h2load('Encrypt', V2 + 'Encrypt', 2000, 1, 1, cpu=SERVER_CPU)
+                    take('latency-h2load', server.subject, 1e6 / rate)
 
 
 def grpc_go(server):
@@ -201,6 +211,12 @@ def throughput(server, name, method):
     take(f'cpu-{name}', subject, cpu)
 
 
+def lean(server):
+    rounds = amount(server.subject) // CONNS // STREAMS
+    got = server.load('Encrypt', V2 + 'Encrypt', '-c', CONNS, '-m', STREAMS, rounds=rounds)
+    take('rate-load', server.subject, got['requests'] / got['seconds'])
+
+
 def growth(server):
     for conns, streams in SHAPES:
         _, cpu = server.h2load('Encrypt', V2 + 'Encrypt', amount(server.subject, 0.25), conns, streams)
@@ -210,12 +226,13 @@ def growth(server):
 def idle_memory(server):
     time.sleep(1.5)         # what a server gives back it has given back
     before = server.resident()
-    take('resident', server.subject, before / 2**20)
-    client = subprocess.Popen([program('load'), '-w', '-c', str(IDLE), '-m', '8', '-n', '20', server.path, V2 + 'Encrypt',
-                               os.path.join(TMP, 'Encrypt')], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    take('resident', server.subject, before / 1024)
+    client = subprocess.Popen([program('load'), '-w', '-c', str(IDLE), '-m', '8', '-n', '20', server.path,
+                               V2 + 'Encrypt', os.path.join(TMP, 'Encrypt')],
+                              stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     client.stdout.readline()
     time.sleep(1.5)
-    take('idle', server.subject, (server.resident() - before) / IDLE / 1024)
+    take('idle', server.subject, (server.resident() - before) / IDLE)
     client.communicate()
 
 
@@ -230,15 +247,15 @@ def start(subject):
 
 
 def one_round():
-    take('latency', 'floor', fields(run(program('floor'), 'pingpong', 20000, cpu=SERVER_CPU))['p50_us'])
+    latency()
     for subject in ('plugin', 'peer', 'floor'):
         with Server(subject) as server:
             throughput(server, 'Encrypt', V2 + 'Encrypt')
+            lean(server)
             if subject == 'floor':
                 continue
             growth(server)
             decrypt_bodies(server)
-            latency(server)
             grpc_go(server)
             throughput(server, 'Decrypt', V2 + 'Decrypt')
             throughput(server, 'Status', V2 + 'Status')
@@ -284,7 +301,8 @@ def machine():
     with open('/proc/cpuinfo', encoding='ascii') as file:
         model = re.search(r'model name\s*: (.*)', file.read())
     built = subprocess.run(['go', 'version', '-m', program('peer')], stdout=subprocess.PIPE, text=True, check=True).stdout
-    module = {name: re.search(rf'dep\s+{re.escape(name)}\s+v(\S+)', built)[1] for name in ('k8s.io/kms', 'google.golang.org/grpc')}
+    module = {name: re.search(rf'dep\s+{re.escape(name)}\s+v(\S+)', built)[1]
+              for name in ('k8s.io/kms', 'google.golang.org/grpc')}
     return [f'{model[1] if model else platform.machine()}, {len(CPUS)} cores; Linux {platform.release().split("-")[0]}',
             first(PLUGIN, '--version') + f', {os.path.getsize(PLUGIN) / 1024:.0f} KiB',
             f'Go plugin: {re.search(r"go[0-9.]+", built)[0]}, k8s.io/kms {module["k8s.io/kms"]}, '
