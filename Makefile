@@ -43,6 +43,7 @@ help:
 	@echo 'make test-kube      tests with Kubernetes'\'' own client code (Go)'
 	@echo 'make test-cluster   tests with a real kube-apiserver and etcd (Go, some 15 minutes)'
 	@echo 'make test-deploy    the files of deploy/ and the guide, under a real systemd (root)'
+	@echo 'make fuzz           fuzzers, FUZZ_SECONDS=60 each; needs clang'
 	@echo 'make lint           static analysis of C and shell'
 	@echo 'make install        PREFIX=$(PREFIX), DESTDIR=$(DESTDIR)'
 	@echo 'make uninstall, make clean'
@@ -90,6 +91,24 @@ build/kmsplugin-asan: $(SOURCES) $(HEADERS)
 	@mkdir -p build
 	$(CC) $(STD) $(WARN) $(CPPFLAGS) $(SANITIZE) -o $@ $(SOURCES) $(LDFLAGS) $(LIBS)
 
+# Fuzzers, for clang's libFuzzer: FUZZ_SECONDS each. They include kmsplugin.c, too.
+FUZZERS = session kms parse rescue
+FUZZ_SECONDS ?= 60
+build/fuzz/%: test/fuzz/%.c test/fuzz/fuzz.h $(SOURCES) $(HEADERS)
+	@mkdir -p build/fuzz
+	clang $(STD) $(WARN) -I. $(CPPFLAGS) -O1 -g -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all \
+		-o $@ $< kms.pb-c.c $(LDFLAGS) $(LIBS)
+
+fuzz: $(FUZZERS:%=build/fuzz/%)
+	FUZZ_SECONDS=$(FUZZ_SECONDS) test/fuzz/run.sh $(FUZZERS)
+
+# The committed seeds anew: what clients say, and what fuzzing has found so far.
+fuzz-seeds: kmsplugin $(FUZZERS:%=build/fuzz/%)
+	rm -rf build/fuzz/seeds && /usr/bin/python3 test/fuzz/seeds.py build/fuzz/seeds
+	for f in $(FUZZERS); do rm -rf build/fuzz/merged && mkdir -p build/fuzz/merged build/fuzz/corpus/$$f && \
+		build/fuzz/$$f -merge=1 -max_len=1024 build/fuzz/merged build/fuzz/seeds/$$f build/fuzz/corpus/$$f && \
+		rm -rf test/fuzz/corpus/$$f && mkdir -p test/fuzz/corpus && mv build/fuzz/merged test/fuzz/corpus/$$f; done
+
 test: kmsplugin
 	./test.sh
 
@@ -125,4 +144,4 @@ clean:
 	rm -rf kmsplugin build
 
 
-.PHONY: all help run static proto test test-kube test-cluster test-deploy lint install uninstall clean
+.PHONY: all help run static proto fuzz fuzz-seeds test test-kube test-cluster test-deploy lint install uninstall clean

@@ -2220,7 +2220,7 @@ static int stream_end(struct stream *s) {
         return stream_metrics(s);
     if (s->prefix_len < GRPC_PREFIX_BYTES || s->body_len < s->body_cap)
         return stream_fail(s, GRPC_INTERNAL, "the message is missing or incomplete");
-    kms_call(kms, s->request.rpc, s->body, s->body_len, &a);
+    kms_call(kms, s->request.rpc, s->body ? s->body : s->prefix, s->body_len, &a); /* never NULL, not even for no bytes */
     buffer_free(s->conn, s->body);
     s->body = NULL;
     int rv = stream_answer(s, &a);
@@ -3956,7 +3956,7 @@ static bool uid_map_is_identity(void) {
 static void options_allow(struct serve_options *o, const char *list) {
     char name[256];
     o->uid_count = 0;
-    for (const char *comma = list; comma; list = comma + 1) {
+    for (const char *comma = list; comma; list = comma ? comma + 1 : list) {
         comma = strchr(list, ',');
         size_t len = comma ? (size_t)(comma - list) : strlen(list);
         if (len == 0 || len >= sizeof name)
