@@ -42,6 +42,7 @@ help:
 	@echo 'make test           quick tests, with Debian packages only'
 	@echo 'make test-kube      tests with Kubernetes'\'' own client code (Go)'
 	@echo 'make test-cluster   tests with a real kube-apiserver and etcd (Go, some 15 minutes)'
+	@echo 'make test-hostile   peers that mean harm, and what others notice of it (root)'
 	@echo 'make test-deploy    the files of deploy/ and the guide, under a real systemd (root)'
 	@echo 'make fuzz           fuzzers, FUZZ_SECONDS=60 each; needs clang'
 	@echo 'make lint           static analysis of C and shell'
@@ -87,6 +88,10 @@ build/unit-asan: test/unit.c $(SOURCES) $(HEADERS)
 	@mkdir -p build
 	$(CC) $(STD) $(WARN) -I. $(CPPFLAGS) $(SANITIZE) -o $@ test/unit.c kms.pb-c.c $(LDFLAGS) $(LIBS)
 
+build/sandbox: test/sandbox.c $(SOURCES) $(HEADERS)
+	@mkdir -p build
+	$(CC) $(STD) $(WARN) -I. $(CPPFLAGS) $(CFLAGS) -o $@ test/sandbox.c kms.pb-c.c $(LDFLAGS) $(LIBS)
+
 build/kmsplugin-asan: $(SOURCES) $(HEADERS)
 	@mkdir -p build
 	$(CC) $(STD) $(WARN) $(CPPFLAGS) $(SANITIZE) -o $@ $(SOURCES) $(LDFLAGS) $(LIBS)
@@ -118,6 +123,10 @@ test-kube: kmsplugin
 test-cluster: kmsplugin
 	test/kube/cluster.sh
 
+# Hostile peers: the static build, where there is one, gives memory back; root, for /proc.
+test-hostile: kmsplugin
+	for p in ./kmsplugin $(wildcard build/static/kmsplugin); do KMSPLUGIN=$$p /usr/bin/python3 test/hostile.py || exit 1; done
+
 test-deploy: kmsplugin
 	test/deploy.sh
 
@@ -144,4 +153,4 @@ clean:
 	rm -rf kmsplugin build
 
 
-.PHONY: all help run static proto fuzz fuzz-seeds test test-kube test-cluster test-deploy lint install uninstall clean
+.PHONY: all help run static proto fuzz fuzz-seeds test test-kube test-cluster test-deploy test-hostile lint install uninstall clean

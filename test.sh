@@ -83,6 +83,9 @@ fi
 if check build/unit-asan make -s build/unit-asan; then
     suite 'unit, sanitized' build/unit-asan
 fi
+if check build/sandbox make -s build/sandbox; then
+    suite sandbox build/sandbox
+fi
 suite server env KMSPLUGIN="$KMSPLUGIN" "$PYTHON" test/run.py
 if check build/kmsplugin-asan make -s build/kmsplugin-asan; then
     suite 'server, sanitized' env KMSPLUGIN=build/kmsplugin-asan KMSPLUGIN_SANITIZED=1 \

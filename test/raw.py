@@ -80,8 +80,8 @@ class Raw:
 
     def __init__(self, path, hello=True, window=WINDOW, grant=WINDOW):
         self.socket = socket.socket(socket.AF_UNIX)
+        self.socket.connect(path)       # ahead of the time-out, which makes a full backlog an error
         self.socket.settimeout(WAIT)
-        self.socket.connect(path)
         self.encoder, self.decoder = Encoder(), Decoder()
         self.buffer = b''
         self.answers = {}
