@@ -2469,9 +2469,9 @@ static struct conn *server_idlest(const struct server *s, uid_t uid) {
     for (struct conn *c = s->conns; c; c = c->next) {
         if (c->closed || c->streams)
             continue;
-        if (!any || c->idle_since_ms < any->idle_since_ms)
+        if (!any || c->idle_since_ms <= any->idle_since_ms) /* the list has the newest first */
             any = c;
-        if (c->peer.uid == uid && (!own || c->idle_since_ms < own->idle_since_ms))
+        if (c->peer.uid == uid && (!own || c->idle_since_ms <= own->idle_since_ms))
             own = c;
     }
     return own ? own : any;
@@ -2813,9 +2813,9 @@ static void server_accept_from(struct server *s, bool on) {
     }
 }
 
-/* Our own descriptors are used up: an idle peer gives way. The machine's are, or its memory: a little patience. */
+/* Our own descriptors are used up: a peer gives way. The machine's are, or its memory: a little patience. */
 static void server_accept_failed(struct server *s, int error) {
-    if (error == EMFILE && server_evict_idle(s, UNMAPPED_UID))
+    if (error == EMFILE && (server_evict_idle(s, UNMAPPED_UID) || server_shed(s, NULL)))
         return;
     server_accept_from(s, false);
     s->resume_accept_ms = s->now_ms + ACCEPT_PAUSE_MS;
