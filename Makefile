@@ -44,6 +44,7 @@ help:
 	@echo 'make test-cluster   tests with a real kube-apiserver and etcd (Go, some 15 minutes)'
 	@echo 'make test-hostile   peers that mean harm, and what others notice of it (root)'
 	@echo 'make test-deploy    the files of deploy/ and the guide, under a real systemd (root)'
+	@echo 'make test-inject    every call that can fail does, one at a time'
 	@echo 'make fuzz           fuzzers, FUZZ_SECONDS=60 each; needs clang'
 	@echo 'make lint           static analysis of C and shell'
 	@echo 'make install        PREFIX=$(PREFIX), DESTDIR=$(DESTDIR)'
@@ -95,6 +96,16 @@ build/sandbox: test/sandbox.c $(SOURCES) $(HEADERS)
 build/kmsplugin-asan: $(SOURCES) $(HEADERS)
 	@mkdir -p build
 	$(CC) $(STD) $(WARN) $(CPPFLAGS) $(SANITIZE) -o $@ $(SOURCES) $(LDFLAGS) $(LIBS)
+
+# Failures on demand: test/inject.c stands between the program, its libraries included, and libc.
+INJECTED = malloc calloc realloc mmap epoll_ctl getsockopt pread read write getrandom accept4 epoll_pwait poll
+build/kmsplugin-inject: test/inject.c $(SOURCES) $(HEADERS)
+	@mkdir -p build
+	$(CC) $(STD) $(WARN) $(CPPFLAGS) $(SANITIZE) -o $@ $(SOURCES) -Wno-missing-prototypes test/inject.c \
+		$(INJECTED:%=-Wl,--wrap=%) $(LDFLAGS) -Wl,-Bstatic $(LIBS) -Wl,-Bdynamic
+
+test-inject: build/kmsplugin-inject
+	/usr/bin/python3 test/inject.py
 
 # Fuzzers, for clang's libFuzzer: FUZZ_SECONDS each. They include kmsplugin.c, too.
 FUZZERS = session kms parse rescue
@@ -153,4 +164,4 @@ clean:
 	rm -rf kmsplugin build
 
 
-.PHONY: all help run static proto fuzz fuzz-seeds test test-kube test-cluster test-deploy test-hostile lint install uninstall clean
+.PHONY: all help run static proto fuzz fuzz-seeds test test-kube test-cluster test-deploy test-hostile test-inject lint install uninstall clean

@@ -1,0 +1,265 @@
+"""Every call that can fail does, once each: the program must not crash, leak, or answer wrongly.
+
+    inject.py [NAME...]     tests whose name contains one of the words
+
+KMSPLUGIN_INJECT names the program: with sanitizers, and test/inject.c in front of the C
+library. A line `ok` or `not ok` for each test, and the sum.
+"""
+import errno
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+
+import sealed
+from plugin import KEK, OTHER, ROOT, WAIT, Server, fresh_dir, key_id, text
+from raw import (DECRYPT, DECRYPT_V1, ENCRYPT, ENCRYPT_V1, STATUS, VERSION_V1, Raw, field, message)
+
+PROGRAM = os.path.abspath(os.environ.get('KMSPLUGIN_INJECT', os.path.join(ROOT, 'build', 'kmsplugin-inject')))
+PLAIN, KEY = b'sixteen bytes, or', b'/registry/secrets/default/s'
+LOST = 'lost'           # instead of an answer: the connection ended
+NO_MEMORY = (8, 13)     # RESOURCE_EXHAUSTED, INTERNAL: the one call that met the failure
+SANITIZERS = {'ASAN_OPTIONS': 'detect_leaks=1', 'UBSAN_OPTIONS': 'print_stacktrace=1'}
+TEST_SECONDS = 900
+
+
+def environment(inject, **more):
+    return {'INJECT': inject, **SANITIZERS, **more}
+
+
+def bytes_of(data, number):
+    """A field of bytes in a small message."""
+    at = 0
+    while at < len(data):
+        tag, size, at = data[at], data[at + 1], at + 2
+        if size > 127:
+            size, at = size & 127 | data[at] << 7, at + 1
+        if tag == number << 3 | 2:
+            return data[at:at + size]
+        at += size
+    return b''
+
+
+class Dialogue:
+    """All that there is to ask, on as many connections as it takes."""
+
+    def __init__(self, path):
+        self.path, self.raw, self.trouble = path, None, []
+
+    def call(self, name, body, right):
+        """The response's message; None where the failure has struck."""
+        for _ in range(3):
+            try:
+                self.raw = self.raw or Raw(self.path)
+                answer = self.raw.call(name, message(body)) if name != '/metrics' else self.raw.get(name)
+            except OSError:
+                answer = None
+            if answer is None or answer.closed or (answer.reset is not None and answer.status is None):
+                self.trouble.append(LOST)
+                self.raw.close() if self.raw else None
+                self.raw = None
+                continue
+            if name == '/metrics':
+                assert answer.http == '200' and b'kmsplugin_connections ' in answer.data, answer
+                return answer.data
+            if answer.status == right:
+                return answer.data[5:]
+            assert answer.status in NO_MEMORY, (name, answer)
+            self.trouble.append(answer.status)
+        raise AssertionError(f'{name} failed three times: {self.trouble}')
+
+    def run(self):
+        identity = key_id(KEK).encode()
+        status = self.call(STATUS, b'', 0)
+        assert bytes_of(status, 1) == b'v2' and bytes_of(status, 2) == b'ok' and bytes_of(status, 3) == identity, status
+        ciphertext = bytes_of(self.call(ENCRYPT, field(1, PLAIN) + field(2, b'uid'), 0), 1)
+        assert sealed.unseal(KEK, ciphertext, sealed.V2) == PLAIN
+        opened = self.call(DECRYPT, field(1, ciphertext) + field(2, b'uid') + field(3, identity), 0)
+        assert bytes_of(opened, 1) == PLAIN, opened
+        self.call(DECRYPT, field(1, ciphertext) + field(3, b'x'), 3)
+        self.call(VERSION_V1, field(1, b'v1beta1'), 0)
+        cipher = bytes_of(self.call(ENCRYPT_V1, field(1, b'v1beta1') + field(2, PLAIN * 100), 0), 1)
+        assert sealed.unseal(KEK, cipher, sealed.V1) == PLAIN * 100
+        assert bytes_of(self.call(DECRYPT_V1, field(1, b'v1beta1') + field(2, cipher), 0), 1) == PLAIN * 100
+        self.call('/metrics', b'', 0)
+        self.call('/none', b'', 12)
+        self.raw.close()
+        self.raw = None
+
+
+def serve(inject):
+    """A server with that failure, a dialogue, the end. Its trouble, and how many such calls there were;
+    None if it refused to start, as it should, in one line."""
+    count = os.path.join(fresh_dir(), 'count')
+    server = Server.__new__(Server)
+    try:
+        server.__init__(kek=f'{text(KEK)},{text(OTHER)}', binary=PROGRAM, env=environment(inject, INJECT_COUNT=count))
+    except AssertionError:
+        server.process.wait(WAIT)
+        lines = [line for line in server.lines if not line.startswith('time=')]
+        assert server.process.returncode == 1 and len(lines) == 1 and lines[0].startswith('kmsplugin: '), \
+            (inject, server.process.returncode, server.log())
+        return None, 0
+    try:
+        dialogue = Dialogue(server.path)
+        dialogue.run()
+        trouble, dialogue.trouble = dialogue.trouble, []
+        dialogue.run()          # once more, when it is over
+        server.signal(signal.SIGTERM)
+        assert server.wait() == 0, server.log()
+    finally:
+        server.kill()
+    with open(count, encoding='ascii') as file:
+        return trouble, int(file.read())
+
+
+def everywhere(call, at_most=1, extra=''):
+    """The n-th call fails, for every n that there is."""
+    _, total = serve(f'{call}:0')
+    assert total > 0, f'no {call} at all'
+    refused = troubled = 0
+    for n in range(1, total + 1):
+        trouble, _ = serve(f'{call}:{n}{extra}')
+        refused += trouble is None
+        troubled += bool(trouble)
+        assert trouble is None or len(trouble) <= at_most, (call, n, trouble)
+    return f'{total} calls: {refused} refused to start, {troubled} cost a call or a connection'
+
+
+def allocations():
+    return everywhere('alloc')
+
+
+def maps():
+    return everywhere('mmap')
+
+
+def random_bytes():
+    told = everywhere('getrandom', at_most=1, extra=':5')
+    trouble, _ = serve('getrandom:1:5:2')       # two failures: two calls that say so
+    assert trouble == [13, 13], trouble
+    return told
+
+
+def epoll():
+    return everywhere('epoll_ctl')
+
+
+def credentials():
+    """A peer whose uid cannot be told is no peer."""
+    return everywhere('getsockopt', extra=f':{errno.ENOTCONN}')
+
+
+def reads():
+    return everywhere('read', extra=f':{errno.ECONNRESET}')
+
+
+def writes():
+    return everywhere('write', extra=f':{errno.EPIPE}')
+
+
+def one_byte_at_a_time():
+    trouble, _ = serve('short')
+    assert trouble == [], trouble
+    return 'reads, writes, random bytes'
+
+
+def interrupted():
+    trouble, _ = serve('eintr')
+    assert trouble == [], trouble
+    return 'half of the calls'
+
+
+def accept_errors():
+    """Whatever accept says, whoever waits is served a little later."""
+    names = ('EMFILE', 'ENFILE', 'ENOBUFS', 'ENOMEM', 'ECONNABORTED', 'EINTR', 'EAGAIN', 'EPROTO', 'EPERM', 'EIO')
+    for name in names:
+        for count in (1, 3, 40):
+            begin = time.monotonic()
+            trouble, _ = serve(f'accept4:1:{getattr(errno, name)}:{count}')
+            assert trouble == [], (name, count, trouble)
+            assert time.monotonic() - begin < WAIT
+    return ' '.join(names)
+
+
+def verb(inject, args, stdin, right):
+    """A verb with that failure: the right output, or one line and nothing on stdout."""
+    count = os.path.join(fresh_dir(), 'count')
+    done = subprocess.run([PROGRAM, *args], input=stdin, capture_output=True, timeout=WAIT, check=False,
+                          env={'KMS_KEK': text(KEK), **environment(inject, INJECT_COUNT=count),
+                               'ASAN_OPTIONS': 'detect_leaks=0'})       # what exit() leaves is no leak
+    failed = done.returncode == 1 and done.stderr.count(b'\n') == 1 and done.stderr.startswith(b'kmsplugin: ')
+    if args[0] == 'unseal' and failed:
+        failed = done.stdout == b''
+    assert failed or (done.returncode == 0 and done.stdout.endswith(right) and not done.stderr), (inject, args, done)
+    with open(count, encoding='ascii') as file:
+        return int(file.read())
+
+
+def verbs():
+    value = sealed.etcd_v2(KEK, KEY, PLAIN)
+    response = sealed.range_response((KEY, value))
+    total = 0
+    for args, stdin, right in ((('keyid',), b'', b'\n'), (('genkey',), b'', b'=\n'), (('unseal',), response, PLAIN),
+                               (('unseal', KEY.decode()), value, PLAIN),
+                               (('audit', '--list'), response, b'broken values=0\n')):
+        for call in ('alloc', 'mmap', 'read', 'getrandom'):
+            extra = '' if call in ('alloc', 'mmap') else f':{errno.EIO}'
+            count = verb(f'{call}:0', args, stdin, right)
+            total += count
+            for n in range(1, count + 1):
+                verb(f'{call}:{n}{extra}', args, stdin, right)
+        for inject in ('short', 'eintr'):
+            verb(inject, args, stdin, right)
+    return f'{total} failures'
+
+
+def probes():
+    """The client: against a server that is well."""
+    server = Server(kek=KEK, binary=PROGRAM, env=environment(''))
+    try:
+        args, total = ('probe', '--timeout', '10', 'unix://' + server.path), 0
+        for call in ('alloc', 'read', 'write', 'getrandom'):
+            count = verb(f'{call}:0', args, b'', b' ms\n')
+            total += count
+            for n in range(1, count + 1):
+                verb(f'{call}:{n}' + ('' if call == 'alloc' else f':{errno.EIO}'), args, b'', b' ms\n')
+        for inject in ('short', 'eintr'):
+            verb(inject, args, b'', b' ms\n')
+    finally:
+        server.kill()
+    return f'{total} failures'
+
+
+TESTS = (one_byte_at_a_time, interrupted, random_bytes, accept_errors, allocations, maps, epoll, credentials, reads,
+         writes, verbs, probes)
+
+
+def late(*_):
+    raise AssertionError(f'more than {TEST_SECONDS} s')
+
+
+def main(words):
+    signal.signal(signal.SIGALRM, late)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    passed = failed = 0
+    for test in TESTS:
+        if words and not any(word in test.__name__ for word in words):
+            continue
+        signal.alarm(TEST_SECONDS)
+        try:
+            print(f'ok inject_{test.__name__}: {test()}', flush=True)
+            passed += 1
+        except (AssertionError, OSError, subprocess.SubprocessError) as error:
+            print(f'not ok inject_{test.__name__}: {type(error).__name__}: {error}', flush=True)
+            failed += 1
+        signal.alarm(0)
+    print(f'{passed} passed, {failed} failed')
+    return 0 if passed and not failed else 1
+
+
+if __name__ == '__main__':
+    sys.exit(main(sys.argv[1:]))
