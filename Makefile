@@ -45,6 +45,7 @@ help:
 	@echo 'make test-hostile   peers that mean harm, and what others notice of it (root)'
 	@echo 'make test-deploy    the files of deploy/ and the guide, under a real systemd (root)'
 	@echo 'make test-inject    every call that can fail does, one at a time'
+	@echo 'make test-ct        nothing depends on a secret but what may; needs valgrind'
 	@echo 'make fuzz           fuzzers, FUZZ_SECONDS=60 each; needs clang'
 	@echo 'make lint           static analysis of C and shell'
 	@echo 'make install        PREFIX=$(PREFIX), DESTDIR=$(DESTDIR)'
@@ -107,6 +108,18 @@ build/kmsplugin-inject: test/inject.c $(SOURCES) $(HEADERS)
 test-inject: build/kmsplugin-inject
 	/usr/bin/python3 test/inject.py
 
+# Constant time: the code as the two builds make it, under valgrind.
+build/ct: test/ct.c $(SOURCES) $(HEADERS)
+	@mkdir -p build
+	$(CC) $(STD) $(WARN) $(HARDEN_CC) -I. $(CPPFLAGS) $(CFLAGS) -o $@ test/ct.c kms.pb-c.c $(HARDEN_LD) $(LDFLAGS) $(LIBS)
+
+build/ct-static: test/ct.c $(SOURCES) $(HEADERS)
+	build/static/$(ARCH)/bin/cc $(STD) $(STATIC_FLAGS) -g -I. -idirafter /usr/include -o $@ test/ct.c kms.pb-c.c \
+		$(filter-out -s,$(STATIC_LD)) $(LIBS)
+
+test-ct: build/ct $(if $(wildcard build/static/kmsplugin),build/ct-static)
+	test/ct.sh $^
+
 # Fuzzers, for clang's libFuzzer: FUZZ_SECONDS each. They include kmsplugin.c, too.
 FUZZERS = session kms parse rescue
 FUZZ_SECONDS ?= 60
@@ -164,4 +177,4 @@ clean:
 	rm -rf kmsplugin build
 
 
-.PHONY: all help run static proto fuzz fuzz-seeds test test-kube test-cluster test-deploy test-hostile test-inject lint install uninstall clean
+.PHONY: all help run static proto fuzz fuzz-seeds test test-kube test-cluster test-deploy test-hostile test-inject test-ct lint install uninstall clean
