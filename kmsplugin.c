@@ -378,6 +378,8 @@ struct conn {
     bool closed; /* descriptor and session are gone, the struct goes at the end of the turn */
     bool greeted; /* the client's SETTINGS have come */
     bool writing; /* epoll waits for room to write, and for nothing else */
+    bool doomed; /* its session took memory past the limit: to be closed as soon as that returns */
+    bool broken; /* its session was refused memory, and cannot be deleted */
     struct ucred peer;
     int64_t idle_since_ms;
     int64_t preface_deadline_ms;
@@ -1890,7 +1892,8 @@ static void conn_close(struct conn *c, const char *why) {
     c->server->conn_count--;
     while (c->streams) /* nghttp2_session_del calls no on_stream_close */
         stream_free(c->streams);
-    nghttp2_session_del(c->session);
+    if (!c->broken)
+        nghttp2_session_del(c->session);
     buffer_free(c, c->out);
     c->out = NULL;
     close(c->source.fd);
@@ -1909,14 +1912,19 @@ static bool server_shed(struct server *s, const struct conn *self) {
     return true;
 }
 
+/* Whether there is room for that much, if need be at the cost of others. */
+static bool conn_has_room(const struct conn *c, size_t cost) {
+    struct server *s = c->server;
+    while (s->heap.in_use + cost > HEAP_MAX)
+        if (!server_shed(s, c))
+            return false;
+    return true;
+}
+
 /* Counted memory, or NULL: the caller's connection is then closed by the loop. */
 static void *conn_new_bytes(struct conn *c, size_t size) {
-    struct server *s = c->server;
     size_t cost = heap_cost(size);
-    while (cost > HEAP_MAX - s->heap.in_use)
-        if (!server_shed(s, c))
-            return NULL;
-    void *bytes = heap_new(&s->heap, size);
+    void *bytes = conn_has_room(c, cost) ? heap_new(&c->server->heap, size) : NULL;
     if (bytes)
         c->held += cost;
     return bytes;
@@ -1935,10 +1943,26 @@ static uint8_t *buffer_new(struct conn *c, size_t size) {
     return bytes;
 }
 
-/* nghttp2_mem: the session's own memory is the connection's. */
-
+/*
+ * nghttp2_mem: the session's own memory is the connection's. A session that is refused
+ * memory in the wrong place is left with pointers to what it has freed (1.52: an item of
+ * nghttp2_submit_data when the queue cannot grow), so our limit never refuses. Past it
+ * the connection is doomed, and gets what it asks for until its session returns.
+ */
 static void *session_malloc(size_t size, void *conn) {
-    return conn_new_bytes(conn, size);
+    struct conn *c = conn;
+    size_t cost = heap_cost(size);
+    c->doomed |= !conn_has_room(c, cost);
+    void *bytes = heap_new(&c->server->heap, size);
+    if (!bytes) {
+        heap_tidy(&c->server->heap);
+        bytes = heap_new(&c->server->heap, size);
+    }
+    if (bytes)
+        c->held += cost;
+    else
+        c->doomed = c->broken = true; /* the system has no memory left: better a leak than what might follow */
+    return bytes;
 }
 
 static void session_free(void *bytes, void *conn) {
@@ -1947,12 +1971,12 @@ static void session_free(void *bytes, void *conn) {
 }
 
 static void *session_calloc(size_t n, size_t size, void *conn) {
-    void *bytes = size > 0 && n > SIZE_MAX / size ? NULL : conn_new_bytes(conn, n * size);
+    void *bytes = size > 0 && n > SIZE_MAX / size ? NULL : session_malloc(n * size, conn);
     return bytes ? memset(bytes, 0, n * size) : NULL;
 }
 
 static void *session_realloc(void *bytes, size_t size, void *conn) {
-    void *moved = conn_new_bytes(conn, size);
+    void *moved = session_malloc(size, conn);
     if (moved && bytes) {
         size_t old = block_of(bytes)->size;
         memcpy(moved, bytes, old < size ? old : size);
@@ -2388,6 +2412,8 @@ static int conn_flush(struct conn *c) {
         }
         s->out_len = 0;
         int rv = nghttp2_session_send(c->session);
+        if (c->doomed)
+            rv = NGHTTP2_ERR_NOMEM;
         if (rv == 0 && s->out_len == 0)
             break;
         ssize_t n = rv == 0 ? conn_write(c, s->out, s->out_len) : -1;
@@ -2415,7 +2441,7 @@ static int conn_read(struct conn *c) {
     c->idle_since_ms = s->now_ms;
     ssize_t used = nghttp2_session_mem_recv(c->session, s->in, (size_t)n);
     explicit_bzero(s->in, (size_t)n);
-    return used < 0 ? -1 : conn_flush(c);
+    return used < 0 || c->doomed ? -1 : conn_flush(c);
 }
 
 /* Tells the peer which requests it can repeat elsewhere (RFC 9113 6.8), then flushes. */
@@ -2888,7 +2914,7 @@ static int conn_expire(struct conn *c) {
         server_due(s, c->preface_deadline_ms);
     if (c->out)
         server_due(s, c->out_deadline_ms);
-    return answered && !c->writing ? conn_flush(c) : 0;
+    return c->doomed ? -1 : answered && !c->writing ? conn_flush(c) : 0;
 }
 
 /* Does what is due, and finds out when the next thing will be. */

@@ -31,7 +31,7 @@ from hpack import Encoder
 
 LATENCY_MS = 100        # of another client's slowest call
 ATTEMPTS = 6            # rounds, until one is within all bounds
-RETRIES = 20            # of one call of the other client
+RETRIES = 10            # of one call of the other client
 SLACK = 64 << 10        # bytes that may stay after an attack
 SETTLE = 12.0           # seconds: longest time-out of the plugin, and some
 CASE_SECONDS = 240
@@ -188,21 +188,21 @@ class Meter:
                 raw.close()
                 raw = None
             begin = time.monotonic()
-            for _ in range(RETRIES):    # an idle connection may give way; gRPC clients then come back, too
+            for turn in range(RETRIES): # an idle connection may give way; gRPC clients then come back, too
                 try:
                     raw = raw or Raw(path)
                     answer = raw.call(ENCRYPT, body)
-                except OSError:
-                    answer = None
+                except OSError as error:
+                    answer, why = None, error
                 if answer is not None and not answer.closed:
                     break
                 if raw:
                     raw.close()
                 raw, again = None, again + 1
-                time.sleep(0.002)
+                time.sleep(min(0.05, 0.002 * 2 ** turn))
             worst = max(worst, time.monotonic() - begin)
             if answer is None or answer.status != 0:
-                wrong = repr(answer)
+                wrong = repr(answer or why)
             calls += 1
             time.sleep(0.003)
         os.write(into, f'{1000 * worst} {calls} {again} {wrong}'.encode())

@@ -3199,6 +3199,52 @@ static void session_without_memory(void) {
     session_server_free(s);
 }
 
+/*
+ * The same with a hundred requests at once, whose answers nghttp2 keeps in a queue that
+ * grows, and with freed blocks really freed, so that AddressSanitizer sees one used again.
+ */
+static void session_without_memory_for_a_queue(void) {
+    static const char block[] = "\x83\x86\x00\x05:path\x1f/v2.KeyManagementService/Status"
+                                "\x00\x0c" "content-type\x10" "application/grpc";
+    enum { REQUESTS = 100, FRAME_BYTES = 9, ROOM_LEAST = 20 * 1024, ROOM_MOST = 400 * 1024, STEP = 500 };
+    struct server *s = session_server();
+    size_t len = 33, ended = 0, lived = 0, head_len = sizeof block - 1;
+    memcpy(said, "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\4\0\0\0\0", len);
+    for (unsigned i = 0; i < REQUESTS; i++) {
+        const uint8_t id = (uint8_t)(2 * i + 1);
+        const uint8_t headers[] = {0, 0, (uint8_t)head_len, NGHTTP2_HEADERS, NGHTTP2_FLAG_END_HEADERS, 0, 0, 0, id};
+        const uint8_t data[FRAME_BYTES + GRPC_PREFIX_BYTES] = {0, 0, GRPC_PREFIX_BYTES, NGHTTP2_DATA, 1, 0, 0, 0, id};
+        CHECK(len + sizeof headers + head_len + sizeof data <= sizeof said);
+        memcpy(said + len, headers, sizeof headers);
+        memcpy(said + len + sizeof headers, block, head_len);
+        memcpy(said + len + sizeof headers + head_len, data, sizeof data);
+        len += sizeof headers + head_len + sizeof data;
+    }
+    for (size_t room = ROOM_LEAST; room < ROOM_MOST; room += STEP) {
+        size_t bias = HEAP_MAX - room;
+        int fd;
+        row("%zu bytes", room);
+        s->heap.in_use += bias;
+        s->heap.kept = HEAP_KEEP_BYTES; /* no more, that is */
+        struct conn *c = session_open(s, &fd);
+        if (c)
+            session_feed(c, fd, said, len, NULL);
+        bool ends = !c || c->closed;
+        ended += ends;
+        lived += !ends;
+        CHECK(s->heap.in_use <= HEAP_MAX);
+        if (!ends)
+            conn_close(c, "end of the test");
+        CHECK(s->heap.in_use == bias);
+        s->heap.in_use = s->heap.kept = 0;
+        server_reap(s);
+        session_close(s, NULL, fd);
+    }
+    row("%zu ended, %zu lived", ended, lived);
+    CHECK(ended > 20 && lived > 20 && s->metrics.requests[V2_STATUS][GRPC_OK] > 20 * REQUESTS);
+    session_server_free(s);
+}
+
 /* A peer that takes its answers a few bytes at a time gets them whole. */
 static void session_slow_reader(void) {
     struct server *s = session_server();
@@ -3809,6 +3855,7 @@ static const struct {
     TEST(endpoints_good), TEST(endpoints_bad), TEST(endpoint_names_of_sockets),
     TEST(session_whole), TEST(session_split_everywhere), TEST(session_slow_reader), TEST(session_metrics),
     TEST(session_large_head), TEST(session_deadlines), TEST(session_random_bytes), TEST(session_without_memory),
+    TEST(session_without_memory_for_a_queue),
     TEST(values_stored), TEST(values_not_ours), TEST(values_damaged), TEST(values_random_bytes),
     TEST(options_defaults), TEST(options_verbs), TEST(options_values), TEST(options_numbers), TEST(options_many),
     TEST(options_names), TEST(options_bad), TEST(options_unknown_names), TEST(options_help), TEST(verbs_run),

@@ -20,7 +20,7 @@ import sealed
 from plugin import BINARY, WAIT, Client, Server, fresh_dir, kms, text
 
 KEKS = [bytes([0x80 + n] + [(7 * n + 13 * i) & 255 for i in range(1, 32)]) for n in range(3)]
-FRAMED, GREETED, SPLIT = 1, 2, b'\x07'
+FRAMED, GREETED, SPLIT = 1, 2, b'\x07\x80'
 PREFACE = b'PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n'
 
 
