@@ -2,6 +2,8 @@
 
 VERSION = 0.1.0
 BEARSSL_VERSION ?= 0.6
+# The time that release files bear: the day of the last entry in deploy/debian/changelog.
+SOURCE_DATE_EPOCH ?= $(shell date -ud "$$(sed -n 's/^ -- .*>  //p' deploy/debian/changelog | head -n 1)" +%s)
 
 PREFIX ?= /usr/local
 SBINDIR ?= $(PREFIX)/sbin
@@ -39,10 +41,13 @@ help:
 	@echo 'make                build ./kmsplugin'
 	@echo 'make run            build it and serve on a socket under /tmp'
 	@echo 'make static         build/static/kmsplugin, on musl; needs dpkg-dev'
+	@echo 'make image          build/image/kmsplugin.tar, an OCI image of it; needs buildah'
+	@echo 'make dist           build/$(DIST).tar.gz'
 	@echo 'make test           quick tests, with Debian packages only'
 	@echo 'make test-kube      tests with Kubernetes'\'' own client code (Go)'
 	@echo 'make test-cluster   tests with a real kube-apiserver and etcd (Go, some 15 minutes)'
 	@echo 'make test-deploy    the files of deploy/ and the guide, under a real systemd (root)'
+	@echo 'make test-release   image, tarball, reproducibility, SBOM, Debian package (root)'
 	@echo 'make lint           static analysis of C and shell'
 	@echo 'make install        PREFIX=$(PREFIX), DESTDIR=$(DESTDIR)'
 	@echo 'make uninstall, make clean'
@@ -61,18 +66,34 @@ run: kmsplugin
 		exec ./kmsplugin serve --listen unix://$(RUN_DIR)/kms.sock
 
 # The release build: one static-pie binary on musl, with libraries built from Debian's
-# sources (deploy/static-libs.sh, which makes the compiler bin/cc for it, too).
-ARCH ?= $(shell uname -m)
+# sources (deploy/static-libs.sh, which makes the compiler bin/cc for it, too). Another
+# ARCH (see there) has its program, and what is made of it, in a folder of its own.
+MACHINE := $(shell uname -m)
+ARCH ?= $(MACHINE)
+ARCH_DIR = $(addsuffix /,$(filter-out $(MACHINE),$(ARCH)))
+STATIC = build/static/$(ARCH_DIR)kmsplugin
 STATIC_FLAGS = -O2 -flto -fPIE \
 	-ffunction-sections -fdata-sections \
 	-fno-asynchronous-unwind-tables -fno-unwind-tables \
 	-fstack-protector-strong
 STATIC_LD = -flto-partition=one -static-pie -Wl,--gc-sections -Wl,-z,relro,-z,now -Wl,-z,noexecstack -Wl,--build-id=none -s
-static: build/static/kmsplugin
-build/static/kmsplugin: $(SOURCES) $(HEADERS) build/static/$(ARCH)/lib/libbearssl.a
+static: $(STATIC)
+$(STATIC): $(SOURCES) $(HEADERS) build/static/$(ARCH)/lib/libbearssl.a
 	build/static/$(ARCH)/bin/cc $(STD) $(WARN) $(STATIC_FLAGS) -ffile-prefix-map="$(CURDIR)=." -o $@ $(SOURCES) $(STATIC_LD) $(LIBS)
 build/static/$(ARCH)/lib/libbearssl.a: deploy/static-libs.sh
 	ARCH=$(ARCH) CC= AR= CFLAGS='$(STATIC_FLAGS)' deploy/static-libs.sh
+
+# What a release is made of: an OCI image, a tarball, a bill of materials, a Debian package.
+image: build/image/$(ARCH_DIR)kmsplugin.tar
+build/image/$(ARCH_DIR)kmsplugin.tar: $(STATIC) deploy/Dockerfile deploy/image.sh
+	ARCH=$(ARCH) SOURCE_DATE_EPOCH=$(SOURCE_DATE_EPOCH) deploy/image.sh $(STATIC) $@ localhost/kmsplugin:$(VERSION)
+
+DIST = kmsplugin-$(VERSION)
+dist:
+	@mkdir -p build
+	{ git ls-files | grep . || find * .[a-z]* -path build -prune -o -type f ! -path kmsplugin -print; } | LC_ALL=C sort | \
+		tar -c --files-from=- --transform='s,^,$(DIST)/,' --mtime=@$(SOURCE_DATE_EPOCH) \
+		--owner=0 --group=0 --numeric-owner --mode=u=rwX,go=rX --format=ustar | gzip -9n >build/$(DIST).tar.gz
 
 proto:
 	$(PROTOC_C) --c_out=. kms.proto
@@ -102,11 +123,14 @@ test-cluster: kmsplugin
 test-deploy: kmsplugin
 	test/deploy.sh
 
+test-release: kmsplugin
+	test/release.sh
+
 lint:
 	clang-tidy --quiet kmsplugin.c -- $(STD)
 	cppcheck --quiet --enable=warning,performance,portability --suppress=preprocessorErrorDirective --error-exitcode=1 $(subst -std=,--std=,$(STD)) kmsplugin.c
 	shellcheck test.sh test/kube/run.sh test/kube/cluster.sh test/deploy.sh test/deploy/boot.sh test/deploy/inside.sh \
-		deploy/static-libs.sh deploy/openrc/kmsplugin deploy/metrics/kmsplugin-textfile .ci/run
+		test/release.sh test/image.sh deploy/static-libs.sh deploy/image.sh deploy/openrc/kmsplugin deploy/metrics/kmsplugin-textfile .ci/run
 
 install: kmsplugin
 	install -D -m 0755 kmsplugin $(DESTDIR)$(SBINDIR)/kmsplugin
@@ -125,4 +149,4 @@ clean:
 	rm -rf kmsplugin build
 
 
-.PHONY: all help run static proto test test-kube test-cluster test-deploy lint install uninstall clean
+.PHONY: all help run static image dist proto test test-kube test-cluster test-deploy test-release lint install uninstall clean
