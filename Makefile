@@ -86,7 +86,8 @@ build/static/$(ARCH)/lib/libbearssl.a: deploy/static-libs.sh
 # What a release is made of: an OCI image, a tarball, a bill of materials, a Debian package.
 image: build/image/$(ARCH_DIR)kmsplugin.tar
 build/image/$(ARCH_DIR)kmsplugin.tar: $(STATIC) deploy/Dockerfile deploy/image.sh
-	ARCH=$(ARCH) SOURCE_DATE_EPOCH=$(SOURCE_DATE_EPOCH) deploy/image.sh $(STATIC) $@ localhost/kmsplugin:$(VERSION)
+	ARCH=$(ARCH) SOURCE_DATE_EPOCH=$(SOURCE_DATE_EPOCH) \
+		deploy/image.sh $(STATIC) $@ localhost/kmsplugin:$(VERSION)
 
 DIST = kmsplugin-$(VERSION)
 dist:
@@ -130,7 +131,7 @@ lint:
 	clang-tidy --quiet kmsplugin.c -- $(STD)
 	cppcheck --quiet --enable=warning,performance,portability --suppress=preprocessorErrorDirective --error-exitcode=1 $(subst -std=,--std=,$(STD)) kmsplugin.c
 	shellcheck test.sh test/kube/run.sh test/kube/cluster.sh test/deploy.sh test/deploy/boot.sh test/deploy/inside.sh \
-		test/release.sh test/image.sh deploy/static-libs.sh deploy/image.sh deploy/openrc/kmsplugin deploy/metrics/kmsplugin-textfile .ci/run
+		test/release.sh test/image.sh test/dist.sh deploy/static-libs.sh deploy/image.sh deploy/openrc/kmsplugin deploy/metrics/kmsplugin-textfile .ci/run
 
 install: kmsplugin
 	install -D -m 0755 kmsplugin $(DESTDIR)$(SBINDIR)/kmsplugin

@@ -24,7 +24,7 @@ storage() {
 }
 clean() {
     storage rm --all --force --time 0 >/dev/null 2>&1 || :
-    rm -rf "$tmp"
+    soon rm -rf "$tmp" 2>/dev/null  # podman cleans up by a process of its own
 }
 trap clean EXIT
 trap 'exit 1' HUP INT TERM

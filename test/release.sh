@@ -25,7 +25,8 @@ trap clean EXIT
 trap 'exit 1' HUP INT TERM
 
 : >"$tmp/lines"
-for part in ${*:-image dist sbom deb}; do
+[ $# -gt 0 ] || set -- image dist sbom deb
+for part; do
     echo "== $part"
     timeout "$PART_SECONDS" "test/$part.sh" >"$tmp/output" 2>&1 &
     pid=$!
