@@ -43,10 +43,12 @@ help:
 	@echo 'make static         build/static/kmsplugin, on musl; needs dpkg-dev'
 	@echo 'make image          build/image/kmsplugin.tar, an OCI image of it; needs buildah'
 	@echo 'make dist           build/$(DIST).tar.gz'
+	@echo 'make sbom           build/sbom/, a CycloneDX document'
 	@echo 'make test           quick tests, with Debian packages only'
 	@echo 'make test-kube      tests with Kubernetes'\'' own client code (Go)'
 	@echo 'make test-cluster   tests with a real kube-apiserver and etcd (Go, some 15 minutes)'
 	@echo 'make test-deploy    the files of deploy/ and the guide, under a real systemd (root)'
+	@echo 'make test-arch      the release build on five architectures, under qemu-user'
 	@echo 'make test-release   image, tarball, reproducibility, SBOM, Debian package (root)'
 	@echo 'make lint           static analysis of C and shell'
 	@echo 'make install        PREFIX=$(PREFIX), DESTDIR=$(DESTDIR)'
@@ -83,6 +85,12 @@ $(STATIC): $(SOURCES) $(HEADERS) build/static/$(ARCH)/lib/libbearssl.a
 build/static/$(ARCH)/lib/libbearssl.a: deploy/static-libs.sh
 	ARCH=$(ARCH) CC= AR= CFLAGS='$(STATIC_FLAGS)' deploy/static-libs.sh
 
+# The unit tests as that build would have them. (exclude-libs: s390x' linker else leaves relocations by name, which
+# musl's static-pie start does not do.)
+UNIT_STATIC = build/static/$(ARCH_DIR)unit
+$(UNIT_STATIC): test/unit.c $(SOURCES) $(HEADERS) build/static/$(ARCH)/lib/libbearssl.a
+	build/static/$(ARCH)/bin/cc $(STD) $(WARN) -I. $(STATIC_FLAGS) -o $@ test/unit.c kms.pb-c.c $(STATIC_LD) -Wl,--exclude-libs,ALL $(LIBS)
+
 # What a release is made of: an OCI image, a tarball, a bill of materials, a Debian package.
 image: build/image/$(ARCH_DIR)kmsplugin.tar
 build/image/$(ARCH_DIR)kmsplugin.tar: $(STATIC) deploy/Dockerfile deploy/image.sh
@@ -95,6 +103,11 @@ dist:
 	{ git ls-files | grep . || find * .[a-z]* -path build -prune -o -type f ! -path kmsplugin -print; } | LC_ALL=C sort | \
 		tar -c --files-from=- --transform='s,^,$(DIST)/,' --mtime=@$(SOURCE_DATE_EPOCH) \
 		--owner=0 --group=0 --numeric-owner --mode=u=rwX,go=rX --format=ustar | gzip -9n >build/$(DIST).tar.gz
+
+sbom: build/sbom/$(ARCH_DIR)kmsplugin-$(VERSION).cdx.json
+build/sbom/$(ARCH_DIR)kmsplugin-$(VERSION).cdx.json: $(STATIC) deploy/sbom.py
+	@mkdir -p $(@D)
+	SOURCE_DATE_EPOCH=$(SOURCE_DATE_EPOCH) deploy/sbom.py $(VERSION) $(ARCH) $(STATIC) >$@
 
 proto:
 	$(PROTOC_C) --c_out=. kms.proto
@@ -124,6 +137,9 @@ test-cluster: kmsplugin
 test-deploy: kmsplugin
 	test/deploy.sh
 
+test-arch:
+	test/arch.sh
+
 test-release: kmsplugin
 	test/release.sh
 
@@ -131,7 +147,7 @@ lint:
 	clang-tidy --quiet kmsplugin.c -- $(STD)
 	cppcheck --quiet --enable=warning,performance,portability --suppress=preprocessorErrorDirective --error-exitcode=1 $(subst -std=,--std=,$(STD)) kmsplugin.c
 	shellcheck test.sh test/kube/run.sh test/kube/cluster.sh test/deploy.sh test/deploy/boot.sh test/deploy/inside.sh \
-		test/release.sh test/image.sh test/dist.sh deploy/static-libs.sh deploy/image.sh deploy/openrc/kmsplugin deploy/metrics/kmsplugin-textfile .ci/run
+		test/release.sh test/image.sh test/dist.sh test/arch.sh test/sbom.sh deploy/static-libs.sh deploy/image.sh deploy/openrc/kmsplugin deploy/metrics/kmsplugin-textfile .ci/run
 
 install: kmsplugin
 	install -D -m 0755 kmsplugin $(DESTDIR)$(SBINDIR)/kmsplugin
@@ -150,4 +166,5 @@ clean:
 	rm -rf kmsplugin build
 
 
-.PHONY: all help run static image dist proto test test-kube test-cluster test-deploy test-release lint install uninstall clean
+.DELETE_ON_ERROR:
+.PHONY: all help run static image dist sbom proto test test-kube test-cluster test-deploy test-arch test-release lint install uninstall clean
