@@ -44,6 +44,7 @@ help:
 	@echo 'make image          build/image/kmsplugin.tar, an OCI image of it; needs buildah'
 	@echo 'make dist           build/$(DIST).tar.gz'
 	@echo 'make sbom           build/sbom/, a CycloneDX document'
+	@echo 'make deb            build/deb/, a Debian package on Debian'\''s libraries; needs debhelper'
 	@echo 'make test           quick tests, with Debian packages only'
 	@echo 'make test-kube      tests with Kubernetes'\'' own client code (Go)'
 	@echo 'make test-cluster   tests with a real kube-apiserver and etcd (Go, some 15 minutes)'
@@ -109,6 +110,15 @@ build/sbom/$(ARCH_DIR)kmsplugin-$(VERSION).cdx.json: $(STATIC) deploy/sbom.py
 	@mkdir -p $(@D)
 	SOURCE_DATE_EPOCH=$(SOURCE_DATE_EPOCH) deploy/sbom.py $(VERSION) $(ARCH) $(STATIC) >$@
 
+# Built where it does not touch the tree; the .deb is left in build/deb.
+deb: dist
+	rm -rf build/deb
+	mkdir -p build/deb
+	cp build/$(DIST).tar.gz build/deb/kmsplugin_$(VERSION).orig.tar.gz
+	tar -xzf build/$(DIST).tar.gz -C build/deb
+	cp -R deploy/debian build/deb/$(DIST)/debian
+	cd build/deb/$(DIST) && env -u MAKEFLAGS -u MFLAGS -u MAKELEVEL dpkg-buildpackage -us -uc
+
 proto:
 	$(PROTOC_C) --c_out=. kms.proto
 
@@ -147,7 +157,7 @@ lint:
 	clang-tidy --quiet kmsplugin.c -- $(STD)
 	cppcheck --quiet --enable=warning,performance,portability --suppress=preprocessorErrorDirective --error-exitcode=1 $(subst -std=,--std=,$(STD)) kmsplugin.c
 	shellcheck test.sh test/kube/run.sh test/kube/cluster.sh test/deploy.sh test/deploy/boot.sh test/deploy/inside.sh \
-		test/release.sh test/image.sh test/dist.sh test/arch.sh test/sbom.sh deploy/static-libs.sh deploy/image.sh deploy/openrc/kmsplugin deploy/metrics/kmsplugin-textfile .ci/run
+		test/release.sh test/image.sh test/dist.sh test/arch.sh test/sbom.sh test/deb.sh deploy/static-libs.sh deploy/image.sh deploy/openrc/kmsplugin deploy/metrics/kmsplugin-textfile .ci/run
 
 install: kmsplugin
 	install -D -m 0755 kmsplugin $(DESTDIR)$(SBINDIR)/kmsplugin
@@ -167,4 +177,4 @@ clean:
 
 
 .DELETE_ON_ERROR:
-.PHONY: all help run static image dist sbom proto test test-kube test-cluster test-deploy test-arch test-release lint install uninstall clean
+.PHONY: all help run static image dist sbom deb proto test test-kube test-cluster test-deploy test-arch test-release lint install uninstall clean
