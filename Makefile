@@ -41,6 +41,7 @@ help:
 	@echo 'make                build ./kmsplugin'
 	@echo 'make run            build it and serve on a socket under /tmp'
 	@echo 'make static         build/static/kmsplugin, on musl; needs dpkg-dev'
+	@echo 'make size           what makes it up, from the link map'
 	@echo 'make image          build/image/kmsplugin.tar, an OCI image of it; needs buildah'
 	@echo 'make dist           build/$(DIST).tar.gz'
 	@echo 'make sbom           build/sbom/, a CycloneDX document'
@@ -82,7 +83,7 @@ STATIC_FLAGS = -O2 -flto -fPIE \
 STATIC_LD = -flto-partition=one -static-pie -Wl,--gc-sections -Wl,-z,relro,-z,now -Wl,-z,noexecstack -Wl,--build-id=none -s
 static: $(STATIC)
 $(STATIC): $(SOURCES) $(HEADERS) build/static/$(ARCH)/lib/libbearssl.a
-	build/static/$(ARCH)/bin/cc $(STD) $(WARN) $(STATIC_FLAGS) -ffile-prefix-map="$(CURDIR)=." -o $@ $(SOURCES) $(STATIC_LD) $(LIBS)
+	build/static/$(ARCH)/bin/cc $(STD) $(WARN) $(STATIC_FLAGS) -ffile-prefix-map="$(CURDIR)=." -o $@ $(SOURCES) $(STATIC_LD) -Wl,-Map=$@.map $(LIBS)
 build/static/$(ARCH)/lib/libbearssl.a: deploy/static-libs.sh
 	ARCH=$(ARCH) CC= AR= CFLAGS='$(STATIC_FLAGS)' deploy/static-libs.sh
 
@@ -91,6 +92,9 @@ build/static/$(ARCH)/lib/libbearssl.a: deploy/static-libs.sh
 UNIT_STATIC = build/static/$(ARCH_DIR)unit
 $(UNIT_STATIC): test/unit.c $(SOURCES) $(HEADERS) build/static/$(ARCH)/lib/libbearssl.a
 	build/static/$(ARCH)/bin/cc $(STD) $(WARN) -I. $(STATIC_FLAGS) -o $@ test/unit.c kms.pb-c.c $(STATIC_LD) -Wl,--exclude-libs,ALL $(LIBS)
+
+size: $(STATIC)
+	test/size.py $(STATIC)
 
 # What a release is made of: an OCI image, a tarball, a bill of materials, a Debian package.
 image: build/image/$(ARCH_DIR)kmsplugin.tar
@@ -177,4 +181,4 @@ clean:
 
 
 .DELETE_ON_ERROR:
-.PHONY: all help run static image dist sbom deb proto test test-kube test-cluster test-deploy test-arch test-release lint install uninstall clean
+.PHONY: all help run static size image dist sbom deb proto test test-kube test-cluster test-deploy test-arch test-release lint install uninstall clean
