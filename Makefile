@@ -50,6 +50,7 @@ help:
 	@echo 'make test-kube      tests with Kubernetes'\'' own client code (Go)'
 	@echo 'make test-cluster   tests with a real kube-apiserver and etcd (Go, some 15 minutes)'
 	@echo 'make test-deploy    the files of deploy/ and the guide, under a real systemd (root)'
+	@echo 'make bench-memory   bytes, memory and start time of the release build'
 	@echo 'make test-arch      the release build on five architectures, under qemu-user'
 	@echo 'make test-release   image, tarball, reproducibility, SBOM, Debian package (root)'
 	@echo 'make lint           static analysis of C and shell'
@@ -151,6 +152,9 @@ test-cluster: kmsplugin
 test-deploy: kmsplugin
 	test/deploy.sh
 
+bench-memory: $(STATIC)
+	/usr/bin/python3 test/bench/memory.py $(sort $(STATIC) $(wildcard build/static/*/kmsplugin))
+
 test-arch:
 	test/arch.sh
 
@@ -181,4 +185,4 @@ clean:
 
 
 .DELETE_ON_ERROR:
-.PHONY: all help run static size image dist sbom deb proto test test-kube test-cluster test-deploy test-arch test-release lint install uninstall clean
+.PHONY: all help run static size image dist sbom deb proto test test-kube test-cluster test-deploy bench-memory test-arch test-release lint install uninstall clean
