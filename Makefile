@@ -2,6 +2,8 @@
 
 VERSION = 0.1.0
 BEARSSL_VERSION ?= 0.6
+# The time that release files bear: the day of the last entry in deploy/debian/changelog.
+SOURCE_DATE_EPOCH ?= $(shell date -ud "$$(sed -n 's/^ -- .*>  //p' deploy/debian/changelog | head -n 1)" +%s)
 
 PREFIX ?= /usr/local
 SBINDIR ?= $(PREFIX)/sbin
@@ -39,6 +41,11 @@ help:
 	@echo 'make                build ./kmsplugin'
 	@echo 'make run            build it and serve on a socket under /tmp'
 	@echo 'make static         build/static/kmsplugin, on musl; needs dpkg-dev'
+	@echo 'make size           what makes it up, from the link map'
+	@echo 'make image          build/image/kmsplugin.tar, an OCI image of it; needs buildah'
+	@echo 'make dist           build/$(DIST).tar.gz'
+	@echo 'make sbom           build/sbom/, a CycloneDX document'
+	@echo 'make deb            build/deb/, a Debian package on Debian'\''s libraries; needs debhelper'
 	@echo 'make test           quick tests, with Debian packages only'
 	@echo 'make test-kube      tests with Kubernetes'\'' own client code (Go)'
 	@echo 'make test-cluster   tests with a real kube-apiserver and etcd (Go, some 15 minutes)'
@@ -47,6 +54,9 @@ help:
 	@echo 'make test-inject    every call that can fail does, one at a time'
 	@echo 'make test-ct        nothing depends on a secret but what may; needs valgrind'
 	@echo 'make fuzz           fuzzers, FUZZ_SECONDS=60 each; needs clang'
+	@echo 'make bench-memory   bytes, memory and start time of the release build'
+	@echo 'make test-arch      the release build on five architectures, under qemu-user'
+	@echo 'make test-release   image, tarball, reproducibility, SBOM, Debian package (root)'
 	@echo 'make lint           static analysis of C and shell'
 	@echo 'make install        PREFIX=$(PREFIX), DESTDIR=$(DESTDIR)'
 	@echo 'make uninstall, make clean'
@@ -65,18 +75,58 @@ run: kmsplugin
 		exec ./kmsplugin serve --listen unix://$(RUN_DIR)/kms.sock
 
 # The release build: one static-pie binary on musl, with libraries built from Debian's
-# sources (deploy/static-libs.sh, which makes the compiler bin/cc for it, too).
-ARCH ?= $(shell uname -m)
+# sources (deploy/static-libs.sh, which makes the compiler bin/cc for it, too). Another
+# ARCH (see there) has its program, and what is made of it, in a folder of its own.
+MACHINE := $(shell uname -m)
+ARCH ?= $(MACHINE)
+ARCH_DIR = $(addsuffix /,$(filter-out $(MACHINE),$(ARCH)))
+STATIC = build/static/$(ARCH_DIR)kmsplugin
 STATIC_FLAGS = -O2 -flto -fPIE \
 	-ffunction-sections -fdata-sections \
 	-fno-asynchronous-unwind-tables -fno-unwind-tables \
 	-fstack-protector-strong
 STATIC_LD = -flto-partition=one -static-pie -Wl,--gc-sections -Wl,-z,relro,-z,now -Wl,-z,noexecstack -Wl,--build-id=none -s
-static: build/static/kmsplugin
-build/static/kmsplugin: $(SOURCES) $(HEADERS) build/static/$(ARCH)/lib/libbearssl.a
-	build/static/$(ARCH)/bin/cc $(STD) $(WARN) $(STATIC_FLAGS) -ffile-prefix-map="$(CURDIR)=." -o $@ $(SOURCES) $(STATIC_LD) $(LIBS)
+static: $(STATIC)
+$(STATIC): $(SOURCES) $(HEADERS) build/static/$(ARCH)/lib/libbearssl.a
+	build/static/$(ARCH)/bin/cc $(STD) $(WARN) $(STATIC_FLAGS) -ffile-prefix-map="$(CURDIR)=." -o $@ $(SOURCES) $(STATIC_LD) -Wl,-Map=$@.map $(LIBS)
 build/static/$(ARCH)/lib/libbearssl.a: deploy/static-libs.sh
 	ARCH=$(ARCH) CC= AR= CFLAGS='$(STATIC_FLAGS)' deploy/static-libs.sh
+
+# The unit tests as that build would have them. (exclude-libs: s390x' linker else leaves relocations by name, which
+# musl's static-pie start does not do.)
+UNIT_STATIC = build/static/$(ARCH_DIR)unit
+$(UNIT_STATIC): test/unit.c $(SOURCES) $(HEADERS) build/static/$(ARCH)/lib/libbearssl.a
+	build/static/$(ARCH)/bin/cc $(STD) $(WARN) -I. $(STATIC_FLAGS) -o $@ test/unit.c kms.pb-c.c $(STATIC_LD) -Wl,--exclude-libs,ALL $(LIBS)
+
+size: $(STATIC)
+	test/size.py $(STATIC)
+
+# What a release is made of: an OCI image, a tarball, a bill of materials, a Debian package.
+image: build/image/$(ARCH_DIR)kmsplugin.tar
+build/image/$(ARCH_DIR)kmsplugin.tar: $(STATIC) deploy/Dockerfile deploy/image.sh
+	ARCH=$(ARCH) SOURCE_DATE_EPOCH=$(SOURCE_DATE_EPOCH) \
+		deploy/image.sh $(STATIC) $@ localhost/kmsplugin:$(VERSION)
+
+DIST = kmsplugin-$(VERSION)
+dist:
+	@mkdir -p build
+	{ git ls-files | grep . || find * .[a-z]* -path build -prune -o -type f ! -path kmsplugin -print; } | LC_ALL=C sort | \
+		tar -c --files-from=- --transform='s,^,$(DIST)/,' --mtime=@$(SOURCE_DATE_EPOCH) \
+		--owner=0 --group=0 --numeric-owner --mode=u=rwX,go=rX --format=ustar | gzip -9n >build/$(DIST).tar.gz
+
+sbom: build/sbom/$(ARCH_DIR)kmsplugin-$(VERSION).cdx.json
+build/sbom/$(ARCH_DIR)kmsplugin-$(VERSION).cdx.json: $(STATIC) deploy/sbom.py
+	@mkdir -p $(@D)
+	SOURCE_DATE_EPOCH=$(SOURCE_DATE_EPOCH) deploy/sbom.py $(VERSION) $(ARCH) $(STATIC) >$@
+
+# Built where it does not touch the tree; the .deb is left in build/deb.
+deb: dist
+	rm -rf build/deb
+	mkdir -p build/deb
+	cp build/$(DIST).tar.gz build/deb/kmsplugin_$(VERSION).orig.tar.gz
+	tar -xzf build/$(DIST).tar.gz -C build/deb
+	cp -R deploy/debian build/deb/$(DIST)/debian
+	cd build/deb/$(DIST) && env -u MAKEFLAGS -u MFLAGS -u MAKELEVEL dpkg-buildpackage -us -uc
 
 proto:
 	$(PROTOC_C) --c_out=. kms.proto
@@ -154,11 +204,20 @@ test-hostile: kmsplugin
 test-deploy: kmsplugin
 	test/deploy.sh
 
+bench-memory: $(STATIC)
+	/usr/bin/python3 test/bench/memory.py $(sort $(STATIC) $(wildcard build/static/*/kmsplugin))
+
+test-arch:
+	test/arch.sh
+
+test-release: kmsplugin
+	test/release.sh
+
 lint:
 	clang-tidy --quiet kmsplugin.c -- $(STD)
 	cppcheck --quiet --enable=warning,performance,portability --suppress=preprocessorErrorDirective --error-exitcode=1 $(subst -std=,--std=,$(STD)) kmsplugin.c
 	shellcheck test.sh test/kube/run.sh test/kube/cluster.sh test/deploy.sh test/deploy/boot.sh test/deploy/inside.sh \
-		deploy/static-libs.sh deploy/openrc/kmsplugin deploy/metrics/kmsplugin-textfile .ci/run
+		test/release.sh test/image.sh test/dist.sh test/arch.sh test/sbom.sh test/deb.sh deploy/static-libs.sh deploy/image.sh deploy/openrc/kmsplugin deploy/metrics/kmsplugin-textfile .ci/run
 
 install: kmsplugin
 	install -D -m 0755 kmsplugin $(DESTDIR)$(SBINDIR)/kmsplugin
@@ -177,4 +236,5 @@ clean:
 	rm -rf kmsplugin build
 
 
-.PHONY: all help run static proto fuzz fuzz-seeds test test-kube test-cluster test-deploy test-hostile test-inject test-ct lint install uninstall clean
+.DELETE_ON_ERROR:
+.PHONY: all help run static proto fuzz fuzz-seeds test test-kube test-cluster test-deploy test-hostile test-inject test-ct lint install uninstall clean size image dist sbom deb bench-memory test-arch test-release

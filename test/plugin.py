@@ -22,6 +22,8 @@ from grpc_tools import protoc
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 BINARY = os.path.abspath(os.environ.get('KMSPLUGIN', os.path.join(ROOT, 'kmsplugin')))
 SANITIZED = os.environ.get('KMSPLUGIN_SANITIZED') == '1'
+EMULATED = os.environ.get('KMSPLUGIN_EMULATED') == '1'     # by qemu-user, whose process it then is
+OWN_MEMORY = not SANITIZED and not EMULATED
 WAIT = 20.0             # seconds: the bound of what takes milliseconds
 STRANGER = 12345        # a uid and gid that are neither root's nor ours
 MEMORY_MAX = 16 << 20   # bytes: what the plugin may have resident

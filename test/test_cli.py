@@ -1,13 +1,17 @@
 """The command line: help, version, bad usage, endpoints, and the verb probe."""
 import os
+import re
+import shutil
 import socket
+import subprocess
 import threading
 import time
+import unittest
 from concurrent.futures import ThreadPoolExecutor
 
 import grpc
 
-from plugin import (KEK, STRANGER, WAIT, Case, as_user, fresh_dir, fresh_name, key_id, kms,
+from plugin import (KEK, ROOT, STRANGER, WAIT, Case, as_user, fresh_dir, fresh_name, key_id, kms,
                     needs_root, public_binary, run)
 import sealed
 from sealed import V1, V2
@@ -88,6 +92,62 @@ class Usage(Case):
         done = run('non\x1b[31m\nsense')
         self.assertEqual(done.returncode, 2)
         self.assertNotIn('\x1b', done.stderr)
+
+
+def text_of(name):
+    with open(os.path.join(ROOT, name), encoding='utf-8') as file:
+        return file.read()
+
+
+class Documents(Case):
+    """README and man page say what --help says."""
+
+    def options(self):
+        """By verb: what --help has of each verb's options. '' is for those of all verbs."""
+        found, verb = {}, None
+        for line in run('--help').stdout.decode().splitlines():
+            if heading := re.match(r'Options of (\w+):$', line):
+                verb = heading[1]
+            elif not line:
+                verb = ''
+            if verb is not None and (option := re.match(r'  +(?:-h, )?(--[a-z-]+)', line)):
+                found.setdefault(verb, []).append(option[1])
+        self.assertEqual(sorted(sum(found.values(), [])), sorted(OPTIONS))
+        return found
+
+    def test_readme(self):
+        block = re.search(r'^Options:\n\n((?: {4}.*\n|\n)+)', text_of('README'), re.M)[1]
+        block = re.sub('^    ', '', block, flags=re.M)
+        self.assertEqual(block.strip().splitlines(), run('--help').stdout.decode().strip().splitlines())
+
+    def test_man_page(self):
+        options, page = self.options(), text_of('doc/kmsplugin.8')
+        synopsis, body = page.split('.Sh SYNOPSIS\n')[1].split('.Sh DESCRIPTION\n')
+        self.assertEqual(tuple(re.findall(r'^\.It Cm (\w+)$', body, re.M)), VERBS)
+        for verb, names in options.items():
+            heading = f'Options of {verb}' if verb else 'General options'
+            section = re.split(r'^\.S[sh] ', body.split(f'.Ss {heading}\n')[1], maxsplit=1, flags=re.M)[0]
+            described = ['-' + name for name in re.findall(r'^\.It Fl .*?(-[a-z]\S+)', section, re.M)]
+            self.assertEqual(sorted(described), sorted(names), heading)
+        self.assertEqual(body.count('.It Fl '), len(OPTIONS), 'options under a heading of another kind')
+        usages = {}
+        for usage in synopsis.split('.Nm\n')[1:]:
+            verb = re.search(r'Cm (\w+)', usage)
+            usages[verb[1] if verb else ''] = sorted('-' + o for o in re.findall(r' (-[a-z][a-z-]+)', usage))
+        self.assertEqual(usages, {verb: sorted(options.get(verb, [])) for verb in ('', *VERBS)})
+
+    def test_man_page_names_the_environment(self):
+        page = text_of('doc/kmsplugin.8')
+        for name in re.findall(r'^  ([A-Z_]{5,}) ', run('--help').stdout.decode(), re.M):
+            self.assertRegex(page, rf'(?m)^\.It Ev {name}$')
+
+    @unittest.skipUnless(shutil.which('mandoc'), 'needs mandoc')
+    def test_man_page_is_clean(self):
+        done = subprocess.run(['mandoc', '-T', 'lint', os.path.join(ROOT, 'doc/kmsplugin.8')],
+                              capture_output=True, text=True, check=False)
+        # whether the pages that it refers to are installed here is not its fault
+        self.assertEqual([line for line in (done.stdout + done.stderr).splitlines()
+                          if 'referenced manual not found' not in line and 'mandoc.db' not in line], [])
 
 
 class Endpoints(Case):

@@ -8,8 +8,8 @@ import unittest
 from hyperframe.frame import DataFrame, RstStreamFrame
 
 import sealed
-from plugin import (BINARY, INVALID, KEK, OTHER, SANITIZED, STRANGER, WAIT, Case, as_user,
-                    environment, fresh_dir, key_id, needs_root, public_binary, text, until)
+from plugin import (BINARY, EMULATED, INVALID, KEK, OTHER, OWN_MEMORY, STRANGER, WAIT, Case,
+                    as_user, environment, fresh_dir, key_id, needs_root, public_binary, text, until)
 from raw import CANCEL, DECRYPT, DECRYPT_V1, ENCRYPT, ENCRYPT_V1, Raw, field, message, request
 from sealed import V1, V2
 
@@ -29,7 +29,7 @@ def memory(pid):
 
 
 @needs_root
-@unittest.skipIf(SANITIZED, 'sanitizers keep freed memory')
+@unittest.skipUnless(OWN_MEMORY, 'sanitizers keep freed memory, emulators a copy')
 class Memory(Case):
     def setUp(self):
         self.server = self.start('--log-level', 'debug', kek=f'{text(KEK)},{text(OTHER)}')
@@ -125,6 +125,7 @@ class Memory(Case):
         self.assert_clean(secrets)
 
 
+@unittest.skipIf(EMULATED, 'the environment that /proc shows is the emulator\'s')
 class Environment(Case):
     @needs_root
     def test_serve_overwrites_its_environment(self):

@@ -11,7 +11,7 @@ import unittest
 import grpc
 from hyperframe.frame import DataFrame
 
-from plugin import (KEK, STRANGER, WAIT, Case, as_user, fresh_dir, fresh_name, kms,
+from plugin import (EMULATED, KEK, STRANGER, WAIT, Case, as_user, fresh_dir, fresh_name, kms,
                     needs_root, public_binary, until)
 from raw import EMPTY, STATUS, Raw, request
 
@@ -190,6 +190,7 @@ class Files(Case):
 
 
 class Abstract(Case):
+    @unittest.skipIf(EMULATED, 'it warns that the emulator has no seccomp')
     def test_served_by_its_exact_name(self):
         """No NUL after the name: grpc-go sends none."""
         name = fresh_name()
@@ -201,6 +202,7 @@ class Abstract(Case):
             other.connect('\0' + name + '\0')
         self.assertEqual(len(server.wait_log('level=warn')), 1)
 
+    @unittest.skipIf(EMULATED, 'it warns that the emulator has no seccomp')
     def test_file_sockets_warn_of_nothing(self):
         server = self.start()
         server.stop()

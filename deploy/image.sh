@@ -1,0 +1,45 @@
+#!/bin/sh
+# Makes an OCI archive of a release build, by the last stage of deploy/Dockerfile: the same bytes for the same program.
+# Needs buildah, and neither a registry nor a daemon.
+#
+#   [ARCH=aarch64] [FORMAT=docker] deploy/image.sh PROGRAM ARCHIVE NAME:TAG
+#
+# FORMAT=docker makes a docker archive instead, whose configuration has the HEALTHCHECK too. SOURCE_DATE_EPOCH is the
+# time that image and file bear (0).
+#
+#   podman load -i ARCHIVE    ctr -n k8s.io images import ARCHIVE    docker load takes FORMAT=docker
+set -eu
+
+program=$1 archive=$2 name=$3
+epoch=${SOURCE_DATE_EPOCH:-0}
+case ${ARCH:=$(uname -m)} in
+x86_64)       platform='--arch amd64' ;;
+aarch64)      platform='--arch arm64 --variant v8' ;;
+armhf|armv7l) platform='--arch arm --variant v7' ;;
+*)            platform="--arch $ARCH" ;;
+esac
+
+tmp=$(mktemp -d)
+trap 'rm -rf "$tmp"' EXIT
+trap 'exit 1' HUP INT TERM
+
+# A storage of its own, without layers on layers (vfs), and no namespace that a container might lack: the last stage
+# runs nothing. A context with one file in it, so that no other can get in.
+storage() {
+	buildah --log-level error --storage-driver vfs --root "$tmp/root" --runroot "$tmp/run" "$@"
+}
+mkdir "$tmp/context" "$tmp/layout"
+cp "$program" "$tmp/context/kmsplugin"
+# shellcheck disable=SC2086 # platform is a list
+storage build --quiet --isolation chroot --format "${FORMAT:-oci}" --timestamp "$epoch" --identity-label=false $platform \
+	--build-arg BINARY=built --build-arg FILE=kmsplugin -f "$(dirname "$0")/Dockerfile" -t "$name" "$tmp/context" >/dev/null
+
+mkdir -p "$(dirname "$archive")"
+rm -f "$archive"
+if [ "${FORMAT:-oci}" = docker ]; then
+	storage push --quiet "$name" "docker-archive:$archive:$name"
+	exit
+fi
+storage push --quiet --compression-format gzip --compression-level 9 --digestfile "$tmp/digest" "$name" "oci:$tmp/layout:$name"
+tar --sort=name --mtime="@$epoch" --owner=0 --group=0 --numeric-owner --mode=u=rwX,go=rX -C "$tmp/layout" -cf "$archive" .
+echo "$(cat "$tmp/digest")  $archive, $(wc -c <"$archive") bytes"

@@ -1,0 +1,125 @@
+#!/usr/bin/python3
+"""Bytes, memory and start time of a release build, as one row of a table.
+
+    memory.py [PROGRAM]...    build/static/kmsplugin; of another architecture: its size alone
+
+idle       resident when it is ready; and after one call and its connection's end
+peak       the highest of it (VmHWM) with 8 connections of 100 Encrypt requests each, all of them open at a time
+a connection    what 200 idle ones add, each after a call, by number
+start      from spawn to the first Status answered: median of 100, beside the same of an empty static program's whole life.
+           The client has connected and sent its request before (socket activation), so nothing is waited for but the plugin.
+
+Memory is what /proc/PID/status says of the process, pages of the program file included. Under qemu-user it would be qemu's.
+"""
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+sys.path.insert(0, os.path.dirname(HERE))
+import plugin
+from raw import EMPTY, ENCRYPT, PREFACE, STATUS, Raw, field, message, request
+from hpack import Encoder
+from hyperframe.frame import DataFrame, HeadersFrame, SettingsFrame
+
+ROUNDS = 100
+CONNECTIONS, STREAMS, IDLE = 8, 100, 200
+
+
+def status(server, name):
+    """A figure of /proc/PID/status in bytes."""
+    line = next(x for x in server.proc('status').decode().splitlines() if x.startswith(name + ':'))
+    return int(line.split()[1]) * 1024
+
+
+def peak(program):
+    """All 800 calls are open before the first has a body, and all bodies there before an answer is read."""
+    server = plugin.Server(binary=program)
+    raws = [Raw(server.path) for _ in range(CONNECTIONS)]
+    body = message(field(1, os.urandom(32)) + field(2, b'a-uid-as-long-as-those-of-apiservers'))
+    asked = [(raw, [raw.open(request(ENCRYPT)) for _ in range(STREAMS)]) for raw in raws]
+    for raw in raws:
+        raw.drained()
+    for raw, streams in asked:
+        raw.send(b''.join(DataFrame(stream, body, flags=['END_STREAM']).serialize() for stream in streams))
+    for raw, streams in asked:
+        for stream in streams:
+            assert raw.wait(stream).status == 0
+    high = status(server, 'VmHWM')
+    for raw in raws:
+        raw.close()
+    server.stop()
+    return high
+
+
+def idle(program):
+    server = plugin.Server(binary=program)
+    ready = status(server, 'VmRSS')
+    with Raw(server.path) as raw:
+        assert raw.works()
+    with Raw(server.path) as raw:   # served, so the one before is closed
+        assert raw.works()
+    used = status(server, 'VmRSS')
+    server.stop()
+    return ready, used
+
+
+def connection(program):
+    server = plugin.Server(binary=program)
+    raws = [Raw(server.path)]
+    assert raws[0].works()
+    before = status(server, 'VmRSS')
+    for _ in range(IDLE):
+        raws.append(Raw(server.path))
+        assert raws[-1].works()
+    after = status(server, 'VmRSS')
+    for raw in raws:
+        raw.close()
+    server.stop()
+    return (after - before) / IDLE
+
+
+def start(program, tmp):
+    """Medians in microseconds: spawn to first answer, and an empty program."""
+    compiler = 'build/static/x86_64/bin/cc' if os.path.exists('build/static/x86_64/bin/cc') else 'cc'
+    empty = os.path.join(tmp, 'empty')
+    subprocess.run([compiler, '-O2', '-fPIE', '-static-pie', '-s', '-xc', '-', '-o', empty],
+                   input=b'int main(void) { return 0; }', check=True)
+    subprocess.run(['cc', '-O2', '-o', tmp + '/start', HERE + '/start.c'], check=True)
+    with open(tmp + '/request', 'wb') as file:
+        file.write(PREFACE + b''.join(frame.serialize() for frame in (
+            SettingsFrame(), HeadersFrame(1, Encoder().encode(request(STATUS)), flags=['END_HEADERS']),
+            DataFrame(1, EMPTY, flags=['END_STREAM']))))
+    done = subprocess.run([tmp + '/start', str(ROUNDS), empty, program, tmp + '/request'], check=True, text=True,
+                          env={'KMS_KEK': plugin.text(plugin.KEK)}, capture_output=True)
+    return {line.split()[0]: [int(x) for x in line.split()[1:]] for line in done.stdout.splitlines()}
+
+
+def native(program):
+    with open(program, 'rb') as file:
+        head = file.read(20)
+    machine = int.from_bytes(head[18:20], 'little' if head[5] == 1 else 'big')
+    return {'x86_64': 62, 'aarch64': 183, 'riscv64': 243, 's390x': 22, 'armv7l': 40}.get(platform.machine()) == machine
+
+
+def main(programs):
+    print(f'{"program":34} {"bytes":>7} {"idle KiB":>9} {"used KiB":>9} {"peak KiB":>9} {"KiB/conn":>9}'
+          f' {"start us":>9} {"(quartiles)":>13} {"empty us":>9}', flush=True)
+    for program in programs:
+        row = f'{os.path.relpath(program):34} {os.path.getsize(program):7}'
+        if not native(program):
+            print(row + '  not of this machine: memory and time under qemu would be qemu\'s')
+            continue
+        program = os.path.abspath(program)
+        ready, used = idle(program)
+        with tempfile.TemporaryDirectory() as tmp:
+            times = start(program, tmp)
+        median, low, high = times['start']
+        print(f'{row} {ready / 1024:9.0f} {used / 1024:9.0f} {peak(program) / 1024:9.0f} {connection(program) / 1024:9.1f}'
+              f' {median:9} {f"{low}-{high}":>13} {times["empty"][0]:9}', flush=True)
+
+
+if __name__ == '__main__':
+    main(sys.argv[1:] or ['build/static/kmsplugin'])

@@ -1,0 +1,78 @@
+#!/bin/sh
+# The tarball of make dist: is it the same twice, does what is in it build and pass its own tests; and are two release
+# builds of it, libraries included, the same bytes wherever, whenever and by whom they are made? A line `ok` or `not ok`
+# for each test, those of the tarball's own test.sh among them as one.
+set -eu
+cd "$(dirname "$0")/.."
+MAKE=${MAKE:-make}
+unset MAKEFLAGS MFLAGS MAKELEVEL    # of a make that calls this
+
+tmp=$(mktemp -d)
+chmod 755 "$tmp"
+trap 'rm -rf "$tmp"' EXIT
+trap 'exit 1' HUP INT TERM
+
+# check NAME COMMAND...
+check() {
+    name=$1
+    shift
+    if "$@" >"$tmp/output" 2>&1; then
+        echo "ok dist: $name"
+    else
+        sed 's/^/    /' "$tmp/output"
+        echo "not ok dist: $name: $*"
+    fi
+}
+
+version=$(sed -n 's/^VERSION = //p' Makefile)
+release=kmsplugin-$version
+tarball=build/$release.tar.gz
+
+# Sorted, one owner, one time, nothing that git does not know, under a folder that names the version.
+contents() {
+    python3 - "$tarball" "$release" <<'X'
+import gzip, os, subprocess, sys, tarfile
+path, name = sys.argv[1:]
+raw = open(path, 'rb').read(10)
+assert raw[3] == 0 and raw[4:8] == bytes(4), 'gzip tells a name or a time'
+members = tarfile.open(path).getmembers()
+names = [m.name for m in members]
+assert names == sorted(names) and all(n.startswith(name + '/') for n in names)
+assert {(m.uid, m.gid, m.uname, m.gname) for m in members} == {(0, 0, '', '')}
+assert len({m.mtime for m in members}) == 1 and {m.mode for m in members} <= {0o644, 0o755}
+tracked = subprocess.run(['git', 'ls-files'], capture_output=True, text=True).stdout.split('\n')[:-1]
+assert not tracked or sorted(n.removeprefix(name + '/') for n in names) == sorted(tracked), 'other files than git has'
+print(len(names), 'files,', os.path.getsize(path), 'bytes')
+X
+}
+
+check 'make dist' "$MAKE" -s dist
+check 'the version is that of the Debian package' grep -q "^kmsplugin ($version-" deploy/debian/changelog
+cp "$tarball" "$tmp/first.tar.gz"
+check 'make dist, later' env TZ=Asia/Tokyo sh -c "umask 077; sleep 1.1; touch README; '$MAKE' -s dist"
+check 'the same bytes twice' cmp "$tmp/first.tar.gz" "$tarball"
+check 'names, owners, times' contents
+tail -n 1 "$tmp/output"
+
+# Two folders, of other names and lengths. (Not with a space: musl's configure cannot bear one.)
+one=$tmp/one/$release two=$tmp/another-folder/with-a-longer-name/$release
+mkdir -p "${one%/*}" "${two%/*}"
+tar -xzf "$tarball" -C "${one%/*}"
+tar -xzf "$tarball" -C "${two%/*}"
+check 'make dist of the tarball is the tarball' sh -c "'$MAKE' -s -C '$one' dist && cmp '$one/build/$release.tar.gz' '$tmp/first.tar.gz'"
+check 'make, in the tarball' "$MAKE" -s -C "$one"
+check 'make test, in the tarball' sh -c "'$MAKE' -s -C '$one' test >'$tmp/tests' 2>&1 || { grep '^not ok' '$tmp/tests'; false; }"
+tail -n 1 "$tmp/tests"
+
+# The sources, fetched once; all else is made twice: with all processors, and with one, another time zone, locale, umask.
+check 'make static, in one folder' "$MAKE" -s -C "$one" static
+mkdir -p "$two/build/src"
+cp -R "$one/build/src/debian" "$two/build/src/"
+check 'make static, in another' sh -c "umask 077; TZ=Asia/Tokyo LC_ALL=C.UTF-8 taskset -c 0 '$MAKE' -s -C '$two' static"
+for lib in libc.a libbearssl.a; do # the others hold LTO's intermediate code, which is named at random
+    check "$lib is the same" cmp "$one/build/static/$(uname -m)/lib/$lib" "$two/build/static/$(uname -m)/lib/$lib"
+done
+check 'the program is the same, byte for byte' cmp "$one/build/static/kmsplugin" "$two/build/static/kmsplugin"
+sha256sum "$one/build/static/kmsplugin" | cut -d ' ' -f 1
+check 'and it names no folder' sh -c "! grep -aq -e '$one' -e /build/ '$one/build/static/kmsplugin'"
+check 'the same as make static leaves here' sh -c "'$MAKE' -s static && cmp build/static/kmsplugin '$one/build/static/kmsplugin'"

@@ -1,0 +1,175 @@
+#!/bin/sh
+# The image of make image: is it the same twice, and only the program; and does it run in podman as a cluster would run
+# it, read-only, without capabilities, network or root? Needs root, buildah, podman and crun. A line `ok` or `not ok` for
+# each test.
+set -eu
+cd "$(dirname "$0")/.."
+
+# With both versions of cgroups mounted (hybrid) podman takes the wrong one: hide it, from us alone.
+if [ -d /sys/fs/cgroup/unified ] && [ "${1:-}" != inside ]; then
+    # shellcheck disable=SC2016 # that is for the inner shell
+    exec unshare --mount sh -c 'umount /sys/fs/cgroup/unified /sys/fs/cgroup/systemd 2>/dev/null; exec "$0" inside' "$0"
+fi
+
+BYTES_MAX=110000        # of all blobs of the archive
+USER_ID=65532           # as deploy/Dockerfile has it
+STRANGER=12345
+MAKE=${MAKE:-make}
+
+tmp=$(mktemp -d)
+chmod 755 "$tmp"
+storage() {
+    podman --storage-driver vfs --root "$tmp/root" --runroot "$tmp/run" --tmpdir "$tmp/tmp" --cgroup-manager cgroupfs \
+        --events-backend file "$@"
+}
+clean() {
+    storage rm --all --force --time 0 >/dev/null 2>&1 || :
+    soon rm -rf "$tmp" 2>/dev/null  # podman cleans up by a process of its own
+}
+trap clean EXIT
+trap 'exit 1' HUP INT TERM
+
+# check NAME COMMAND...
+check() {
+    name=$1
+    shift
+    if "$@" >"$tmp/output" 2>&1; then
+        echo "ok image: $name"
+    else
+        sed 's/^/    /' "$tmp/output"
+        echo "not ok image: $name: $*"
+    fi
+}
+
+fails() { ! "$@"; }
+
+soon() {
+    for _ in $(seq 100); do
+        "$@" && return
+        sleep 0.1
+    done
+    return 1
+}
+
+# What is in the archive: one layer of one file, for one numeric user, and nothing that tells when and where it was made.
+contents() {
+    python3 - "$1" "$BYTES_MAX" <<'X'
+import gzip, hashlib, io, json, sys, tarfile
+archive = tarfile.open(sys.argv[1])
+blobs = {m.name.rsplit('/')[-1]: archive.extractfile(m).read() for m in archive if '/blobs/' in m.name and m.isfile()}
+assert all(hashlib.sha256(data).hexdigest() == name for name, data in blobs.items())
+assert all((m.uid, m.gid, m.uname) == (0, 0, '') for m in archive)
+get = lambda ref: blobs[ref['digest'].removeprefix('sha256:')]
+index = json.load(archive.extractfile('./index.json'))
+manifest = json.loads(get(index['manifests'][0]))
+config = json.loads(get(manifest['config']))
+assert len(index['manifests']) == 1 and len(manifest['layers']) == 1 and len(blobs) == 3
+assert config['config'] == {'User': '65532:65532', 'Entrypoint': ['/kmsplugin'], 'Env': config['config']['Env']}, config
+assert [e for e in config['config']['Env'] if not e.startswith('PATH=')] == []
+layer = tarfile.open(fileobj=io.BytesIO(gzip.decompress(get(manifest['layers'][0]))))
+(file,) = layer.getmembers()
+assert (file.name, file.mode & 0o7777, file.uid, file.gid, file.isreg()) == ('kmsplugin', 0o755, 0, 0, True), file.get_info()
+assert layer.extractfile(file).read() == open('build/static/kmsplugin', 'rb').read()
+size = sum(map(len, blobs.values()))
+print(f'{size} bytes in all, the layer {len(get(manifest["layers"][0]))}; at most {sys.argv[2]}')
+open(sys.argv[1] + '.size', 'w').write(str(size))
+X
+}
+
+small() {
+    size=$(cat "$tmp/first.tar.size")
+    echo "$size bytes, more than $BYTES_MAX"
+    [ "$size" -le "$BYTES_MAX" ]
+}
+
+# run NAME OPTION...: a container as locked as can be. The limits are lower than a container's default, for machines
+# that have lower ones themselves.
+run() {
+    container=$1
+    shift
+    mkdir "$tmp/$container"
+    chown $USER_ID:$USER_ID "$tmp/$container"
+    storage run --detach --name "$container" --read-only --read-only-tmpfs=false --cap-drop all --network none \
+        --security-opt no-new-privileges --ulimit nofile=1024:1024 --ulimit nproc=1024:1024 \
+        --volume "$tmp/$container:/run/kmsplugin" "$@"
+}
+
+# What the kernel says of the process in the container.
+confined() {
+    pid=$(storage inspect --format '{{.State.Pid}}' "$1")
+    grep -E '^(Uid|Gid|Groups|Cap|NoNewPrivs|Seccomp:)' "/proc/$pid/status"
+    grep -q "^Uid:	$USER_ID	$USER_ID	$USER_ID	$USER_ID\$" "/proc/$pid/status"
+    grep -q "^Gid:	$USER_ID	" "/proc/$pid/status"
+    [ "$(grep -c -E '^Cap(Inh|Prm|Eff|Bnd|Amb):	0{16}$' "/proc/$pid/status")" -eq 5 ]
+    grep -q '^NoNewPrivs:	1$' "/proc/$pid/status"
+    grep -q '^Seccomp:	2$' "/proc/$pid/status"
+    [ "$(grep -c : "/proc/$pid/net/dev")" -eq 1 ]     # lo alone
+    grep -q ' / / ro[, ]' "/proc/$pid/mountinfo" || grep -q ' / ro[, ]' "/proc/$pid/mountinfo"
+}
+
+as() {
+    setpriv --reuid="$1" --regid="$1" --clear-groups "$tmp/kmsplugin" probe "unix://$2"
+}
+
+stops() {
+    storage stop --time 10 "$1"
+    [ "$(storage inspect --format '{{.State.ExitCode}}' "$1")" -eq 0 ]
+    [ ! -e "$tmp/$1/kms.sock" ]
+}
+
+logged() {
+    storage logs "$1" 2>&1 | tee "$tmp/log"
+    grep -q "$2" "$tmp/log"
+}
+
+check 'make' "$MAKE" -s image kmsplugin
+check 'the first' env ARCH="$(uname -m)" SOURCE_DATE_EPOCH=1700000000 deploy/image.sh build/static/kmsplugin "$tmp/first.tar" localhost/kmsplugin:test
+tail -n 1 "$tmp/output"
+check 'the second, elsewhere and at another time' sh -c "umask 077; cp build/static/kmsplugin '$tmp/other' && sleep 1.1 && touch '$tmp/other' &&
+    TZ=Asia/Tokyo SOURCE_DATE_EPOCH=1700000000 TMPDIR=/var/tmp deploy/image.sh '$tmp/other' '$tmp/second.tar' localhost/kmsplugin:test"
+check 'the same bytes twice' cmp "$tmp/first.tar" "$tmp/second.tar"
+check 'holds the program alone' contents "$tmp/first.tar"
+tail -n 1 "$tmp/output"
+check 'size' small
+
+cp kmsplugin "$tmp/kmsplugin"
+chmod 755 "$tmp/kmsplugin"
+umask 077
+build/static/kmsplugin genkey >"$tmp/kek"
+chown root:$USER_ID "$tmp/kek"
+chmod 440 "$tmp/kek"
+printf 'KMS_KEK=%s\n' "$(cat "$tmp/kek")" >"$tmp/kek.env"
+umask 022
+cp "$tmp/kek" "$tmp/kek.private"
+chown root:root "$tmp/kek.private"
+chmod 400 "$tmp/kek.private"
+
+check 'podman load' storage load --quiet --input "$tmp/first.tar"
+check 'starts, with the KEK in a file' run file --volume "$tmp/kek:/kek:ro" --env KMS_KEK_FILE=/kek localhost/kmsplugin:test
+check 'is ready' soon logged file msg=ready
+grep -v msg=ready "$tmp/log" || :
+check 'no root, no capability, no network, nothing to write to' confined file
+check 'answers root outside' as 0 "$tmp/file/kms.sock"
+check 'answers its own user outside' as "$USER_ID" "$tmp/file/kms.sock"
+check 'does not answer a stranger' fails as "$STRANGER" "$tmp/file/kms.sock"
+check 'answers inside: what HEALTHCHECK and livenessProbe run' storage exec file /kmsplugin probe
+check 'holds no shell' fails storage exec file sh -c :
+check 'SIGTERM ends it well' stops file
+check 'probe fails when it is gone' fails as 0 "$tmp/file/kms.sock"
+
+check 'starts, with the KEK in the environment' run variable --env-file "$tmp/kek.env" localhost/kmsplugin:test serve --log-level debug
+check 'the same KEK' soon logged variable "key_id=$(KMS_KEK_FILE=$tmp/kek build/static/kmsplugin keyid | cut -d ' ' -f 1)"
+check 'answers' as 0 "$tmp/variable/kms.sock"
+check 'SIGTERM ends that one, too' stops variable
+
+check 'a KEK that its user cannot read' run private --volume "$tmp/kek.private:/kek:ro" --env KMS_KEK_FILE=/kek localhost/kmsplugin:test
+check 'ends it with status 1' test "$(storage wait private)" -eq 1
+check 'and says so' logged private KMS_KEK_FILE
+
+check 'docker format' env SOURCE_DATE_EPOCH=0 FORMAT=docker deploy/image.sh build/static/kmsplugin "$tmp/docker.tar" localhost/kmsplugin:docker
+check 'podman load, docker format' storage load --quiet --input "$tmp/docker.tar"
+check 'starts, docker format' run docker --health-interval disable --volume "$tmp/kek:/kek:ro" --env KMS_KEK_FILE=/kek localhost/kmsplugin:docker
+check 'is ready, docker format' soon logged docker msg=ready
+check 'its own HEALTHCHECK is well' storage healthcheck run docker
+mv "$tmp/docker/kms.sock" "$tmp/docker/away"
+check 'and without its socket it is not' fails storage healthcheck run docker

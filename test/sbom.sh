@@ -1,0 +1,84 @@
+#!/bin/sh
+# The bill of materials of make sbom: is it true of the program and the sources that lie here, the same twice, and does the
+# schema of CycloneDX hold (by a package of PyPI, in a folder of its own)? A line `ok`, `not ok` or `skip` for each test.
+set -eu
+cd "$(dirname "$0")/.."
+MAKE=${MAKE:-make}
+
+tmp=$(mktemp -d)
+trap 'rm -rf "$tmp"' EXIT
+trap 'exit 1' HUP INT TERM
+
+# check NAME COMMAND...
+check() {
+    name=$1
+    shift
+    if "$@" >"$tmp/output" 2>&1; then
+        echo "ok sbom: $name"
+    else
+        sed 's/^/    /' "$tmp/output"
+        echo "not ok sbom: $name"
+        return 1
+    fi
+}
+
+truth() {
+    python3 - "$bom" "$(uname -m)" <<'X'
+import hashlib, json, os, re, subprocess, sys
+bom, sources = json.load(open(sys.argv[1])), 'build/src/debian/'
+sha256 = lambda path: hashlib.sha256(open(path, 'rb').read()).hexdigest()
+told = subprocess.run(['build/static/kmsplugin', '--version'], capture_output=True, text=True, check=True).stdout
+told = dict(line.lower().split() for line in told.splitlines())
+main = bom['metadata']['component']
+assert main['version'] == told.pop('kmsplugin') and main['hashes'][0]['content'] == sha256('build/static/kmsplugin')
+components = {c['name']: c for c in bom['components']}
+assert set(components) == {'musl', *told}, components
+for name, version in told.items(): # a Debian version is the upstream one and more
+    assert re.match(re.escape(version) + r'[-+]', components[name]['version']), (name, version)
+archives = {r['url']: r['hashes'][0]['content'] for c in bom['components'] for r in c['externalReferences']}
+have = {f for f in os.listdir(sources) if re.search(r'\.dsc$|\.tar\.', f)}
+assert set(archives) == have and all(sha256(sources + f) == digest for f, digest in archives.items())
+for name, c in components.items():
+    (dsc,) = [f for f in have if f.startswith(name + '_') and f.endswith('.dsc')]
+    assert re.search(r'^Version: (?:\d+:)?(.*)$', open(sources + dsc).read(), re.M)[1] == c['version']
+refs = {main['bom-ref'], *(c['bom-ref'] for c in bom['components'])}
+(dependency,) = bom['dependencies']
+assert {dependency['ref'], *dependency['dependsOn']} == refs and len(refs) == 5
+print(*(f'{n} {c["version"]}' for n, c in components.items()), sep=', ')
+X
+}
+
+schema() {
+    "$venv/bin/python" - "$bom" <<'X'
+import sys
+from cyclonedx.schema import SchemaVersion
+from cyclonedx.validation.json import JsonStrictValidator
+wrong = JsonStrictValidator(SchemaVersion.V1_5).validate_str(open(sys.argv[1]).read())
+print(wrong)
+sys.exit(wrong is not None)
+X
+}
+
+version=$(sed -n 's/^VERSION = //p' Makefile)
+bom=build/sbom/kmsplugin-$version.cdx.json
+check 'make sbom' "$MAKE" -s sbom || exit 0
+cp "$bom" "$tmp/first.json"
+check 'again, at another time' sh -c "sleep 1.1; rm '$bom' && TZ=Asia/Tokyo '$MAKE' -s sbom" || :
+check 'the same bytes twice' cmp "$tmp/first.json" "$bom" || :
+check 'versions and hashes are those of what lies here' truth || :
+tail -n 1 "$tmp/output"
+
+venv=build/sbom/venv
+if [ -x "$venv/bin/pip" ] || python3 -m venv "$venv" >/dev/null 2>&1 &&
+    "$venv/bin/pip" -q install 'cyclonedx-python-lib[json-validation]==11.12.0' >/dev/null 2>&1; then
+    check 'the schema of CycloneDX 1.5' schema || :
+    sed 's/"type": "library"/"type": "books"/' "$bom" >"$tmp/bad.json"
+    bom=$tmp/bad.json
+    if schema >/dev/null 2>&1; then
+        echo 'not ok sbom: the schema is really looked at'
+    else
+        echo 'ok sbom: the schema is really looked at'
+    fi
+else
+    echo 'skip sbom: the schema of CycloneDX 1.5: needs python3-venv and PyPI'
+fi
