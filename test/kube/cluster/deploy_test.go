@@ -11,6 +11,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"reflect"
+	"regexp"
 	"slices"
 	"strings"
 	"testing"
@@ -265,24 +266,20 @@ nodeRegistration: {criSocket: "unix:///run/containerd/containerd.sock"}
 		if err := os.WriteFile(file, []byte(config), 0o600); err != nil {
 			t.Fatal(err)
 		}
-		code, _, stderr := command(t, nil, nil, "unshare", "--mount", "sh", "-euc", `
-			# An /etc of which nothing is left: kubeadm writes to /etc/kubernetes and nowhere else.
-			mkdir "$3/etc"
-			mount -t tmpfs tmpfs "$3/etc"
-			mkdir "$3/etc/up" "$3/etc/work"
-			mount -t overlay -o "lowerdir=/etc,upperdir=$3/etc/up,workdir=$3/etc/work" overlay /etc
+		code, _, stderr := command(t, nil, nil, "unshare", "--mount", "sh", "-euc", ownEtc+`
 			"$1" config validate --config "$2"
 			"$1" init phase control-plane apiserver --config "$2"
-			cp /etc/kubernetes/manifests/kube-apiserver.yaml "$3/manifest.yaml"
-			if sh -euc "$4" >&2; then echo yes; else echo no; fi >"$3/looked"`, "sh", kubeadm, file, dir, look)
+			cp /etc/kubernetes/manifests/kube-apiserver.yaml "$0/manifest.yaml"
+			if sh -euc "$3" >&2; then echo yes; else echo no; fi >"$0/looked"`, dir, kubeadm, file, look)
 		if code != 0 {
 			t.Fatalf("kubeadm: exit %d\n%s", code, stderr)
 		}
 		return string(must(os.ReadFile(dir + "/manifest.yaml"))(t)), string(must(os.ReadFile(dir+"/looked"))(t)) == "yes\n"
 	}
-	base := "kubernetesVersion: " + release + "\n" + node
-	plainConfig := "apiVersion: kubeadm.k8s.io/v1beta4\nkind: ClusterConfiguration\n" + base
-	configured, found := manifests(string(must(os.ReadFile(deploy+"cluster-configuration.yaml"))(t)) + base)
+	release = "kubernetesVersion: " + release + "\n"
+	ours := string(must(os.ReadFile(deploy + "cluster-configuration.yaml"))(t))
+	plainConfig := "apiVersion: kubeadm.k8s.io/v1beta4\nkind: ClusterConfiguration\n" + release + node
+	configured, found := manifests(ours + release + node)
 	plain, foundInPlain := manifests(plainConfig)
 	patched, foundInPatched := manifests(plainConfig + "patches: {directory: " + patches + "}\n")
 	if !found || foundInPlain || !foundInPatched {
@@ -316,13 +313,27 @@ nodeRegistration: {criSocket: "unix:///run/containerd/containerd.sock"}
 		t.Errorf("the patch gives\n%s\nthe configuration\n%s", got, want)
 	}
 
+	// On an existing cluster: from the ConfigMap.
+	stored := &corev1.ConfigMap{ObjectMeta: metav1.ObjectMeta{Name: "kubeadm-config"}, Data: map[string]string{"ClusterConfiguration": ours + release}}
+	must(a.client.CoreV1().ConfigMaps(kubeSystem).Create(context.Background(), stored, metav1.CreateOptions{}))(t)
+	dir := tempDir(t)
+	if code, out := a.operator(t, dir, "reconfigure", `trap 'cp /etc/kubernetes/manifests/kube-apiserver.yaml "$0"' EXIT`); code != 0 {
+		t.Errorf("reconfigure: exit %d\n%s", code, out)
+	}
+	again := a.admitted(t, mirror(parse(t, string(must(os.ReadFile(dir+"/kube-apiserver.yaml"))(t))), control))
+	address := regexp.MustCompile(`(?m)^--advertise-address=.*\n`) // which kubeadm finds out here
+	if got, want := address.ReplaceAllString(summary(again), ""), address.ReplaceAllString(summary(pod), ""); got != want {
+		t.Errorf("from the ConfigMap comes\n%s\nnot\n%s", got, want)
+	}
+
 	m := mirror(parse(t, patched), control)
 	volumes := at[[]any](m, "spec", "volumes")
 	at[map[string]any](m, "spec")["volumes"] = volumes[:len(volumes)-1]
 	if _, _, err := a.dryRun(t, m); err == nil || !strings.Contains(err.Error(), "volumeMounts") {
 		t.Errorf("a patch that forgets a volume: %v", err)
 	}
-	figures(t, "kubeadm %s: dry run of its kube-apiserver pod with deploy/kubeadm's patch: taken as sent, the same as with the ClusterConfiguration", release)
+	figures(t, "kubeadm, %s: dry run of its kube-apiserver pod with the patch of deploy/kubeadm: taken as sent, the same as with the ClusterConfiguration",
+		strings.TrimSpace(release))
 }
 
 // summary is what the two ways must agree on, in any order.
