@@ -1,8 +1,8 @@
 #!/bin/sh
 # All tests with Kubernetes' own code: its client code (this folder), the client
 # halves of older API servers (compat/), and a real kube-apiserver with a real etcd
-# (cluster/). The last line is "N passed, N failed",
-# with "N skipped" if some were (they need root); to fail is also to run nothing.
+# (cluster/). The last line is "N passed, N failed", with "N skipped" if some were
+# (they need root); to fail is also to run nothing.
 #
 #     cluster.sh          all of it
 #     cluster.sh short    fewer Secrets, shorter outages: under 10 minutes when all is built
@@ -51,17 +51,18 @@ module_version() {
     go list -m -f '{{.Version}}' "$@"
 }
 
-# The programs are built anew when a version changes, or Go's.
+# The programs are built anew when a version changes, or Go's, or this list (MODULE[=NAME]).
 build() {
     cd cluster
     kubernetes=$(module_version k8s.io/kubernetes)
-    stamp="$kubernetes $(module_version go.etcd.io/etcd/server/v3) $(go version)"
+    list='k8s.io/kubernetes/cmd/kube-apiserver k8s.io/kubernetes/cmd/kubeadm k8s.io/kubernetes/cmd/kubectl
+        go.etcd.io/etcd/server/v3=etcd go.etcd.io/etcd/etcdctl/v3=etcdctl go.etcd.io/etcd/etcdutl/v3=etcdutl'
+    stamp="$kubernetes $(module_version go.etcd.io/etcd/server/v3) $(go version) $list"
     [ "$(cat "$KUBE_PROGRAMS/stamp" 2>/dev/null)" != "$stamp" ] || return 0
-    echo "== building kube-apiserver, etcd and others: $stamp (minutes, once)"
+    echo "== building kube-apiserver $kubernetes, etcd and others (minutes, once)"
     mkdir -p "$KUBE_PROGRAMS"
     rm -f "$KUBE_PROGRAMS/stamp"
-    for program in k8s.io/kubernetes/cmd/kube-apiserver k8s.io/kubernetes/cmd/kubeadm k8s.io/kubernetes/cmd/kubectl \
-        go.etcd.io/etcd/server/v3=etcd go.etcd.io/etcd/etcdctl/v3=etcdctl go.etcd.io/etcd/etcdutl/v3=etcdutl; do
+    for program in $list; do
         name=${program##*[/=]}
         go build -trimpath -ldflags="-s -w -X k8s.io/component-base/version.gitVersion=$kubernetes" \
             -o "$KUBE_PROGRAMS/$name" "${program%=*}" || return

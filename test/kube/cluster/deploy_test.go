@@ -153,7 +153,7 @@ func (a *apiserver) admitted(t *testing.T, m manifest) *corev1.Pod {
 		t.Errorf("not as sent: %s", strings.Join(paths, "; "))
 	}
 	if pod.Spec.Priority == nil || *pod.Spec.Priority != 2000001000 || pod.UID == "" {
-		t.Errorf("priority %v, uid %q", pod.Spec.Priority, pod.UID)
+		t.Errorf("not the highest priority: class %q, uid %q", pod.Spec.PriorityClassName, pod.UID)
 	}
 	if pods := must(a.client.CoreV1().Pods("").List(context.Background(), metav1.ListOptions{}))(t); len(pods.Items) > 0 {
 		t.Errorf("a dry run has stored %v", pods.Items)
@@ -294,6 +294,10 @@ nodeRegistration: {criSocket: "unix:///run/containerd/containerd.sock"}
 	pod := pods["patched"]
 	if uid := pod.Spec.SecurityContext.RunAsUser; uid != nil && *uid != 0 {
 		t.Errorf("kubeadm's API server runs as uid %d, doc/operate.md says root", *uid)
+	}
+	// doc/operate.md: without the plugin it is restarted every four minutes.
+	if s := pod.Spec.Containers[0].StartupProbe; s.HTTPGet.Path != "/livez" || s.PeriodSeconds*s.FailureThreshold != 240 {
+		t.Errorf("startup probe: %v", s)
 	}
 	var config string
 	for _, arg := range pod.Spec.Containers[0].Command {

@@ -3,6 +3,7 @@ package cluster
 import (
 	"bytes"
 	"context"
+	"fmt"
 	"maps"
 	"os"
 	"path/filepath"
@@ -24,6 +25,17 @@ func guide(t *testing.T, name string) string {
 		t.Fatalf("doc/operate.md has no block %s", name)
 	}
 	return string(block[1])
+}
+
+// documented wants an error to say this, and the guide to know it.
+func documented(t *testing.T, err error, sentence string) {
+	t.Helper()
+	if !strings.Contains(fmt.Sprint(err), sentence) {
+		t.Errorf("not %q: %v", sentence, err)
+	}
+	if !strings.Contains(string(must(os.ReadFile("../../../doc/operate.md"))(t)), sentence) {
+		t.Errorf("doc/operate.md does not have %q", sentence)
+	}
 }
 
 // ownEtc gives a script in a mount namespace an /etc of which nothing is left, on $0.

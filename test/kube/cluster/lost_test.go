@@ -63,6 +63,8 @@ func TestLostKEK(t *testing.T) {
 	if listed == nil || deleted == nil {
 		t.Errorf("a list: %v, a deletion: %v", listed, deleted)
 	}
+	documented(t, listed, "storage is (re)initializing")
+	documented(t, deleted, "corrupt object")
 	unsafe := func(name string, dry ...string) error {
 		yes := true
 		return api.Delete(ctx, name, metav1.DeleteOptions{IgnoreStoreReadErrorWithClusterBreakingPotential: &yes, DryRun: dry})
@@ -121,6 +123,7 @@ func TestEmptyEtcd(t *testing.T) {
 			return nil
 		})
 	}
+	documented(t, refused, "got unexpected nil transformer")
 	bootstrapped := len(e.raw(t, "/registry/"))
 	p.start(t, key)
 	healed := eventually(t, 40*time.Second, "a first start without plugin", a.ready)
