@@ -40,8 +40,8 @@ help:
 	@echo 'make run            build it and serve on a socket under /tmp'
 	@echo 'make static         build/static/kmsplugin, on musl; needs dpkg-dev'
 	@echo 'make test           quick tests, with Debian packages only'
-	@echo 'make test-kube      tests with Kubernetes'\'' own client code (Go)'
-	@echo 'make test-cluster   tests with a real kube-apiserver and etcd (Go, some 15 minutes)'
+	@echo 'make test-kube      tests with Kubernetes'\'' clients, kube-apiserver and etcd (Go, some 7 minutes)'
+	@echo 'make test-cluster   the same at length: more Secrets, longer outages (some 20 minutes)'
 	@echo 'make test-deploy    the files of deploy/ and the guide, under a real systemd (root)'
 	@echo 'make lint           static analysis of C and shell'
 	@echo 'make install        PREFIX=$(PREFIX), DESTDIR=$(DESTDIR)'
@@ -94,7 +94,7 @@ test: kmsplugin
 	./test.sh
 
 test-kube: kmsplugin
-	test/kube/run.sh
+	test/kube/cluster.sh short
 
 test-cluster: kmsplugin
 	test/kube/cluster.sh
@@ -105,7 +105,7 @@ test-deploy: kmsplugin
 lint:
 	clang-tidy --quiet kmsplugin.c -- $(STD)
 	cppcheck --quiet --enable=warning,performance,portability --suppress=preprocessorErrorDirective --error-exitcode=1 $(subst -std=,--std=,$(STD)) kmsplugin.c
-	shellcheck test.sh test/kube/run.sh test/kube/cluster.sh test/deploy.sh test/deploy/boot.sh test/deploy/inside.sh \
+	shellcheck test.sh test/kube/cluster.sh test/deploy.sh test/deploy/boot.sh test/deploy/inside.sh \
 		deploy/static-libs.sh deploy/openrc/kmsplugin deploy/metrics/kmsplugin-textfile .ci/run
 
 install: kmsplugin

@@ -245,9 +245,7 @@ func TestDeployStaticPod(t *testing.T) {
 // same manifest, which kube-apiserver takes and in which it has what it needs.
 func TestDeployKubeadm(t *testing.T) {
 	t.Parallel()
-	if os.Geteuid() != 0 {
-		t.Skip("needs root, to give kubeadm an /etc/kubernetes of its own")
-	}
+	needsNamespaces(t)
 	kubeadm := filepath.Join(programs, "kubeadm")
 	patches := must(filepath.Abs(deploy + "patches"))(t)
 	release := strings.TrimSpace(string(must(exec.Command(kubeadm, "version", "-o", "short").Output())(t)))
