@@ -1,26 +1,22 @@
 package kube
 
-// The files in deploy/, given to what reads them in earnest, and the sentences
-// that doc/operate.md promises in kube-apiserver's log.
+// The encryption configurations in deploy/, given to what reads them in earnest, and the
+// sentences that doc/operate.md promises in kube-apiserver's log. (The pods: cluster/deploy_test.go.)
 
 import (
 	"bufio"
 	"context"
-	"fmt"
 	"net"
 	"os"
 	"os/exec"
-	"path"
 	"path/filepath"
 	"slices"
 	"strings"
 	"syscall"
 	"testing"
 
-	corev1 "k8s.io/api/core/v1"
 	"k8s.io/apimachinery/pkg/runtime/schema"
 	"k8s.io/apiserver/pkg/server/options/encryptionconfig"
-	"sigs.k8s.io/yaml"
 )
 
 const (
@@ -90,150 +86,6 @@ func TestDeployEncryption(t *testing.T) {
 			}
 		})
 	}
-}
-
-// TestDeployStaticPod: the manifest is a Pod without an unknown field, has the
-// confinement that is promised, and runs the plugin on the endpoint of the configurations.
-func TestDeployStaticPod(t *testing.T) {
-	var pod corev1.Pod
-	if err := yaml.UnmarshalStrict([]byte(read(t, deploy+"kubeadm/kmsplugin.yaml")), &pod); err != nil {
-		t.Fatal(err)
-	}
-	spec, c := pod.Spec, pod.Spec.Containers[0]
-	for want, got := range map[string]bool{
-		"one container":           len(spec.Containers) == 1,
-		"kube-system":             pod.Namespace == "kube-system",
-		"system-node-critical":    spec.PriorityClassName == "system-node-critical",
-		"the host's network":      spec.HostNetwork,
-		"user 0":                  *spec.SecurityContext.RunAsUser == 0,
-		"seccomp RuntimeDefault":  spec.SecurityContext.SeccompProfile.Type == corev1.SeccompProfileTypeRuntimeDefault,
-		"no new privileges":       !*c.SecurityContext.AllowPrivilegeEscalation,
-		"a read-only root":        *c.SecurityContext.ReadOnlyRootFilesystem,
-		"no capability":           slices.Equal(c.SecurityContext.Capabilities.Drop, []corev1.Capability{"ALL"}) && len(c.SecurityContext.Capabilities.Add) == 0,
-		"a probe by exec":         slices.Equal(c.LivenessProbe.Exec.Command, []string{"/kmsplugin", "probe"}),
-		"five seconds for it":     c.LivenessProbe.TimeoutSeconds == 5,
-		"at most 64 MiB":          c.Resources.Limits.Memory().Value() <= 64<<20,
-		"no key in a variable":    !slices.ContainsFunc(c.Env, func(e corev1.EnvVar) bool { return e.Name == "KMS_KEK" }),
-		"the key in a file":       slices.Contains(c.Env, corev1.EnvVar{Name: "KMS_KEK_FILE", Value: mounted(&pod, "/etc/kmsplugin/kek")}),
-		"the socket's directory":  mounted(&pod, path.Dir(strings.TrimPrefix(deployEndpoint, "unix://"))) != "",
-		"host paths and no other": !slices.ContainsFunc(spec.Volumes, func(v corev1.Volume) bool { return v.HostPath == nil }),
-	} {
-		if !got {
-			t.Errorf("not so: %s", want)
-		}
-	}
-	for _, container := range pod.Spec.Containers { // what it is started with is a command line of the plugin
-		if container.Command[0] != "/kmsplugin" || container.Command[1] != "serve" || len(container.Command) != 2 {
-			t.Errorf("command %q", container.Command)
-		}
-	}
-}
-
-// mounted says where in a pod's first container a path of the host appears.
-func mounted(pod *corev1.Pod, host string) string {
-	for _, v := range pod.Spec.Volumes {
-		if v.HostPath == nil || v.HostPath.Path != host {
-			continue
-		}
-		for _, m := range pod.Spec.Containers[0].VolumeMounts {
-			if m.Name == v.Name {
-				return m.MountPath
-			}
-		}
-	}
-	return ""
-}
-
-// TestDeployKubeadm: kubeadm itself takes the ClusterConfiguration, and the patch,
-// and makes of both the same manifest, in which the API server has what it needs.
-func TestDeployKubeadm(t *testing.T) {
-	if os.Geteuid() != 0 {
-		t.Skip("needs root, to give kubeadm an /etc/kubernetes of its own")
-	}
-	kubeadm, err := filepath.Abs("../../build/kube/kubeadm")
-	if err != nil {
-		t.Fatal(err)
-	}
-	if out, err := exec.Command("go", "build", "-C", "kubeadm", "-o", kubeadm, "k8s.io/kubernetes/cmd/kubeadm").CombinedOutput(); err != nil {
-		t.Fatalf("go build kubeadm: %v\n%s", err, out)
-	}
-	patches, err := filepath.Abs(deploy + "kubeadm/patches")
-	if err != nil {
-		t.Fatal(err)
-	}
-	const node = `
----
-apiVersion: kubeadm.k8s.io/v1beta4
-kind: InitConfiguration
-localAPIEndpoint: {advertiseAddress: 192.0.2.1}
-nodeRegistration: {criSocket: "unix:///run/containerd/containerd.sock"}
-`
-	const release = "kubernetesVersion: v1.37.2\n"
-	manifest := func(config string) (pod corev1.Pod, text string) {
-		t.Helper()
-		dir := t.TempDir()
-		file := filepath.Join(dir, "config.yaml")
-		if err := os.WriteFile(file, []byte(config), 0o600); err != nil {
-			t.Fatal(err)
-		}
-		cmd := exec.Command("unshare", "--mount", "sh", "-euc", `
-			# An /etc of which nothing is left: kubeadm writes to /etc/kubernetes and nowhere else.
-			mkdir "$3/etc"
-			mount -t tmpfs tmpfs "$3/etc"
-			mkdir "$3/etc/up" "$3/etc/work"
-			mount -t overlay -o "lowerdir=/etc,upperdir=$3/etc/up,workdir=$3/etc/work" overlay /etc
-			"$1" config validate --config "$2"
-			"$1" init phase control-plane apiserver --config "$2"
-			cp /etc/kubernetes/manifests/kube-apiserver.yaml "$3/manifest.yaml"`, "sh", kubeadm, file, dir)
-		if out, err := cmd.CombinedOutput(); err != nil {
-			t.Fatalf("kubeadm: %v\n%s", err, out)
-		}
-		text = read(t, filepath.Join(dir, "manifest.yaml"))
-		if err := yaml.UnmarshalStrict([]byte(text), &pod); err != nil {
-			t.Fatal(err)
-		}
-		return pod, text
-	}
-	configured, text := manifest(read(t, deploy+"kubeadm/cluster-configuration.yaml") + release + node)
-	plain, _ := manifest("apiVersion: kubeadm.k8s.io/v1beta4\nkind: ClusterConfiguration\n" + release + node)
-	patched, _ := manifest("apiVersion: kubeadm.k8s.io/v1beta4\nkind: ClusterConfiguration\n" + release + node +
-		"patches: {directory: " + patches + "}\n")
-
-	if uid := configured.Spec.SecurityContext.RunAsUser; uid != nil && *uid != 0 {
-		t.Errorf("kubeadm's API server runs as uid %d, doc/operate.md says root", *uid)
-	}
-	var config string
-	for _, arg := range configured.Spec.Containers[0].Command {
-		if value, found := strings.CutPrefix(arg, "--encryption-provider-config="); found {
-			config = value
-		}
-	}
-	for _, host := range []string{path.Dir(config), path.Dir(strings.TrimPrefix(deployEndpoint, "unix://"))} {
-		if mounted(&configured, host) != host {
-			t.Errorf("%s is not mounted in\n%s", host, text)
-		}
-	}
-	if len(plain.Spec.Volumes)+2 != len(configured.Spec.Volumes) {
-		t.Errorf("%d volumes without and %d with our configuration", len(plain.Spec.Volumes), len(configured.Spec.Volumes))
-	}
-	if got, want := summary(&patched), summary(&configured); got != want {
-		t.Errorf("the patch gives\n%s\nthe configuration\n%s", got, want)
-	}
-}
-
-// summary is what the two ways must agree on, in any order.
-func summary(pod *corev1.Pod) string {
-	var lines []string
-	c := pod.Spec.Containers[0]
-	lines = append(lines, c.Command...)
-	for _, m := range c.VolumeMounts {
-		lines = append(lines, fmt.Sprintf("mount %s %s %v", m.Name, m.MountPath, m.ReadOnly))
-	}
-	for _, v := range pod.Spec.Volumes {
-		lines = append(lines, fmt.Sprintf("volume %s %s %s", v.Name, v.HostPath.Path, *v.HostPath.Type))
-	}
-	slices.Sort(lines)
-	return strings.Join(lines, "\n")
 }
 
 // TestDocumentedErrors: the sentences in doc/operate.md's table come about as it says.

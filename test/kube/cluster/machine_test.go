@@ -388,7 +388,7 @@ type apiserver struct {
 	rest     *rest.Config
 }
 
-const token = "a-token-of-this-test"
+const token, nodeToken = "a-token-of-this-test", "a-token-of-its-kubelet"
 
 // newAPIServer prepares a kube-apiserver on an etcd; start starts it.
 func newAPIServer(t *testing.T, e *etcd, args ...string) *apiserver {
@@ -398,7 +398,7 @@ func newAPIServer(t *testing.T, e *etcd, args ...string) *apiserver {
 	der := must(x509.MarshalECPrivateKey(key))(t)
 	for name, content := range map[string][]byte{
 		"sa.key": pem.EncodeToMemory(&pem.Block{Type: "EC PRIVATE KEY", Bytes: der}),
-		"tokens": []byte(token + `,admin,1,"system:masters"` + "\n"),
+		"tokens": []byte(token + `,admin,1,"system:masters"` + "\n" + nodeToken + ",system:node:" + nodeName + `,2,"system:nodes"` + "\n"),
 	} {
 		if err := os.WriteFile(filepath.Join(dir, name), content, 0o600); err != nil {
 			t.Fatal(err)

@@ -18,6 +18,8 @@ import (
 	"os/exec"
 	"path/filepath"
 	"reflect"
+	"regexp"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
@@ -37,6 +39,9 @@ const (
 var etcdKey = value.DefaultContext(keyName)
 
 var kek = base64.StdEncoding.EncodeToString([]byte("\x01 a KEK that all generations share"[:32]))
+
+// refusal is what clients say that know Status version v2beta1 alone.
+const refusal = "expected KMSv2 API version v2beta1, got v2"
 
 func serve(t *testing.T, binary, endpoint string) {
 	t.Helper()
@@ -111,6 +116,7 @@ func TestCompatibility(t *testing.T) {
 	}
 	t.Cleanup(func() { os.RemoveAll(sockets) })
 
+	seen := map[string]string{} // by API: the same on both sockets, or it is no row of the table
 	for _, socket := range []struct{ kind, endpoint string }{
 		{"file", "unix://" + sockets + "/kms.sock"},
 		{"abstract", "unix:///@" + strings.Trim(strings.ReplaceAll(sockets, "/", "-"), "-")},
@@ -125,11 +131,16 @@ func TestCompatibility(t *testing.T) {
 					if t.Failed() {
 						says = "FAILED"
 					}
+					if word := strings.TrimRight(strings.Fields(says)[0], ",:"); seen[api] == "" || seen[api] == word {
+						seen[api] = word
+					} else {
+						seen[api] += ", " + word
+					}
 					t.Logf("figures %-8s  grpc %-8s  %s  %-8s  %s", generation, grpc, api, socket.kind, says)
 				}()
 				transformer, err := load(t, api, socket.endpoint)
 				if refuses {
-					if err == nil || !strings.Contains(err.Error(), "version") {
+					if err == nil || !strings.Contains(err.Error(), refusal) {
 						t.Errorf("not refused for its version: %v", err)
 					}
 					says = fmt.Sprintf("refused by the client: %v", err)
@@ -170,6 +181,32 @@ func TestCompatibility(t *testing.T) {
 				}
 			})
 		}
+	}
+	inGuide(t, generation, grpc, seen["v1"], seen["v2"])
+}
+
+// inGuide holds the guide's table to what was seen: this row, and a row for each generation here and for no other.
+func inGuide(t *testing.T, generation string, columns ...string) {
+	t.Helper()
+	text, err := os.ReadFile("../../../doc/operate.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	guide := string(text)
+	minor := strings.Split(generation, ".")[1]
+	row := "\n| 1." + minor + " | " + strings.Join(append([]string{generation}, columns...), " | ") + " |\n"
+	if !strings.Contains(guide, row) {
+		t.Errorf("doc/operate.md has no row%s", row)
+	}
+	if !strings.Contains(guide, refusal) {
+		t.Errorf("doc/operate.md does not have %q", refusal)
+	}
+	var rows, files []string
+	for _, m := range regexp.MustCompile(`(?m)^\| 1\.(\d+) \| v0\.`).FindAllStringSubmatch(guide, -1) {
+		rows = append(rows, "v0."+m[1]+".mod")
+	}
+	if files, err = filepath.Glob("v*.mod"); err != nil || !slices.Equal(rows, files) {
+		t.Errorf("doc/operate.md has rows for %v, here are %v", rows, files)
 	}
 }
 
