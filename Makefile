@@ -43,6 +43,9 @@ help:
 	@echo 'make test-kube      tests with Kubernetes'\'' own client code (Go)'
 	@echo 'make test-cluster   tests with a real kube-apiserver and etcd (Go, some 15 minutes)'
 	@echo 'make test-deploy    the files of deploy/ and the guide, under a real systemd (root)'
+	@echo 'make gate           instructions an Encrypt takes in the release build, against a limit (valgrind, h2load)'
+	@echo 'make bench          the release build beside a Go plugin, into build/bench (Go, h2load; 5 minutes, QUICK=1: 1)'
+	@echo 'make bench-doc      what make bench found, into doc/'
 	@echo 'make lint           static analysis of C and shell'
 	@echo 'make install        PREFIX=$(PREFIX), DESTDIR=$(DESTDIR)'
 	@echo 'make uninstall, make clean'
@@ -102,10 +105,28 @@ test-cluster: kmsplugin
 test-deploy: kmsplugin
 	test/deploy.sh
 
+# Measurements, of the release build unless KMSPLUGIN=./kmsplugin or another asks for it.
+KMSPLUGIN ?= build/static/kmsplugin
+
+gate: $(KMSPLUGIN)
+	test/bench/gate.sh $(KMSPLUGIN)
+
+build/bench/%: test/bench/%.c Makefile
+	@mkdir -p build/bench
+	$(CC) -std=c11 $(WARN) -O2 -o $@ $< -lnghttp2
+
+bench: $(KMSPLUGIN) build/bench/floor build/bench/load
+	cd test/bench/go && go build -trimpath -o $(CURDIR)/build/bench/ ./peer ./client
+	test/bench/run.py $(KMSPLUGIN) build/bench
+
+bench-doc:
+	cp build/bench/bench.md build/bench/bench.svg doc/
+
 lint:
 	clang-tidy --quiet kmsplugin.c -- $(STD)
 	cppcheck --quiet --enable=warning,performance,portability --suppress=preprocessorErrorDirective --error-exitcode=1 $(subst -std=,--std=,$(STD)) kmsplugin.c
 	shellcheck test.sh test/kube/run.sh test/kube/cluster.sh test/deploy.sh test/deploy/boot.sh test/deploy/inside.sh \
+		test/bench/gate.sh test/bench/instructions.sh \
 		deploy/static-libs.sh deploy/openrc/kmsplugin deploy/metrics/kmsplugin-textfile .ci/run
 
 install: kmsplugin
@@ -125,4 +146,4 @@ clean:
 	rm -rf kmsplugin build
 
 
-.PHONY: all help run static proto test test-kube test-cluster test-deploy lint install uninstall clean
+.PHONY: all help run static proto test test-kube test-cluster test-deploy gate bench bench-doc lint install uninstall clean
