@@ -32,7 +32,7 @@ ANSWER_BYTES=130
 count() {
     : >"$tmp/log"
     env -i KMS_KEK=ssxskDYHxBjHGLnaWxSraatiyVqL4s248mq1e/w1Knc= \
-        timeout 120 valgrind -q --tool=callgrind --callgrind-out-file="$tmp/profile" \
+        setpriv --pdeathsig KILL valgrind -q --tool=callgrind --callgrind-out-file="$tmp/profile" \
         "$program" serve --sandbox off --listen "unix://$tmp/kms.sock" 2>"$tmp/log" &
     pid=$!
     until grep -q 'msg=ready' "$tmp/log"; do
