@@ -86,10 +86,10 @@ static void fields_init(const char *path) {
     first_block[first_len++] = 0x83; /* :method POST */
     first_block[first_len++] = 0x86; /* :scheme http */
     memcpy(next_block, first_block, next_len = first_len);
-    field(4, NULL, path);
-    field(1, NULL, "localhost");
-    field(31, NULL, "application/grpc");
-    field(58, NULL, "grpc-go/1.82.1");
+    field(4, "", path);
+    field(1, "", "localhost");
+    field(31, "", "application/grpc");
+    field(58, "", "grpc-go/1.82.1");
     field(0, "te", "trailers");
     field(0, "grpc-timeout", timeout);
     for (uint8_t index = 67; index > 62; index--)

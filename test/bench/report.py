@@ -10,7 +10,7 @@ NAMES = {PLUGIN: 'kmsplugin', PEER: 'Go plugin', FLOOR: 'floor'}
 ROWS = [
     ('latency', 'Encrypt, one at a time, client on the same core: p50', 'µs'),
     ('latency-http2', 'the same, the floor being the HTTP/2 server', 'µs'),
-    ('latency-h2load', 'the same with h2load: mean', 'µs'),
+    ('latency-h2load', 'the same with h2load', 'µs'),
     ('go-p50', 'the same with grpc-go on another core: p50', 'µs'),
     ('go-p99', 'the same: p99', 'µs'),
     ('cpu-Encrypt', 'server CPU per Encrypt, h2load, 8 connections x 32 streams', 'µs'),
@@ -21,7 +21,7 @@ ROWS = [
     ('cpu-Decrypt-v1', 'server CPU per v1 Decrypt', 'µs'),
     ('rate-Encrypt', 'Encrypts a second, h2load, 8 x 32', '/s'),
     ('rate-load', 'the same with load.c', '/s'),
-    ('busy', "the server's core busy meanwhile", '%'),
+    ('busy', "the server's core busy with it (far from 100: client or machine are the limit)", '%'),
     ('instructions', 'instructions per Encrypt in user space, 8 x 32', ''),
     ('resident', 'resident memory after a load', 'MiB'),
     ('idle', 'memory of an idle connection', 'KiB'),
@@ -101,11 +101,11 @@ def markdown(samples, m, machine, rounds, conns, streams):
     goals = [[*cells, 'yes' if met else 'no'] for *cells, met in targets(m, conns, streams)]
     return '\n'.join([
         '# How fast it is\n',
-        f'`make bench` measured this, `make bench-doc` put it here: medians of {rounds} rounds in which all programs take',
-        'turns on one machine.\n',
+        f'`make bench` measured this, `make bench-doc` put it here: medians of {rounds} rounds, in which all programs',
+        'take turns on one machine.\n',
         *(f'- {line}' for line in machine), '',
-        'The floor is a ping-pong of 150 bytes between two processes (first line), an HTTP/2 server that gives one answer',
-        'to everything and reads nothing (latency, CPU, requests a second), or true(1) (`unseal`). The Go plugin is',
+        'The floor is a ping-pong of 150 bytes between two processes (first line), an HTTP/2 server that gives one',
+        'answer to everything it is sent (latency, CPU, requests a second), or true(1) (`unseal`). The Go plugin is',
         "Kubernetes' own service library with AES-256-GCM. h2load needs more CPU for a request than kmsplugin does, so",
         'under it the server often waits, and wakes up for a few requests only; load.c sends 32 in one write.\n',
         '![plot](bench.svg)\n',
