@@ -130,7 +130,8 @@ class Server:
             self.answer_bytes[name] = len(self.answer(name))
         before = self.cpu_us()
         text = run('h2load', *options, '-n', requests, '-c', conns, '-m', streams, '-t', 1,
-                   '-B', 'unix:' + self.socket, '-d', path_of(name), '-H', 'content-type: application/grpc', '-H', 'te: trailers',
+                   '-B', 'unix:' + self.socket, '-d', path_of(name),
+                   '-H', 'content-type: application/grpc', '-H', 'te: trailers',
                    '-H', 'grpc-timeout: 2999943u', 'http://localhost' + method(name), cpu=cpu)
         if f'({requests * self.answer_bytes[name]}) data' not in text:
             sys.exit(f'{self.name} failed requests:\n{text}')
