@@ -57,6 +57,9 @@ help:
 	@echo 'make bench-memory   bytes, memory and start time of the release build'
 	@echo 'make test-arch      the release build on five architectures, under qemu-user'
 	@echo 'make test-release   image, tarball, reproducibility, SBOM, Debian package (root)'
+	@echo 'make gate           instructions an Encrypt takes in the release build, against a limit (valgrind, h2load)'
+	@echo 'make bench          the release build beside a Go plugin, into build/bench (Go, h2load; 5 minutes, QUICK=1: 1)'
+	@echo 'make bench-doc      what make bench found, into doc/'
 	@echo 'make lint           static analysis of C and shell'
 	@echo 'make install        PREFIX=$(PREFIX), DESTDIR=$(DESTDIR)'
 	@echo 'make uninstall, make clean'
@@ -212,6 +215,22 @@ test-arch:
 
 test-release: kmsplugin
 	test/release.sh
+# Measurements, of the release build unless KMSPLUGIN=./kmsplugin or another asks for it.
+KMSPLUGIN ?= build/static/kmsplugin
+
+gate: $(KMSPLUGIN)
+	test/bench/gate.sh $(KMSPLUGIN)
+
+build/bench/%: test/bench/%.c Makefile
+	@mkdir -p build/bench
+	$(CC) -std=c11 $(WARN) -O2 -o $@ $< -lnghttp2
+
+bench: $(KMSPLUGIN) build/bench/floor build/bench/load
+	cd test/bench/go && go build -trimpath -o $(CURDIR)/build/bench/ ./peer ./client
+	test/bench/run.py $(KMSPLUGIN) build/bench
+
+bench-doc:
+	cp build/bench/bench.md build/bench/bench.svg doc/
 
 lint:
 	clang-tidy --quiet kmsplugin.c -- $(STD)
@@ -236,4 +255,4 @@ clean:
 
 
 .DELETE_ON_ERROR:
-.PHONY: all help run static proto fuzz fuzz-seeds test test-kube test-cluster test-deploy test-hostile test-inject test-ct lint install uninstall clean size image dist sbom deb bench-memory test-arch test-release
+.PHONY: all help run static proto fuzz fuzz-seeds test test-kube test-cluster test-deploy test-hostile test-inject test-ct lint install uninstall clean size image dist sbom deb bench-memory test-arch test-release gate bench bench-doc

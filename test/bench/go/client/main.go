@@ -1,7 +1,7 @@
 // client is a load source on grpc-go, the client that kube-apiserver is made of.
 //
-//	client [-c CONNECTIONS] [-m CALLS] [-n REQUESTS] SOCKET    KMS v2 Encrypt, CALLS at a time on each connection
-//	client -values N -dir DIR SOCKET                           N objects as a KMS v1 provider stores them in etcd
+//	client [-n REQUESTS] SOCKET         KMS v2 Encrypt, one at a time
+//	client -values N -dir DIR SOCKET    N objects as a KMS v1 provider stores them in etcd
 package main
 
 import (
@@ -17,7 +17,6 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
-	"sync"
 	"time"
 
 	"google.golang.org/grpc"
@@ -52,33 +51,21 @@ func withDeadline(call func(context.Context) error) {
 	check(call(ctx))
 }
 
-func load(path string, conns, calls, requests int) {
-	each := requests / conns / calls
-	samples := make([]time.Duration, conns*calls*each)
-	var done sync.WaitGroup
-	begin := time.Now()
-	for c := range conns {
-		client := kmsapi.NewKeyManagementServiceClient(dial(path))
-		for m := range calls {
-			mine := samples[(c*calls+m)*each:][:each]
-			done.Go(func() {
-				request := &kmsapi.EncryptRequest{Plaintext: make([]byte, 32), Uid: "00000000-0000-4000-8000-000000000000"}
-				for i := range mine {
-					sent := time.Now()
-					withDeadline(func(ctx context.Context) error {
-						_, err := client.Encrypt(ctx, request)
-						return err
-					})
-					mine[i] = time.Since(sent)
-				}
-			})
-		}
+func load(path string, requests int) {
+	client := kmsapi.NewKeyManagementServiceClient(dial(path))
+	request := &kmsapi.EncryptRequest{Plaintext: make([]byte, 32), Uid: "00000000-0000-4000-8000-000000000000"}
+	samples := make([]time.Duration, requests)
+	for i := range samples {
+		sent := time.Now()
+		withDeadline(func(ctx context.Context) error {
+			_, err := client.Encrypt(ctx, request)
+			return err
+		})
+		samples[i] = time.Since(sent)
 	}
-	done.Wait()
-	seconds := time.Since(begin).Seconds()
 	slices.Sort(samples)
 	us := func(i int) float64 { return float64(samples[i].Nanoseconds()) / 1e3 }
-	fmt.Printf("requests=%d seconds=%.6f p50_us=%.3f p99_us=%.3f\n", len(samples), seconds, us(len(samples)/2), us(len(samples)*99/100))
+	fmt.Printf("p50_us=%.3f p99_us=%.3f\n", us(requests/2), us(requests*99/100))
 }
 
 // object is one value of etcd: prefix, length and sealed DEK, nonce, AES-GCM.
@@ -122,8 +109,6 @@ func values(path, dir string, count int) {
 }
 
 func main() {
-	conns := flag.Int("c", 1, "connections")
-	calls := flag.Int("m", 1, "calls at a time on each connection")
 	requests := flag.Int("n", 10000, "requests")
 	count := flag.Int("values", 0, "write so many etcd values")
 	dir := flag.String("dir", ".", "where to")
@@ -131,6 +116,6 @@ func main() {
 	if *count > 0 {
 		values(flag.Arg(0), *dir, *count)
 	} else {
-		load(flag.Arg(0), *conns, *calls, *requests)
+		load(flag.Arg(0), *requests)
 	}
 }
