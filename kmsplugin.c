@@ -719,6 +719,14 @@ static void base64_encode(const uint8_t *bytes, size_t len, char *out) {
 /* Whether the bytes are UTF-8 as RFC 3629 has it: no surrogates, nothing overlong. */
 static bool utf8_valid(const uint8_t *s, size_t len) {
     for (size_t i = 0; i < len;) {
+        uint64_t eight; /* most strings are ASCII all through */
+        for (; len - i >= sizeof eight; i += sizeof eight) {
+            memcpy(&eight, s + i, sizeof eight);
+            if (eight & 0x8080808080808080)
+                break;
+        }
+        if (i == len)
+            break;
         uint8_t c = s[i++];
         if (c < 0x80)
             continue;
@@ -853,12 +861,14 @@ static int random_nonce(struct random *r, uint8_t nonce[NONCE_BYTES]) {
  * whole arena taken back. It is also where the answer is put together.
  */
 
-/* The class whose blocks hold `size` bytes; HEAP_CLASSES if none does. */
+/* The class whose blocks hold `size` bytes, the least power of two not under it; HEAP_CLASSES if none does. */
 static unsigned heap_class(size_t size) {
-    unsigned class = 0;
-    while (class < HEAP_CLASSES && size > (size_t)HEAP_CLASS0_BYTES << class)
-        class++;
-    return class;
+    enum { LONG_BITS = 8 * sizeof(unsigned long), CLASS0_BITS = 6 };
+    _Static_assert(HEAP_CLASS0_BYTES == 1 << CLASS0_BITS, "of class 0");
+    if (size <= HEAP_CLASS0_BYTES)
+        return 0;
+    unsigned class = LONG_BITS - CLASS0_BITS - (unsigned)__builtin_clzl(size - 1);
+    return class < HEAP_CLASSES ? class : HEAP_CLASSES;
 }
 
 /* What such a block takes in memory, malloc's own header included: the figure that limits count. */
