@@ -24,15 +24,15 @@ trap 'rm -rf "$tmp"' EXIT
 trap 'exit 1' HUP INT TERM
 
 # A storage of its own, without layers on layers (vfs), and no namespace that a container might lack: the last stage
-# runs nothing. A context with one file in it, so that no other can get in.
+# runs nothing. A folder with the program stands in for the first stage, and the context is empty.
 storage() {
 	buildah --log-level error --storage-driver vfs --root "$tmp/root" --runroot "$tmp/run" "$@"
 }
-mkdir "$tmp/context" "$tmp/layout"
-cp "$program" "$tmp/context/kmsplugin"
+mkdir -p "$tmp/context" "$tmp/layout" "$tmp/built/src/build/static"
+cp "$program" "$tmp/built/src/build/static/kmsplugin"
 # shellcheck disable=SC2086 # platform is a list
-storage build --quiet --isolation chroot --format "${FORMAT:-oci}" --timestamp "$epoch" --identity-label=false $platform \
-	--build-arg BINARY=built --build-arg FILE=kmsplugin -f "$(dirname "$0")/Dockerfile" -t "$name" "$tmp/context" >/dev/null
+storage build --quiet --isolation chroot --format "${FORMAT:-oci}" --timestamp "$epoch" --identity-label=false \
+	$platform --build-context build="$tmp/built" -f "$(dirname "$0")/Dockerfile" -t "$name" "$tmp/context" >/dev/null
 
 mkdir -p "$(dirname "$archive")"
 rm -f "$archive"
@@ -40,6 +40,8 @@ if [ "${FORMAT:-oci}" = docker ]; then
 	storage push --quiet "$name" "docker-archive:$archive:$name"
 	exit
 fi
-storage push --quiet --compression-format gzip --compression-level 9 --digestfile "$tmp/digest" "$name" "oci:$tmp/layout:$name"
-tar --sort=name --mtime="@$epoch" --owner=0 --group=0 --numeric-owner --mode=u=rwX,go=rX -C "$tmp/layout" -cf "$archive" .
+storage push --quiet --compression-format gzip --compression-level 9 --digestfile "$tmp/digest" \
+	"$name" "oci:$tmp/layout:$name"
+tar --sort=name --mtime="@$epoch" --owner=0 --group=0 --numeric-owner --mode=u=rwX,go=rX \
+	-C "$tmp/layout" -cf "$archive" .
 echo "$(cat "$tmp/digest")  $archive, $(wc -c <"$archive") bytes"

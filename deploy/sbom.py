@@ -3,8 +3,9 @@
 
     sbom.py VERSION ARCH PROGRAM    SOURCE_DATE_EPOCH in the environment
 
-What went into it is read from build/static/ARCH/SHA256SUMS, which deploy/static-libs.sh leaves: a component for each library,
-with the exact version of its source and the SHA-256 of every archive of it. The same build gives the same document.
+What went into it is read from build/static/ARCH/SHA256SUMS, which deploy/static-libs.sh leaves: a component for each
+library, with the exact version of its source and the SHA-256 of every archive of it. The same build gives the same
+document. (libgcc, of which some architectures take a few routines, goes by the compiler's version.)
 """
 import datetime
 import hashlib
@@ -21,6 +22,10 @@ LICENSES = {'musl': 'MIT', 'nghttp2': 'MIT', 'protobuf-c': 'BSD-2-Clause', 'bear
 def sha256(path):
     with open(path, 'rb') as file:
         return hashlib.sha256(file.read()).hexdigest()
+
+
+def first_line(*command):
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[0]
 
 
 def sources(sums):
@@ -69,9 +74,8 @@ def main(version, arch, program):
             'component': {
                 'type': 'application', 'bom-ref': top, 'name': 'kmsplugin', 'version': version, 'purl': top,
                 'licenses': [{'license': {'id': 'MIT'}}], 'hashes': [{'alg': 'SHA-256', 'content': digest}],
-                'properties': [{'name': 'kmsplugin:' + name, 'value': subprocess.run(
-                    [*command.split()], capture_output=True, text=True, check=True).stdout.splitlines()[0]}
-                    for name, command in (('compiler', f'{compiler} --version'), ('linker', f'{compiler} -Wl,--version'))],
+                'properties': [{'name': f'kmsplugin:{name}', 'value': first_line(compiler, option)}
+                               for name, option in (('compiler', '--version'), ('linker', '-Wl,--version'))],
             },
         },
         'components': [component(name, libraries[name]) for name in sorted(libraries)],

@@ -3,8 +3,9 @@
 # unit tests, and the tests of the running server over a real socket; those of another processor under qemu-user. Needs
 # what test.sh needs, dpkg-dev, qemu-user-static, and for each the cross compiler and kernel headers:
 #
-#     apt-get install gcc-aarch64-linux-gnu linux-libc-dev-arm64-cross gcc-arm-linux-gnueabihf linux-libc-dev-armhf-cross
-#     apt-get install gcc-riscv64-linux-gnu linux-libc-dev-riscv64-cross gcc-s390x-linux-gnu linux-libc-dev-s390x-cross
+#     apt-get install gcc-aarch64-linux-gnu gcc-arm-linux-gnueabihf gcc-riscv64-linux-gnu gcc-s390x-linux-gnu
+#     apt-get install linux-libc-dev-arm64-cross linux-libc-dev-armhf-cross linux-libc-dev-riscv64-cross
+#     apt-get install linux-libc-dev-s390x-cross
 #
 #     test/arch.sh [ARCH...]    x86_64 aarch64 armhf riscv64 s390x, or some of them
 #
@@ -67,8 +68,8 @@ suite() {
     echo "# $arch: $name: $(grep -ac '^ok ' "$tmp/output") ok"
 }
 
-# shape MACHINE CLASS DATA: the program is of that kind; is one file that needs no other; has no relocation by name (musl's
-# start does none); and is hardened: no page that is both written and executed, all that is relocated read-only.
+# shape MACHINE CLASS DATA: the program is of that kind; is one file that needs no other; has no relocation by name
+# (musl's start does none); and is hardened: no page is both written and executed, what is relocated is read-only then.
 shape() {
     readelf -W -h -l -d -r "$program" >"$tmp/elf"
     grep -E 'Machine:|Class:|Data:|Type:|LOAD|GNU_|NEEDED|FLAGS' "$tmp/elf" || :
@@ -156,8 +157,7 @@ count() {
 }
 passed=$(count ok) failed=$(count 'not ok') skipped=$(count skip)
 for arch; do
-    echo "$arch: $(grep -c "^ok $arch:" "$tmp/lines" || :) passed, $(grep -c "^not ok $arch:" "$tmp/lines" || :) failed," \
-        "$(grep -c "^skip $arch:" "$tmp/lines" || :) skipped"
+    echo "$arch: $(count "ok $arch:") passed, $(count "not ok $arch:") failed, $(count "skip $arch:") skipped"
 done
 if [ "$skipped" -gt 0 ]; then
     echo "$passed passed, $failed failed, $skipped skipped"

@@ -1,7 +1,7 @@
 #!/bin/sh
-# The Debian package of make deb: is lintian content; is it installed, does it run, and is it purged again without a trace
-# but the key? That happens on an overlay over this machine's own Debian, of which nothing stays. Needs root, dpkg-dev,
-# debhelper, lintian, and the libraries. A line `ok`, `not ok` or `skip` for each test.
+# The Debian package of make deb: is lintian content; is it installed, does it run, and is it purged again without a
+# trace but the key? That happens on an overlay over this machine's own Debian, of which nothing stays. Needs root,
+# dpkg-dev, debhelper, lintian, and the libraries. A line `ok`, `not ok` or `skip` for each test.
 set -eu
 cd "$(dirname "$0")/.."
 MAKE=${MAKE:-make}
@@ -86,7 +86,8 @@ cp "$tmp/output" "$tmp/log"
 check 'its build has passed the unit tests' grep '^ok self_test' "$tmp/log"
 check 'lintian' lint
 deb=$(echo build/deb/kmsplugin_*.deb)
-check 'hardened' sh -c "dpkg-deb -x '$deb' '$tmp/x' && readelf -W -l -d '$tmp/x/usr/sbin/kmsplugin' | grep -q 'FLAGS_1.*NOW.*PIE'"
+check 'unpacks' dpkg-deb -x "$deb" "$tmp/x"
+check 'hardened' sh -c "readelf -W -d '$tmp/x/usr/sbin/kmsplugin' | grep 'FLAGS_1.*NOW.*PIE'"
 cp "$deb" "$tmp/first.deb"
 check 'make deb, again' "$MAKE" -s deb
 check 'the same bytes twice' cmp "$deb" "$tmp/first.deb"

@@ -59,12 +59,17 @@ one=$tmp/one/$release two=$tmp/another-folder/with-a-longer-name/$release
 mkdir -p "${one%/*}" "${two%/*}"
 tar -xzf "$tarball" -C "${one%/*}"
 tar -xzf "$tarball" -C "${two%/*}"
-check 'make dist of the tarball is the tarball' sh -c "'$MAKE' -s -C '$one' dist && cmp '$one/build/$release.tar.gz' '$tmp/first.tar.gz'"
+check 'make dist, in the tarball' "$MAKE" -s -C "$one" dist
+check 'the same bytes again' cmp "$one/$tarball" "$tmp/first.tar.gz"
 check 'make, in the tarball' "$MAKE" -s -C "$one"
-check 'make test, in the tarball' sh -c "'$MAKE' -s -C '$one' test >'$tmp/tests' 2>&1 || { grep '^not ok' '$tmp/tests'; false; }"
+tests() {
+    "$MAKE" -s -C "$one" test >"$tmp/tests" 2>&1 || { grep '^not ok' "$tmp/tests"; return 1; }
+}
+check 'make test, in the tarball' tests
 tail -n 1 "$tmp/tests"
 
-# The sources, fetched once; all else is made twice: with all processors, and with one, another time zone, locale, umask.
+# The sources are fetched once; all else is made twice: the second time with another time zone, locale and umask, and one
+# processor.
 check 'make static, in one folder' "$MAKE" -s -C "$one" static
 mkdir -p "$two/build/src"
 cp -R "$one/build/src/debian" "$two/build/src/"
@@ -75,4 +80,5 @@ done
 check 'the program is the same, byte for byte' cmp "$one/build/static/kmsplugin" "$two/build/static/kmsplugin"
 sha256sum "$one/build/static/kmsplugin" | cut -d ' ' -f 1
 check 'and it names no folder' sh -c "! grep -aq -e '$one' -e /build/ '$one/build/static/kmsplugin'"
-check 'the same as make static leaves here' sh -c "'$MAKE' -s static && cmp build/static/kmsplugin '$one/build/static/kmsplugin'"
+check 'make static, here' "$MAKE" -s static
+check 'the same here' cmp build/static/kmsplugin "$one/build/static/kmsplugin"

@@ -1,7 +1,7 @@
 #!/bin/sh
 # Tests what a release is made of: the image, the tarball, that builds are reproducible, the bill of materials, the
-# Debian package. Needs root (it runs containers and installs a package in a folder of its own), the network for Debian's
-# sources, what test.sh needs, and:
+# Debian package. Needs root (it runs containers, and installs a package where nothing of it stays), the network for
+# Debian's sources, what test.sh needs, and:
 #
 #     apt-get install buildah podman crun dpkg-dev debhelper lintian mandoc
 #

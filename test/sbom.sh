@@ -1,6 +1,7 @@
 #!/bin/sh
-# The bill of materials of make sbom: is it true of the program and the sources that lie here, the same twice, and does the
-# schema of CycloneDX hold (by a package of PyPI, in a folder of its own)? A line `ok`, `not ok` or `skip` for each test.
+# The bill of materials of make sbom: is it true of the program and the sources that lie here, the same twice, and does
+# the schema of CycloneDX hold (by a package of PyPI, in a folder of its own)? A line `ok`, `not ok` or `skip` for each
+# test.
 set -eu
 cd "$(dirname "$0")/.."
 MAKE=${MAKE:-make}

@@ -3,8 +3,8 @@
 
     size.py PROGRAM [SOURCES]    PROGRAM.map beside it; SOURCES is build/src/debian
 
-An object of an archive names its library. What link-time optimisation has put into one object is told apart by the name of
-its section, which is that of a function or table: it belongs to the first of the sources that defines such a name.
+An object of an archive names its library. What link-time optimisation has put into one object is told apart by the name
+of its section, which is that of a function or table: it belongs to the first of the sources that defines such a name.
 """
 import collections
 import glob
@@ -14,7 +14,7 @@ import sys
 
 LARGEST = 8             # parts listed of each library
 NO_BYTES = ('.bss', '.tbss', '.comment', '.note', '.debug', '.gnu.lto', '.symtab', '.strtab', '.shstrtab')
-PREFIX = re.compile(r'^\.(?:text|rodata|data\.rel\.ro|data\.rel|data|rela\.data\.rel\.ro|rela\.data\.rel|rela\.data|rela\.text)'
+PREFIX = re.compile(r'^\.(?:rela?\.)?(?:text|rodata|data\.rel\.ro|data\.rel|data)'
                     r'(?:\.(?:local|unlikely|hot|startup|exit))*\.?')
 
 

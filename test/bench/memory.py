@@ -6,10 +6,10 @@
 idle       resident when it is ready; and after one call and its connection's end
 peak       the highest of it (VmHWM) with 8 connections of 100 Encrypt requests each, all of them open at a time
 a connection    what 200 idle ones add, each after a call, by number
-start      from spawn to the first Status answered: median of 100, beside the same of an empty static program's whole life.
-           The client has connected and sent its request before (socket activation), so nothing is waited for but the plugin.
+start      from spawn to the first Status answered: median of 100, beside the whole life of an empty static program.
+           The client has connected and sent its request before (socket activation): nothing else is waited for.
 
-Memory is what /proc/PID/status says of the process, pages of the program file included. Under qemu-user it would be qemu's.
+Memory is what /proc/PID/status says of the process, pages of the program file included; under qemu-user it is qemu's.
 """
 import os
 import platform
@@ -117,7 +117,8 @@ def main(programs):
         with tempfile.TemporaryDirectory() as tmp:
             times = start(program, tmp)
         median, low, high = times['start']
-        print(f'{row} {ready / 1024:9.0f} {used / 1024:9.0f} {peak(program) / 1024:9.0f} {connection(program) / 1024:9.1f}'
+        print(f'{row} {ready / 1024:9.0f} {used / 1024:9.0f} {peak(program) / 1024:9.0f}'
+              f' {connection(program) / 1024:9.1f}'
               f' {median:9} {f"{low}-{high}":>13} {times["empty"][0]:9}', flush=True)
 
 

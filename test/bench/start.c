@@ -3,9 +3,9 @@
  *
  *     start ROUNDS EMPTY PROGRAM REQUEST    median and quartiles of both in microseconds, on two lines
  *
- * PROGRAM serve is given a listening socket, as systemd would do it, on which a client has connected and sent REQUEST (a
- * file: preface, SETTINGS, one call) already: so nothing is retried, and the time ends with the last frame of stream 1.
- * The two are run in turn. KMS_KEK is in the environment.
+ * PROGRAM serve is given a listening socket, as systemd would do it, on which a client has connected and sent REQUEST
+ * (a file: preface, SETTINGS, one call) already: so nothing is retried, and the time ends with the last frame of stream
+ * 1. The two are run in turn. KMS_KEK is in the environment.
  */
 #define _GNU_SOURCE
 #include <fcntl.h>
