@@ -47,6 +47,7 @@ help:
 	@echo 'make test-inject    every call that can fail does, one at a time'
 	@echo 'make test-ct        nothing depends on a secret but what may; needs valgrind'
 	@echo 'make fuzz           fuzzers, FUZZ_SECONDS=60 each; needs clang'
+	@echo 'make prove          no undefined behaviour in the byte parsers; needs Frama-C'
 	@echo 'make lint           static analysis of C and shell'
 	@echo 'make install        PREFIX=$(PREFIX), DESTDIR=$(DESTDIR)'
 	@echo 'make uninstall, make clean'
@@ -138,6 +139,10 @@ fuzz-seeds: kmsplugin $(FUZZERS:%=build/fuzz/%)
 		build/fuzz/$$f -merge=1 -max_len=1024 build/fuzz/merged build/fuzz/seeds/$$f build/fuzz/corpus/$$f && \
 		rm -rf test/fuzz/corpus/$$f && mkdir -p test/fuzz/corpus && mv build/fuzz/merged test/fuzz/corpus/$$f; done
 
+# No undefined behaviour in the byte parsers, for all inputs up to a length: Frama-C.
+prove:
+	test/prove/run.sh
+
 test: kmsplugin
 	./test.sh
 
@@ -177,4 +182,4 @@ clean:
 	rm -rf kmsplugin build
 
 
-.PHONY: all help run static proto fuzz fuzz-seeds test test-kube test-cluster test-deploy test-hostile test-inject test-ct lint install uninstall clean
+.PHONY: all help run static proto prove fuzz fuzz-seeds test test-kube test-cluster test-deploy test-hostile test-inject test-ct lint install uninstall clean
