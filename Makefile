@@ -43,6 +43,7 @@ help:
 	@echo 'make test-kube      tests with Kubernetes'\'' own client code (Go)'
 	@echo 'make test-cluster   tests with a real kube-apiserver and etcd (Go, some 15 minutes)'
 	@echo 'make test-hostile   peers that mean harm, and what others notice of it (root)'
+	@echo 'make soak           SOAK_SECONDS=1800 of load, restarts and hostile peers (root)'
 	@echo 'make test-deploy    the files of deploy/ and the guide, under a real systemd (root)'
 	@echo 'make test-inject    every call that can fail does, one at a time'
 	@echo 'make test-ct        nothing depends on a secret but what may; needs valgrind'
@@ -136,7 +137,7 @@ fuzz: $(FUZZERS:%=build/fuzz/%)
 fuzz-seeds: kmsplugin $(FUZZERS:%=build/fuzz/%)
 	rm -rf build/fuzz/seeds && /usr/bin/python3 test/fuzz/seeds.py build/fuzz/seeds
 	for f in $(FUZZERS); do rm -rf build/fuzz/merged && mkdir -p build/fuzz/merged build/fuzz/corpus/$$f && \
-		build/fuzz/$$f -merge=1 -max_len=1024 build/fuzz/merged build/fuzz/seeds/$$f build/fuzz/corpus/$$f && \
+		build/fuzz/$$f -set_cover_merge=1 -max_len=700 build/fuzz/merged build/fuzz/seeds/$$f build/fuzz/corpus/$$f && \
 		rm -rf test/fuzz/corpus/$$f && mkdir -p test/fuzz/corpus && mv build/fuzz/merged test/fuzz/corpus/$$f; done
 
 # No undefined behaviour in the byte parsers, for all inputs up to a length: Frama-C.
@@ -154,7 +155,13 @@ test-cluster: kmsplugin
 
 # Hostile peers: the static build, where there is one, gives memory back; root, for /proc.
 test-hostile: kmsplugin
-	for p in ./kmsplugin $(wildcard build/static/kmsplugin); do KMSPLUGIN=$$p /usr/bin/python3 test/hostile.py || exit 1; done
+	for p in ./kmsplugin $(wildcard build/static/kmsplugin); do \
+		KMSPLUGIN=$$p /usr/bin/python3 test/hostile.py || exit 1; done
+
+# Half an hour of mixed load, restarts and hostile peers.
+SOAK_SECONDS ?= 1800
+soak: kmsplugin
+	/usr/bin/python3 test/soak.py $(SOAK_SECONDS)
 
 test-deploy: kmsplugin
 	test/deploy.sh
@@ -182,4 +189,4 @@ clean:
 	rm -rf kmsplugin build
 
 
-.PHONY: all help run static proto prove fuzz fuzz-seeds test test-kube test-cluster test-deploy test-hostile test-inject test-ct lint install uninstall clean
+.PHONY: all help run static proto prove fuzz fuzz-seeds test test-kube test-cluster test-deploy test-hostile soak test-inject test-ct lint install uninstall clean

@@ -253,6 +253,27 @@ def zero_window_times_out(path, _):
     return 'an answer each on 4 connections, unread for 10 s'
 
 
+def shut_window(path, _):
+    """Large answers made that may not be sent: the plugin stops taking requests until they are read."""
+    body, sent, silent = v1_encrypt(60000), 0, False
+    with Raw(path, window=0, grant=0) as raw:
+        raw.ping()
+        for _ in range(40):
+            stream, left = raw.open(request(ENCRYPT_V1)), body
+            while left and not silent:
+                size = min(len(left), raw.theirs[0], FRAME_MAX)
+                if size > 0:
+                    raw.send(frame(DATA, END_STREAM if size == len(left) else 0, stream, left[:size]))
+                    left, sent = left[size:], sent + size
+                    raw.theirs[0] -= size
+                elif raw.buffer or select.select([raw.socket], [], [], 0.5)[0]:
+                    raw.frame()
+                else:
+                    silent = True
+    assert silent and 256 << 10 < sent < 512 << 10, sent
+    return f'{sent >> 10} KiB of requests taken on 1 connection'
+
+
 def window_overflow(path, _):
     """Windows past 2^31-1, and DATA past the plugin's own window."""
     big = struct.pack('>I', 0x7fffffff)
@@ -272,7 +293,8 @@ def window_overflow(path, _):
             for number in range(1, 40, 2):
                 peer.send(frame(HEADERS, END_HEADERS, number, head(ENCRYPT_V1)))
                 for part in range(20):
-                    peer.send(frame(DATA, 0, number, (message(bytes(60000)) if part == 0 else bytes(16000))[:16000]))
+                    data = message(bytes(60000)) if part == 0 else bytes(16000)
+                    peer.send(frame(DATA, 0, number, data[:16000]))
         time.sleep(0.3)
     return '200 updates, and DATA past the window on 20 connections'
 
@@ -733,8 +755,8 @@ def garbage(path, _):
 
 
 ATTACKS = (
-    never_reads, zero_window, zero_window_times_out, window_overflow, rapid_reset, rapid_reset_of_calls, ping_flood,
-    ping_flood_unread, settings_flood, settings_flood_unread, priority_flood, empty_data_flood, continuation_flood,
+    never_reads, zero_window, zero_window_times_out, shut_window, window_overflow, rapid_reset, rapid_reset_of_calls,
+    ping_flood, ping_flood_unread, settings_flood, settings_flood_unread, priority_flood, empty_data_flood, continuation_flood,
     unknown_frames_flood, hpack_bomb, hpack_table, endless_value, header_lists, half_sent, bodies_of_1025,
     large_bodies, lied_lengths, metrics_hoard, slow_preface, slow_headers, slow_frame, slow_body, short_deadlines,
     idle_connections, descriptors_run_out, dropped, passed_descriptors, split_everywhere, malformed_heads, flooders,
