@@ -51,6 +51,7 @@ help:
 	@echo 'make test-kube      tests with Kubernetes'\'' clients, kube-apiserver and etcd (Go, some 7 minutes)'
 	@echo 'make test-cluster   the same at length: more Secrets, longer outages (some 20 minutes)'
 	@echo 'make test-hostile   peers that mean harm, and what others notice of it (root)'
+	@echo 'make soak           SOAK_SECONDS=1800 of load, restarts and hostile peers (root)'
 	@echo 'make test-deploy    the files of deploy/ and the guide, under a real systemd (root)'
 	@echo 'make test-inject    every call that can fail does, one at a time'
 	@echo 'make test-ct        nothing depends on a secret but what may; needs valgrind'
@@ -61,6 +62,7 @@ help:
 	@echo 'make gate           instructions an Encrypt takes in the release build, against a limit (valgrind, h2load)'
 	@echo 'make bench          the release build beside a Go plugin, into build/bench (Go, h2load; 5 minutes, QUICK=1: 1)'
 	@echo 'make bench-doc      what make bench found, into doc/'
+	@echo 'make prove          no undefined behaviour in the byte parsers; needs Frama-C'
 	@echo 'make lint           static analysis of C and shell'
 	@echo 'make install        PREFIX=$(PREFIX), DESTDIR=$(DESTDIR)'
 	@echo 'make uninstall, make clean'
@@ -97,7 +99,7 @@ PROFILE = $(if $(wildcard deploy/profile/$(ARCH)),-fprofile-use=$(CURDIR)/deploy
 static: $(STATIC)
 $(STATIC): $(SOURCES) $(HEADERS) build/static/$(ARCH)/lib/libbearssl.a
 	build/static/$(ARCH)/bin/cc $(STD) $(WARN) $(STATIC_FLAGS) $(PROFILE) -o $@ $(SOURCES) $(STATIC_LD) -Wl,-Map=$@.map $(LIBS)
-build/static/$(ARCH)/lib/libbearssl.a: deploy/static-libs.sh
+build/static/$(ARCH)/lib/libbearssl.a: deploy/static-libs.sh $(wildcard deploy/profile/$(ARCH))
 	ARCH=$(ARCH) CC= AR= CFLAGS='$(STATIC_FLAGS) $(PROFILE)' deploy/static-libs.sh
 
 profile:
@@ -196,8 +198,12 @@ fuzz: $(FUZZERS:%=build/fuzz/%)
 fuzz-seeds: kmsplugin $(FUZZERS:%=build/fuzz/%)
 	rm -rf build/fuzz/seeds && /usr/bin/python3 test/fuzz/seeds.py build/fuzz/seeds
 	for f in $(FUZZERS); do rm -rf build/fuzz/merged && mkdir -p build/fuzz/merged build/fuzz/corpus/$$f && \
-		build/fuzz/$$f -merge=1 -max_len=1024 build/fuzz/merged build/fuzz/seeds/$$f build/fuzz/corpus/$$f && \
+		build/fuzz/$$f -set_cover_merge=1 -max_len=700 build/fuzz/merged build/fuzz/seeds/$$f build/fuzz/corpus/$$f && \
 		rm -rf test/fuzz/corpus/$$f && mkdir -p test/fuzz/corpus && mv build/fuzz/merged test/fuzz/corpus/$$f; done
+
+# No undefined behaviour in the byte parsers, for all inputs up to a length: Frama-C.
+prove:
+	test/prove/run.sh
 
 test: kmsplugin
 	./test.sh
@@ -210,7 +216,13 @@ test-cluster: kmsplugin
 
 # Hostile peers: the static build, where there is one, gives memory back; root, for /proc.
 test-hostile: kmsplugin
-	for p in ./kmsplugin $(wildcard build/static/kmsplugin); do KMSPLUGIN=$$p /usr/bin/python3 test/hostile.py || exit 1; done
+	for p in ./kmsplugin $(wildcard build/static/kmsplugin); do \
+		KMSPLUGIN=$$p /usr/bin/python3 test/hostile.py || exit 1; done
+
+# Half an hour of mixed load, restarts and hostile peers.
+SOAK_SECONDS ?= 1800
+soak: kmsplugin
+	/usr/bin/python3 test/soak.py $(SOAK_SECONDS)
 
 test-deploy: kmsplugin
 	test/deploy.sh
@@ -243,6 +255,8 @@ bench-doc:
 lint:
 	clang-tidy --quiet kmsplugin.c -- $(STD)
 	cppcheck --quiet --enable=warning,performance,portability --suppress=preprocessorErrorDirective --error-exitcode=1 $(subst -std=,--std=,$(STD)) kmsplugin.c
+	gcc $(STD) -O2 -fanalyzer -Werror -c -o /dev/null kmsplugin.c
+	scan-build --status-bugs -o build/scan clang $(STD) -c -o /dev/null kmsplugin.c >/dev/null
 	shellcheck $(wildcard *.sh test/*.sh test/*/*.sh deploy/*.sh) deploy/openrc/kmsplugin deploy/metrics/kmsplugin-textfile .ci/run
 
 install: kmsplugin
@@ -263,4 +277,4 @@ clean:
 
 
 .DELETE_ON_ERROR:
-.PHONY: all help run static proto fuzz fuzz-seeds test test-kube test-cluster test-deploy test-hostile test-inject test-ct lint install uninstall clean size image dist sbom deb bench-memory test-arch test-release gate bench bench-doc
+.PHONY: all help run static proto fuzz fuzz-seeds test test-kube test-cluster test-deploy test-hostile test-inject test-ct lint install uninstall clean size image dist sbom deb bench-memory test-arch test-release gate bench bench-doc prove soak

@@ -2125,23 +2125,25 @@ static int stream_fail(struct stream *s, enum grpc_code code, const char *messag
     return stream_answer(s, &a);
 }
 
+/* An answer to what is no gRPC request: a status of HTTP and no body. */
+static int stream_http_error(struct stream *s, const char *status) {
+    nghttp2_nv fields[] = {field_copied(":status", status, 3), FIELD("allow", "POST")};
+    return stream_respond(s, fields, strcmp(status, "405") == 0 ? 2 : 1, NULL, 0, false);
+}
+
 static int stream_metrics(struct stream *s) {
     static const nghttp2_nv fields[] = {FIELD(":status", "200"),
                                         FIELD("content-type", "text/plain; version=0.0.4; charset=utf-8")};
     struct server *server = s->conn->server;
     struct arena *arena = &server->kms.arena;
+    if (s->conn->unread > UNREAD_PAUSE_BYTES)
+        return stream_http_error(s, "503"); /* a short question with a long answer: others would have to wait */
     struct text t = {.cap = METRICS_BYTES};
     t.buf = arena_new(arena, t.cap);
     metrics_write(&server->metrics, server->kms.ring->keks[0].key_id, server->conn_count, &t);
     int rv = stream_respond(s, fields, sizeof fields / sizeof *fields, (uint8_t *)t.buf, t.len, false);
     arena_reset(arena);
     return rv;
-}
-
-/* An answer to what is no gRPC request: a status of HTTP and no body. */
-static int stream_http_error(struct stream *s, const char *status) {
-    nghttp2_nv fields[] = {field_copied(":status", status, 3), FIELD("allow", "POST")};
-    return stream_respond(s, fields, strcmp(status, "405") == 0 ? 2 : 1, NULL, 0, false);
 }
 
 /* The stream of an id, or NULL. Callbacks for one stream come in a row. */
@@ -2881,7 +2883,8 @@ static void listener_ready(struct server *s, struct listener *l) {
         if (fd >= 0)
             server_admit(s, fd);
         else if (errno == EMFILE || errno == ENFILE || errno == ENOBUFS || errno == ENOMEM) {
-            server_accept_failed(s, errno);
+            if (i == 0) /* else it may be that nobody waits: accept4 looks for a descriptor first */
+                server_accept_failed(s, errno);
             return;
         } else if (errno != EINTR && errno != ECONNABORTED)
             return;

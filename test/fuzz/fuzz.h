@@ -33,7 +33,8 @@ int kmsplugin_main(int argc, char **argv);
 
 #include <setjmp.h>
 
-ProtobufCMessage *protobuf_c_message_unpack(const ProtobufCMessageDescriptor *, ProtobufCAllocator *, size_t, const uint8_t *);
+ProtobufCMessage *protobuf_c_message_unpack(const ProtobufCMessageDescriptor *, ProtobufCAllocator *, size_t,
+                                            const uint8_t *);
 void protobuf_c_message_free_unpacked(ProtobufCMessage *, ProtobufCAllocator *);
 void *realloc(void *, size_t);
 void free(void *);

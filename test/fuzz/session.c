@@ -32,6 +32,8 @@ static struct peer {
     size_t head_len, frame_left;
 } peers[PEERS];
 
+static const uint8_t ping[] = "\12\4ping\22\4ping"; /* two fields of bytes */
+
 static struct server server;
 static uint32_t sizes;
 
@@ -264,7 +266,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *bytes, size_t len) {
             at += 3;
             if (step >= 0x90) {
                 for (; n > 0; n--, stream += 2)
-                    peer_request(p, (step & 0xf) % RPCS, frame_flags, stream, (const uint8_t *)"\12\4ping\22\4ping", 12);
+                    peer_request(p, (step & 0xf) % RPCS, frame_flags, stream, ping, sizeof ping - 1);
                 turns(heap, buffered, streams);
                 continue;
             }
