@@ -277,4 +277,4 @@ clean:
 
 
 .DELETE_ON_ERROR:
-.PHONY: all help run static proto fuzz fuzz-seeds test test-kube test-cluster test-deploy test-hostile test-inject test-ct lint install uninstall clean size image dist sbom deb bench-memory test-arch test-release gate bench bench-doc prove soak
+.PHONY: all help run static profile proto fuzz fuzz-seeds test test-kube test-cluster test-deploy test-hostile test-inject test-ct lint install uninstall clean size image dist sbom deb bench-memory test-arch test-release gate bench bench-doc prove soak
