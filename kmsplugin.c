@@ -189,14 +189,15 @@ struct random {
 
 /* A fast or a constant-time implementation, whichever this CPU has. */
 struct suite {
-    const br_block_ctr_class *ctr;
+    const br_block_cbcenc_class *cbc; /* a block at a time */
+    const br_block_ctr_class *ctr; /* many at once */
     br_ghash ghash;
     const char *name;
 };
 
 /* A key encryption key: its AES key schedule and what follows from it. */
 struct kek {
-    br_aes_gen_ctr_keys aes;
+    br_aes_gen_cbcenc_keys aes;
     uint8_t k1[BLOCK_BYTES]; /* CMAC's first subkey */
     uint8_t fingerprint[FINGERPRINT_BYTES];
     char key_id[KEY_ID_LEN + 1];
@@ -283,7 +284,7 @@ struct block {
     uint32_t size; /* asked for */
     uint32_t class; /* HEAP_CLASSES: too large to be kept */
     struct block *next; /* when free */
-    uint8_t bytes[];
+    _Alignas(max_align_t) uint8_t bytes[]; /* what malloc would promise */
 };
 
 struct heap {
@@ -883,7 +884,7 @@ static size_t heap_cost(size_t size) {
 
 /* A block of at least `size` bytes, or NULL. */
 static void *heap_new(struct heap *h, size_t size) {
-    if (size > UINT32_MAX)
+    if (size > UINT32_MAX - sizeof(struct block))
         return NULL;
     unsigned class = heap_class(size);
     struct block *b = class < HEAP_CLASSES ? h->free[class] : NULL;
@@ -994,9 +995,13 @@ static void arena_reset(struct arena *a) {
 
 /* BearSSL's fastest constant-time code for this CPU. */
 static struct suite suite_choose(void) {
-    struct suite s = {.ctr = br_aes_x86ni_ctr_get_vtable(), .ghash = br_ghash_pclmul_get(), .name = "aesni"};
+    struct suite s = {.cbc = br_aes_x86ni_cbcenc_get_vtable(),
+                      .ctr = br_aes_x86ni_ctr_get_vtable(),
+                      .ghash = br_ghash_pclmul_get(),
+                      .name = "aesni"};
     bool wide = sizeof(void *) == 8;
-    if (!s.ctr || !s.ghash) {
+    if (!s.cbc || !s.ctr || !s.ghash) {
+        s.cbc = wide ? &br_aes_ct64_cbcenc_vtable : &br_aes_ct_cbcenc_vtable;
         s.ctr = wide ? &br_aes_ct64_ctr_vtable : &br_aes_ct_ctr_vtable;
         s.ghash = wide ? br_ghash_ctmul64 : br_ghash_ctmul;
         s.name = wide ? "ct64" : "ct32";
@@ -1004,11 +1009,12 @@ static struct suite suite_choose(void) {
     return s;
 }
 
-/* out = AES(key, block), by counter mode over zeros: BearSSL has no bare block. */
-static void aes_block(const br_aes_gen_ctr_keys *key, const uint8_t block[BLOCK_BYTES], uint8_t out[BLOCK_BYTES]) {
-    uint32_t counter = (uint32_t)block[12] << 24 | (uint32_t)block[13] << 16 | (uint32_t)block[14] << 8 | block[15];
-    memset(out, 0, BLOCK_BYTES);
-    key->vtable->run(&key->vtable, block, counter, out, BLOCK_BYTES);
+/* block = AES(key, block ^ mask): the first step of CBC, as BearSSL has no bare block. */
+static void aes_block(const br_aes_gen_cbcenc_keys *key, const uint8_t mask[BLOCK_BYTES], uint8_t block[BLOCK_BYTES]) {
+    uint8_t iv[BLOCK_BYTES]; /* takes the result as well */
+    memcpy(iv, mask, BLOCK_BYTES);
+    key->vtable->run(&key->vtable, iv, block, BLOCK_BYTES);
+    explicit_bzero(iv, sizeof iv);
 }
 
 /*
@@ -1044,18 +1050,16 @@ static int gcm_crypt(const struct suite *suite, bool seal, const uint8_t *key, s
 static int xaes_crypt(const struct suite *suite, bool seal, const struct kek *kek,
                       const uint8_t nonce[NONCE_BYTES], const uint8_t *aad, size_t aad_len,
                       uint8_t *data, size_t len, uint8_t tag[TAG_BYTES]) {
-    uint8_t key[KEK_BYTES], block[BLOCK_BYTES];
+    uint8_t key[KEK_BYTES];
     for (uint8_t half = 0; half < 2; half++) {
+        uint8_t *block = key + half * BLOCK_BYTES;
         const uint8_t counter[4] = {0x00, half + 1, 0x58, 0x00};
         memcpy(block, counter, sizeof counter);
         memcpy(block + sizeof counter, nonce, 12);
-        for (size_t i = 0; i < BLOCK_BYTES; i++)
-            block[i] ^= kek->k1[i];
-        aes_block(&kek->aes, block, key + half * BLOCK_BYTES);
+        aes_block(&kek->aes, kek->k1, block);
     }
     int result = gcm_crypt(suite, seal, key, sizeof key, nonce + 12, aad, aad_len, data, len, tag);
     explicit_bzero(key, sizeof key);
-    explicit_bzero(block, sizeof block);
     return result;
 }
 
@@ -1076,8 +1080,8 @@ static void hmac_sha256(const uint8_t *key, size_t key_len, const void *data, si
 static void kek_init(struct kek *kek, const struct suite *suite, const uint8_t key[KEK_BYTES]) {
     static const char label[] = "kmsplugin key_id v1";
     const uint8_t zero[BLOCK_BYTES] = {0};
-    uint8_t l[BLOCK_BYTES];
-    suite->ctr->init(&kek->aes.vtable, key, KEK_BYTES);
+    uint8_t l[BLOCK_BYTES] = {0};
+    suite->cbc->init(&kek->aes.vtable, key, KEK_BYTES);
     aes_block(&kek->aes, zero, l);
     for (size_t i = 0; i < BLOCK_BYTES; i++)
         kek->k1[i] = (uint8_t)(l[i] << 1 | (i + 1 < BLOCK_BYTES ? l[i + 1] >> 7 : 0));
@@ -2256,7 +2260,8 @@ static int stream_end(struct stream *s) {
         return stream_metrics(s);
     if (s->prefix_len < GRPC_PREFIX_BYTES || s->body_len < s->body_cap)
         return stream_fail(s, GRPC_INTERNAL, "the message is missing or incomplete");
-    kms_call(kms, s->request.rpc, s->body ? s->body : s->prefix, s->body_len, &a); /* never NULL, not even for no bytes */
+    /* never NULL, not even for no bytes */
+    kms_call(kms, s->request.rpc, s->body ? s->body : s->prefix, s->body_len, &a);
     buffer_free(s->conn, s->body);
     s->body = NULL;
     int rv = stream_answer(s, &a);

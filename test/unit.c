@@ -889,10 +889,11 @@ static size_t suites_all(struct suite out[5]) {
     size_t n = 0;
     out[n++] = suite_choose();
     if (br_aes_x86ni_ctr_get_vtable() && br_ghash_pclmul_get())
-        out[n++] = (struct suite){br_aes_x86ni_ctr_get_vtable(), br_ghash_pclmul_get(), "x86ni"};
-    out[n++] = (struct suite){&br_aes_ct64_ctr_vtable, br_ghash_ctmul64, "ct64"};
-    out[n++] = (struct suite){&br_aes_ct_ctr_vtable, br_ghash_ctmul, "ct, ctmul"};
-    out[n++] = (struct suite){&br_aes_ct_ctr_vtable, br_ghash_ctmul32, "ct, ctmul32"};
+        out[n++] = (struct suite){br_aes_x86ni_cbcenc_get_vtable(), br_aes_x86ni_ctr_get_vtable(), br_ghash_pclmul_get(),
+                                  "x86ni"};
+    out[n++] = (struct suite){&br_aes_ct64_cbcenc_vtable, &br_aes_ct64_ctr_vtable, br_ghash_ctmul64, "ct64"};
+    out[n++] = (struct suite){&br_aes_ct_cbcenc_vtable, &br_aes_ct_ctr_vtable, br_ghash_ctmul, "ct, ctmul"};
+    out[n++] = (struct suite){&br_aes_ct_cbcenc_vtable, &br_aes_ct_ctr_vtable, br_ghash_ctmul32, "ct, ctmul32"};
     return n;
 }
 
@@ -916,21 +917,20 @@ static void xaes_known_answers(void) {
         const struct suite *suite = &suites[i % count];
         size_t v = i / count, aad_len = strlen(xaes_vectors[v].aad);
         const uint8_t *aad = (const uint8_t *)xaes_vectors[v].aad;
-        uint8_t key[KEK_BYTES], block[BLOCK_BYTES] = {0}, out[2 * BLOCK_BYTES], data[12 + TAG_BYTES] = "XAES-256-GCM";
+        const uint8_t zero[BLOCK_BYTES] = {0};
+        uint8_t key[KEK_BYTES], out[2 * BLOCK_BYTES] = {0}, data[12 + TAG_BYTES] = "XAES-256-GCM";
         struct kek kek;
         row("vector %zu, %s", v + 1, suite->name);
         memset(key, xaes_vectors[v].key, sizeof key);
         kek_init(&kek, suite, key);
-        aes_block(&kek.aes, block, out);
+        aes_block(&kek.aes, zero, out);
         CHECK(hex_is(out, BLOCK_BYTES, xaes_vectors[v].l));
         CHECK(hex_is(kek.k1, BLOCK_BYTES, xaes_vectors[v].k1));
         for (uint8_t half = 0; half < 2; half++) {
             const uint8_t m[4] = {0, half + 1, 'X', 0};
-            memcpy(block, m, 4);
-            memcpy(block + 4, nonce, 12);
-            for (size_t k = 0; k < BLOCK_BYTES; k++)
-                block[k] ^= kek.k1[k];
-            aes_block(&kek.aes, block, out + half * BLOCK_BYTES);
+            memcpy(out + half * BLOCK_BYTES, m, 4);
+            memcpy(out + half * BLOCK_BYTES + 4, nonce, 12);
+            aes_block(&kek.aes, kek.k1, out + half * BLOCK_BYTES);
         }
         CHECK(hex_is(out, sizeof out, xaes_vectors[v].kx));
         CHECK(xaes_crypt(suite, true, &kek, nonce, aad, aad_len, data, 12, data + 12) == 0);
@@ -1133,7 +1133,7 @@ static void self_test(void) {
         row("%s", suites[count - 1].name);
         CHECK(child_run(body_self_test, &suites[count - 1])->code == CHILD_RETURNED);
     }
-    const struct suite wrong = {&br_aes_ct64_ctr_vtable, ghash_wrong, "broken"};
+    const struct suite wrong = {&br_aes_ct64_cbcenc_vtable, &br_aes_ct64_ctr_vtable, ghash_wrong, "broken"};
     const struct child *c = child_run(body_self_test, &wrong);
     row("a broken suite: %s", c->err);
     CHECK(child_died(c));
