@@ -59,7 +59,7 @@ void prove_varint(void) {
     }
 }
 
-/* That the field lies within the message is for test/unit.c and the fuzzers: Eva does not relate its length and place. */
+/* That the field lies within is for test/unit.c and the fuzzers: Eva does not relate its length and place. */
 void prove_field(void) {
     enum { MOST = 24 };
     static uint8_t bytes[MOST];
