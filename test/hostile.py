@@ -638,6 +638,8 @@ def idle_connections(path, _):
     with peers(path, 1000) as crowd:
         until(lambda: still_open(crowd) <= CONNECTIONS, 'the surplus closed')
         left = still_open(crowd)
+        with Raw(path) as raw:
+            assert raw.works()
     assert left >= CONNECTIONS - 20, left
     return f'1,000 connections, {left} left open'
 
@@ -759,6 +761,24 @@ def flooders(path, _):
     return f'{sent} calls on 240 connections'
 
 
+def short_calls(path, _):
+    """Sockets full of short requests with short answers, on nearly all connections: a turn's fair share."""
+    block = b''.join(literal(n, v) for n, v in ((b':method', b'GET'), (b':scheme', b'http'), (b':path', b'/x')))
+    end, number, done = time.monotonic() + 4, 1, 0
+    with peers(path, 240) as crowd:
+        while time.monotonic() < end:
+            piece = b''.join(frame(HEADERS, END_HEADERS | END_STREAM, n, block)
+                             for n in range(number, number + 6000, 2))
+            number += 6000
+            for peer in crowd:
+                peer.send(piece)
+            while time.monotonic() < end and any(peer.unsent and not peer.closed for peer in crowd):
+                for peer in crowd:
+                    done += len(peer.hear())
+                    peer.send()
+    return f'{number // 2} GETs on each of 240 connections, {done >> 10} KiB of answers'
+
+
 def garbage(path, _):
     """Other protocols, and random bytes behind a right beginning."""
     for i in range(300):
@@ -776,7 +796,7 @@ ATTACKS = (
     empty_data_flood, continuation_flood, unknown_frames_flood, hpack_bomb, hpack_table, endless_value,
     header_lists, half_sent, all_at_once, bodies_of_1025, large_bodies, lied_lengths, metrics_hoard,
     slow_preface, slow_headers, slow_frame, slow_body, short_deadlines, idle_connections, descriptors_run_out,
-    dropped, passed_descriptors, split_everywhere, malformed_heads, flooders, garbage,
+    dropped, passed_descriptors, split_everywhere, malformed_heads, flooders, short_calls, garbage,
 )
 
 
