@@ -2401,7 +2401,7 @@ static int conn_keep(struct conn *c, const uint8_t *bytes, size_t len) {
 /* Sends all that can be sent. -1 when the connection is to be closed. */
 static int conn_flush(struct conn *c) {
     struct server *s = c->server;
-    for (;;) {
+    while (!c->doomed) {
         if (c->out) {
             ssize_t n = conn_write(c, c->out + c->out_sent, c->out_len - c->out_sent);
             if (n < 0)
@@ -2427,7 +2427,7 @@ static int conn_flush(struct conn *c) {
         if (c->out)
             return 0;
     }
-    if (!nghttp2_session_want_read(c->session) && !nghttp2_session_want_write(c->session))
+    if (c->doomed || (!nghttp2_session_want_read(c->session) && !nghttp2_session_want_write(c->session)))
         return -1;
     return conn_watch(c, false);
 }
@@ -2443,7 +2443,7 @@ static int conn_read(struct conn *c) {
     c->idle_since_ms = s->now_ms;
     ssize_t used = nghttp2_session_mem_recv(c->session, s->in, (size_t)n);
     explicit_bzero(s->in, (size_t)n);
-    return used < 0 || c->doomed ? -1 : conn_flush(c);
+    return used < 0 ? -1 : conn_flush(c);
 }
 
 /* Tells the peer which requests it can repeat elsewhere (RFC 9113 6.8), then flushes. */
