@@ -215,8 +215,9 @@ test-cluster: kmsplugin
 	test/kube/cluster.sh
 
 # Hostile peers: the static build, where there is one, gives memory back; root, for /proc.
+HOSTILE = ./kmsplugin $(wildcard build/static/kmsplugin)
 test-hostile: kmsplugin
-	for p in ./kmsplugin $(wildcard build/static/kmsplugin); do \
+	for p in $(HOSTILE); do \
 		KMSPLUGIN=$$p /usr/bin/python3 test/hostile.py || exit 1; done
 
 # Half an hour of mixed load, restarts and hostile peers.
