@@ -108,7 +108,7 @@ profile:
 
 # The unit tests as that build would have them.
 UNIT_STATIC = build/static/$(ARCH_DIR)unit
-$(UNIT_STATIC): test/unit.c $(SOURCES) $(HEADERS) build/static/$(ARCH)/lib/libbearssl.a
+$(UNIT_STATIC): test/unit.c test/responses.h $(SOURCES) $(HEADERS) build/static/$(ARCH)/lib/libbearssl.a
 	build/static/$(ARCH)/bin/cc $(STD) $(WARN) -I. $(STATIC_FLAGS) -o $@ test/unit.c kms.pb-c.c $(STATIC_LD) $(LIBS)
 
 size: $(STATIC)
@@ -145,11 +145,11 @@ proto:
 	$(PROTOC_C) --c_out=. kms.proto
 
 # Tests. Unit tests include kmsplugin.c, so they are built as it is.
-build/unit: test/unit.c $(SOURCES) $(HEADERS)
+build/unit: test/unit.c test/responses.h $(SOURCES) $(HEADERS)
 	@mkdir -p build
 	$(CC) $(STD) $(WARN) -I. $(CPPFLAGS) $(CFLAGS) -o $@ test/unit.c kms.pb-c.c $(LDFLAGS) $(LIBS)
 
-build/unit-asan: test/unit.c $(SOURCES) $(HEADERS)
+build/unit-asan: test/unit.c test/responses.h $(SOURCES) $(HEADERS)
 	@mkdir -p build
 	$(CC) $(STD) $(WARN) -I. $(CPPFLAGS) $(SANITIZE) -o $@ test/unit.c kms.pb-c.c $(LDFLAGS) $(LIBS)
 
@@ -186,7 +186,7 @@ test-ct: build/ct $(if $(wildcard build/static/kmsplugin),build/ct-static)
 # Fuzzers, for clang's libFuzzer: FUZZ_SECONDS each. They include kmsplugin.c, too.
 FUZZERS = session kms parse rescue
 FUZZ_SECONDS ?= 60
-build/fuzz/%: test/fuzz/%.c test/fuzz/fuzz.h $(SOURCES) $(HEADERS)
+build/fuzz/%: test/fuzz/%.c test/fuzz/fuzz.h test/responses.h $(SOURCES) $(HEADERS)
 	@mkdir -p build/fuzz
 	clang $(STD) $(WARN) -I. $(CPPFLAGS) -O1 -g -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all \
 		-o $@ $< kms.pb-c.c $(LDFLAGS) $(LIBS)
@@ -258,7 +258,7 @@ lint:
 	cppcheck --quiet --enable=warning,performance,portability --suppress=preprocessorErrorDirective --error-exitcode=1 $(subst -std=,--std=,$(STD)) kmsplugin.c
 	gcc $(STD) -O2 -fanalyzer -Werror -c -o /dev/null kmsplugin.c
 	scan-build --status-bugs -o build/scan clang $(STD) -c -o /dev/null kmsplugin.c >/dev/null
-	shellcheck $(wildcard *.sh test/*.sh test/*/*.sh deploy/*.sh) deploy/openrc/kmsplugin deploy/metrics/kmsplugin-textfile .ci/run
+	shellcheck -x $(wildcard *.sh test/*.sh test/*/*.sh deploy/*.sh) deploy/openrc/kmsplugin deploy/metrics/kmsplugin-textfile .ci/run
 
 install: kmsplugin
 	install -D -m 0755 kmsplugin $(DESTDIR)$(SBINDIR)/kmsplugin

@@ -1,6 +1,6 @@
 #!/bin/sh
 # Records what runs often in the release build, for -fprofile-use: builds it instrumented in a copy of the tree, gives it load
-# (h2load, and probe for the calls that h2load does not make) and leaves the counts of all objects in FOLDER.
+# (Encrypts, and probe for the other calls) and leaves the counts of all objects in FOLDER.
 #
 #     profile.sh FOLDER
 set -eu
@@ -31,13 +31,7 @@ until "$plugin" probe "unix://$socket" >/dev/null 2>&1; do
 done
 rm -rf "$copy"/counts/*    # what the verbs left
 
-# EncryptRequest{plaintext: 32 bytes, uid: 36 bytes}, as a gRPC message.
-printf '\000\000\000\000\110\012\040%.32s\022\044%.36s' 0123456789abcdef0123456789abcdef \
-	12345678-9abc-def0-1234-56789abcdef0 >"$copy/body"
-h2load -n "$requests" -c 8 -m 32 -t 1 --base-uri "unix:$socket" -B "unix:$socket" -d "$copy/body" \
-	-H 'content-type: application/grpc' -H 'te: trailers' -H 'grpc-timeout: 2999943u' \
-	http://localhost/v2.KeyManagementService/Encrypt >"$copy/h2load.out"
-grep -q " $requests succeeded" "$copy/h2load.out"
+test/bench/encrypt.sh "$socket" "$requests" 8 32
 for _ in 1 2 3 4 5 6 7 8 9 10; do
 	"$plugin" probe "unix://$socket" >/dev/null
 done

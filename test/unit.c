@@ -23,6 +23,8 @@ int kmsplugin_main(int argc, char **argv);
 #include <sys/ioctl.h>
 #include <sys/wait.h>
 
+#include "responses.h"
+
 #define LEN(array) (sizeof(array) / sizeof *(array))
 
 /* ----------------------------------------------------------------- Harness */
@@ -1596,15 +1598,6 @@ static void ring_load_sources(void) {
 }
 
 /* ------------------------------------------------------------- KMS service */
-
-static const ProtobufCMessageDescriptor *const response_types[RPC_UNKNOWN] = {
-    [V2_STATUS] = &v2__status_response__descriptor,
-    [V2_ENCRYPT] = &v2__encrypt_response__descriptor,
-    [V2_DECRYPT] = &v2__decrypt_response__descriptor,
-    [V1_VERSION] = &v2__v1beta1__version_response__descriptor,
-    [V1_ENCRYPT] = &v2__v1beta1__encrypt_response__descriptor,
-    [V1_DECRYPT] = &v2__v1beta1__decrypt_response__descriptor,
-};
 
 /* A service with its ring, and the answer to the last call. */
 struct service {
@@ -3207,6 +3200,21 @@ static void session_without_memory(void) {
     session_server_free(s);
 }
 
+/* Newcomers stand in front in the list, so of those idle for as long the last gives way, one's own before others'. */
+static void session_idlest(void) {
+    struct server s = {0};
+    struct conn old = {.peer.uid = 1}, middle = {.next = &old, .peer.uid = 2}, young = {.next = &middle, .peer.uid = 1};
+    s.conns = &young;
+    old.idle_since_ms = middle.idle_since_ms = young.idle_since_ms = 5;
+    CHECK(server_idlest(&s, 1) == &old);
+    CHECK(server_idlest(&s, 2) == &middle);
+    CHECK(server_idlest(&s, 3) == &old);
+    young.idle_since_ms = 4;
+    CHECK(server_idlest(&s, 3) == &young);
+    young.closed = true;
+    CHECK(server_idlest(&s, 1) == &old);
+}
+
 /*
  * The same with a hundred requests at once, whose answers nghttp2 keeps in a queue that
  * grows, and with freed blocks really freed, so that AddressSanitizer sees one used again.
@@ -3863,7 +3871,7 @@ static const struct {
     TEST(endpoints_good), TEST(endpoints_bad), TEST(endpoint_names_of_sockets),
     TEST(session_whole), TEST(session_split_everywhere), TEST(session_slow_reader), TEST(session_metrics),
     TEST(session_large_head), TEST(session_deadlines), TEST(session_random_bytes), TEST(session_without_memory),
-    TEST(session_without_memory_for_a_queue),
+    TEST(session_idlest), TEST(session_without_memory_for_a_queue),
     TEST(values_stored), TEST(values_not_ours), TEST(values_damaged), TEST(values_random_bytes),
     TEST(options_defaults), TEST(options_verbs), TEST(options_values), TEST(options_numbers), TEST(options_many),
     TEST(options_names), TEST(options_bad), TEST(options_unknown_names), TEST(options_help), TEST(verbs_run),

@@ -22,12 +22,6 @@ clean() {
 trap clean EXIT
 trap 'exit 1' HUP INT TERM
 
-# EncryptRequest behind a gRPC prefix: 32 bytes of plaintext and a uid of 36. Its answer has 130: prefix 5, ciphertext
-# 2 + 89, key_id 2 + 32. h2load takes a gRPC error for a success, but an error has no body.
-printf '\0\0\0\0\110\12\040%s\22\44%s' \
-    0123456789abcdef0123456789abcdef 00000000-0000-4000-8000-000000000000 >"$tmp/body"
-ANSWER_BYTES=130
-
 # count REQUESTS: all instructions of a server that answers so many.
 count() {
     : >"$tmp/log"
@@ -39,13 +33,7 @@ count() {
         kill -0 "$pid" 2>/dev/null || { cat "$tmp/log" >&2; exit 1; }
         sleep 0.05
     done
-    timeout 100 h2load -n "$1" -c "$connections" -m "$streams" -t 1 -B "unix:$tmp/kms.sock" -d "$tmp/body" \
-        -H 'content-type: application/grpc' -H 'te: trailers' -H 'grpc-timeout: 2999943u' \
-        http://localhost/v2.KeyManagementService/Encrypt >"$tmp/h2load"
-    if ! grep -q "($(($1 * ANSWER_BYTES))) data" "$tmp/h2load"; then
-        cat "$tmp/h2load" "$tmp/log" >&2
-        exit 1
-    fi
+    "$(dirname "$0")/encrypt.sh" "$tmp/kms.sock" "$1" "$connections" "$streams" || { cat "$tmp/log" >&2; exit 1; }
     kill "$pid"
     wait "$pid" || { cat "$tmp/log" >&2; exit 1; }
     pid=

@@ -9,6 +9,8 @@
  */
 #include "fuzz.h"
 
+#include "../responses.h"
+
 enum { SEALED = 0x80, CHANGE_BYTES = 4 };
 
 ssize_t fuzz_read(int fd, void *buf, size_t len) {
@@ -21,15 +23,6 @@ ssize_t fuzz_write(int fd, const void *buf, size_t len) {
     return (ssize_t)len;
 }
 
-static const ProtobufCMessageDescriptor *const responses[RPC_UNKNOWN] = {
-    [V2_STATUS] = &v2__status_response__descriptor,
-    [V2_ENCRYPT] = &v2__encrypt_response__descriptor,
-    [V2_DECRYPT] = &v2__decrypt_response__descriptor,
-    [V1_VERSION] = &v2__v1beta1__version_response__descriptor,
-    [V1_ENCRYPT] = &v2__v1beta1__encrypt_response__descriptor,
-    [V1_DECRYPT] = &v2__v1beta1__decrypt_response__descriptor,
-};
-
 /* One call, from a block of just that size; its response, unpacked, or NULL for an error. */
 static void *call(struct kms *kms, enum rpc rpc, const uint8_t *bytes, size_t len, enum grpc_code *code) {
     static const uint8_t none[1] = {0};
@@ -39,7 +32,7 @@ static void *call(struct kms *kms, enum rpc rpc, const uint8_t *bytes, size_t le
     kms_call(kms, rpc, copy, len, &a);
     HOLDS(a.uid && a.key_id);
     if (a.code == GRPC_OK) {
-        response = protobuf_c_message_unpack(responses[rpc], NULL, a.len, a.len ? a.bytes : none);
+        response = protobuf_c_message_unpack(response_types[rpc], NULL, a.len, a.len ? a.bytes : none);
         HOLDS(response && a.len <= MESSAGE_MAX);
     } else {
         HOLDS(a.code == GRPC_INVALID_ARGUMENT || a.code == GRPC_NOT_FOUND || a.code == GRPC_RESOURCE_EXHAUSTED ||
