@@ -15,57 +15,16 @@ set -eu
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-/usr/bin/python3}
 MAKE=${MAKE:-make}
-SUITE_SECONDS=1800      # of one suite, should it hang
+# shellcheck source=test/lib.sh
+. test/lib.sh
+SUITE_SECONDS=1800      # an emulator is slow
 
-tmp=$(mktemp -d)
-chmod 755 "$tmp"        # tests run as other users, too
-export TMPDIR="$tmp"
-pid=
-clean() {
-    if [ -n "$pid" ]; then
-        kill "$pid" 2>/dev/null || :
-        wait "$pid" || :
-    fi
-    rm -rf "$tmp"
-}
-trap clean EXIT
-trap 'exit 1' HUP INT TERM
-: >"$tmp/lines"
-
-line() {
-    echo "$*" | tee -a "$tmp/lines"
-}
-
-# check NAME COMMAND...: a command that is one test.
-check() {
-    name=$1
-    shift
-    if "$@" >"$tmp/output" 2>&1; then
-        line "ok $arch: $name"
-    else
-        sed 's/^/    /' "$tmp/output" | cut -c 1-300
-        line "not ok $arch: $name"
-        return 1
-    fi
-}
-
-# suite NAME COMMAND...: a command that prints a line for each of its tests.
+# suite NAME COMMAND...: as in lib.sh, but of the tests that pass only their number is shown.
 suite() {
-    name=$1
-    shift
-    status=0
-    timeout "$SUITE_SECONDS" "$@" >"$tmp/output" 2>&1 &
-    pid=$!
-    wait "$pid" || status=$?
-    pid=
-    if [ "$status" -ne 0 ] && ! grep -aq '^not ok ' "$tmp/output"; then
-        echo "not ok $name: exit status $status" >>"$tmp/output"
-    elif [ "$status" -eq 0 ] && ! grep -aq '^ok ' "$tmp/output"; then
-        echo "not ok $name: no test ran" >>"$tmp/output"
-    fi
-    sed -n "s/^\(ok\|not ok\|skip\) /&$arch: $name: /p" "$tmp/output" >>"$tmp/lines"
+    run_suite "$@"
+    sed -n "s/^\(ok\|not ok\|skip\) /&$label$name: /p" "$tmp/output" >>"$tmp/lines"
     grep -av '^ok ' "$tmp/output" | cut -c 1-300 || :
-    echo "# $arch: $name: $(grep -ac '^ok ' "$tmp/output") ok"
+    echo "# $label$name: $(grep -ac '^ok ' "$tmp/output") ok"
 }
 
 # shape MACHINE CLASS DATA: the program is of that kind; is one file that needs no other; has no relocation by name
@@ -110,6 +69,7 @@ emulate() {
 [ $# -gt 0 ] || set -- x86_64 aarch64 armhf riscv64 s390x
 for arch; do
     echo "== $arch"
+    label="$arch: "
     qemu=$arch gcc=$arch-linux-gnu-gcc cipher=ct64 class=ELF64 data=little
     case $arch in
     x86_64)  machine=X86-64 ;;
@@ -117,51 +77,42 @@ for arch; do
     armhf)   machine=ARM qemu=arm gcc=arm-linux-gnueabihf-gcc cipher=ct32 class=ELF32 ;;
     riscv64) machine=RISC-V ;;
     s390x)   machine=S/390 data=big ;;
-    *)       line "not ok $arch: unknown"; continue ;;
+    *)       line "not ok ${label}unknown"; continue ;;
     esac
     qemu=$(command -v "qemu-$qemu-static") || qemu=
     if ! command -v "$gcc" >/dev/null || { [ -z "$qemu" ] && [ "$arch" != "$(uname -m)" ]; }; then
-        line "skip $arch: there is no $gcc, or no qemu-user-static"
+        line "skip ${label}there is no $gcc, or no qemu-user-static"
         continue
     fi
     dir=build/static/$arch
     [ "$arch" != "$(uname -m)" ] || dir=build/static
     program=$dir/kmsplugin
-    check 'builds' "$MAKE" -s ARCH="$arch" "$program" "$dir/unit" || continue
-    check "is static-pie, hardened, $class, $data endian" shape "$machine" "$class" "$data" || :
+    require 'builds' "$MAKE" -s ARCH="$arch" "$program" "$dir/unit" || continue
+    check "is static-pie, hardened, $class, $data endian" shape "$machine" "$class" "$data"
     mkdir "$tmp/$arch"
     cp "$program" "$tmp/$arch/program"
     chmod 755 "$tmp/$arch" "$tmp/$arch/program"
 
     if [ "$arch" = "$(uname -m)" ]; then
         if [ "$arch" = x86_64 ] && grep -qw aes /proc/cpuinfo && grep -qw pclmulqdq /proc/cpuinfo; then
-            check 'chooses aesni' chooses "$program" aesni || :
+            check 'chooses aesni' chooses "$program" aesni
         fi
         suite unit "$dir/unit"
         suite server env KMSPLUGIN="$program" "$PYTHON" test/run.py
         if [ "$arch" != x86_64 ] || [ -z "$qemu" ]; then continue; fi
         emulate "$tmp/$arch/without-aes" "$qemu" -cpu qemu64,-aes,-pclmulqdq
-        check 'chooses ct64 on a processor without AES' chooses "$tmp/$arch/without-aes" ct64 || :
+        check 'chooses ct64 on a processor without AES' chooses "$tmp/$arch/without-aes" ct64
         emulate "$tmp/$arch/without-clmul" "$qemu" -cpu max,-pclmulqdq
-        check 'chooses ct64 on a processor that has but one of the two' chooses "$tmp/$arch/without-clmul" ct64 || :
+        check 'chooses ct64 on a processor that has but one of the two' chooses "$tmp/$arch/without-clmul" ct64
         continue
     fi
     emulate "$tmp/$arch/kmsplugin" "$qemu"
-    check "chooses $cipher" chooses "$tmp/$arch/kmsplugin" "$cipher" || :
+    check "chooses $cipher" chooses "$tmp/$arch/kmsplugin" "$cipher"
     suite unit "$qemu" "$dir/unit"
     suite server env KMSPLUGIN="$tmp/$arch/kmsplugin" KMSPLUGIN_EMULATED=1 "$PYTHON" test/run.py
 done
 
-count() {
-    grep -c "^$1 " "$tmp/lines" || :
-}
-passed=$(count ok) failed=$(count 'not ok') skipped=$(count skip)
 for arch; do
     echo "$arch: $(count "ok $arch:") passed, $(count "not ok $arch:") failed, $(count "skip $arch:") skipped"
 done
-if [ "$skipped" -gt 0 ]; then
-    echo "$passed passed, $failed failed, $skipped skipped"
-else
-    echo "$passed passed, $failed failed"
-fi
-[ "$failed" -eq 0 ] && [ "$passed" -gt 0 ]
+summary

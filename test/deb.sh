@@ -3,28 +3,12 @@
 # trace but the key? That happens on an overlay over this machine's own Debian, of which nothing stays. Needs root,
 # dpkg-dev, debhelper, lintian, and the libraries. A line `ok`, `not ok` or `skip` for each test.
 set -eu
-cd "$(dirname "$0")/.."
+here=$(dirname "$0")
+# shellcheck source=test/lib.sh
+. "$here/lib.sh"
+cd "$here/.."
 MAKE=${MAKE:-make}
-
-# check NAME COMMAND...
-check() {
-    name=$1
-    shift
-    if "$@" >"$tmp/output" 2>&1; then
-        echo "ok deb: $name"
-    else
-        sed 's/^/    /' "$tmp/output" | tail -n 40
-        echo "not ok deb: $name"
-    fi
-}
-fails() { ! "$@"; }
-soon() {
-    for _ in $(seq 100); do
-        "$@" && return
-        sleep 0.1
-    done
-    return 1
-}
+label='deb: '
 
 # Inside, chrooted into the overlay: $1 is the .deb, alone in /tmp/deb.
 inside() {
@@ -57,21 +41,10 @@ inside() {
     rmdir /etc/kmsplugin
     check 'dpkg has forgotten it' fails dpkg -s kmsplugin
 }
-silent() {
-    "$@" >"$tmp/said" 2>&1 || { cat "$tmp/said"; return 1; }
-    cat "$tmp/said"
-    [ ! -s "$tmp/said" ]
-}
-
 if [ "${1:-}" = inside ]; then
-    tmp=/tmp/deb
     inside "$2"
     exit
 fi
-
-tmp=$(mktemp -d)
-trap 'rm -rf "$tmp"' EXIT
-trap 'exit 1' HUP INT TERM
 
 # Not of use here: who maintains it has no address, and it does not go to Debian.
 lint() {
@@ -91,7 +64,7 @@ check 'make deb, again' "$MAKE" -s deb
 check 'the same bytes twice' cmp "$deb" "$tmp/first.deb"
 
 mkdir -p "$tmp/deb"
-cp "$deb" test/deb.sh "$tmp/deb/"
+cp "$deb" test/deb.sh test/lib.sh "$tmp/deb/"
 deb=/tmp/deb/$(basename "$deb")
 # shellcheck disable=SC2016 # that is for the inner shell
 unshare --mount --pid --fork --kill-child --net --ipc --uts sh -euc '

@@ -12,28 +12,8 @@ set -eu
 cd "$(dirname "$0")/.."
 MAKE=${MAKE:-make}
 
-tmp=$(mktemp -d)
-trap 'rm -rf "$tmp"' EXIT
-trap 'exit 1' HUP INT TERM
-: >"$tmp/lines"
-
-# check NAME COMMAND...
-check() {
-    name=$1
-    shift
-    if "$@" >"$tmp/output" 2>&1; then
-        echo "ok $name" | tee -a "$tmp/lines"
-    else
-        sed 's/^/    /' "$tmp/output"
-        echo "not ok $name: $*" | tee -a "$tmp/lines"
-    fi
-}
-
-# silent COMMAND...: it succeeds, and says nothing.
-silent() {
-    "$@" 2>&1 | tee "$tmp/said"
-    [ ! -s "$tmp/said" ]
-}
+# shellcheck source=test/lib.sh
+. test/lib.sh
 
 # Debian packages, unpacked into build/deploy/root once.
 fetch() {
@@ -114,7 +94,7 @@ for file in sbin/kmsplugin sbin/kmsplugin-textfile share/man/man8/kmsplugin.8 li
     lib/systemd/system/kmsplugin-textfile.service lib/systemd/system/kmsplugin-textfile.timer; do
     check "make install: $file" test -f "$tmp/stage/usr/local/$file"
 done
-check 'shellcheck' shellcheck test/deploy.sh test/deploy/boot.sh test/deploy/inside.sh deploy/openrc/kmsplugin deploy/metrics/kmsplugin-textfile
+check 'shellcheck' shellcheck -x test/deploy.sh test/deploy/boot.sh test/deploy/inside.sh deploy/openrc/kmsplugin deploy/metrics/kmsplugin-textfile
 check 'man page: lint' lint_man doc/kmsplugin.8
 check 'man page: the options of --help' same "$(man_options)" "$(help_options)"
 check 'man page: the verbs of --help' same "$(man_verbs)" "$(help_verbs)"
@@ -156,7 +136,4 @@ for block in "$stage"/test/doc/*; do
     check "guide, ${block##*/} was run" grep -qx "ran ${block##*/}" "$tmp/inside"
 done
 
-passed=$(grep -c '^ok ' "$tmp/lines") || :
-failed=$(grep -c '^not ok ' "$tmp/lines") || :
-echo "$passed passed, $failed failed"
-[ "$failed" -eq 0 ] && [ "$passed" -gt 0 ]
+summary

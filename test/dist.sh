@@ -7,22 +7,9 @@ cd "$(dirname "$0")/.."
 MAKE=${MAKE:-make}
 unset MAKEFLAGS MFLAGS MAKELEVEL    # of a make that calls this
 
-tmp=$(mktemp -d)
-chmod 755 "$tmp"
-trap 'rm -rf "$tmp"' EXIT
-trap 'exit 1' HUP INT TERM
-
-# check NAME COMMAND...
-check() {
-    name=$1
-    shift
-    if "$@" >"$tmp/output" 2>&1; then
-        echo "ok dist: $name"
-    else
-        sed 's/^/    /' "$tmp/output"
-        echo "not ok dist: $name: $*"
-    fi
-}
+# shellcheck source=test/lib.sh
+. test/lib.sh
+label='dist: '
 
 version=$(sed -n 's/^VERSION = //p' Makefile)
 release=kmsplugin-$version

@@ -18,8 +18,10 @@ USER_ID=65532           # as deploy/Dockerfile has it
 STRANGER=12345
 MAKE=${MAKE:-make}
 
-tmp=$(mktemp -d)
-chmod 755 "$tmp"
+# shellcheck source=test/lib.sh
+. test/lib.sh
+label='image: '
+
 storage() {
     podman --storage-driver vfs --root "$tmp/root" --runroot "$tmp/run" --tmpdir "$tmp/tmp" --cgroup-manager cgroupfs \
         --events-backend file "$@"
@@ -27,30 +29,6 @@ storage() {
 clean() {
     storage rm --all --force --time 0 >/dev/null 2>&1 || :
     soon rm -rf "$tmp" 2>/dev/null  # podman cleans up by a process of its own
-}
-trap clean EXIT
-trap 'exit 1' HUP INT TERM
-
-# check NAME COMMAND...
-check() {
-    name=$1
-    shift
-    if "$@" >"$tmp/output" 2>&1; then
-        echo "ok image: $name"
-    else
-        sed 's/^/    /' "$tmp/output"
-        echo "not ok image: $name: $*"
-    fi
-}
-
-fails() { ! "$@"; }
-
-soon() {
-    for _ in $(seq 100); do
-        "$@" && return
-        sleep 0.1
-    done
-    return 1
 }
 
 # What is in the archive: one layer of one file, for one numeric user, and nothing that tells when or where it was made.
@@ -99,15 +77,15 @@ run() {
 
 # What the kernel says of the process in the container.
 confined() {
-    pid=$(storage inspect --format '{{.State.Pid}}' "$1")
-    grep -E '^(Uid|Gid|Groups|Cap|NoNewPrivs|Seccomp:)' "/proc/$pid/status"
-    grep -q "^Uid:	$USER_ID	$USER_ID	$USER_ID	$USER_ID\$" "/proc/$pid/status"
-    grep -q "^Gid:	$USER_ID	" "/proc/$pid/status"
-    [ "$(grep -c -E '^Cap(Inh|Prm|Eff|Bnd|Amb):	0{16}$' "/proc/$pid/status")" -eq 5 ]
-    grep -q '^NoNewPrivs:	1$' "/proc/$pid/status"
-    grep -q '^Seccomp:	2$' "/proc/$pid/status"
-    [ "$(grep -c : "/proc/$pid/net/dev")" -eq 1 ]     # lo alone
-    grep -q ' / / ro[, ]' "/proc/$pid/mountinfo" || grep -q ' / ro[, ]' "/proc/$pid/mountinfo"
+    process=$(storage inspect --format '{{.State.Pid}}' "$1")
+    grep -E '^(Uid|Gid|Groups|Cap|NoNewPrivs|Seccomp:)' "/proc/$process/status" &&
+        grep -q "^Uid:	$USER_ID	$USER_ID	$USER_ID	$USER_ID\$" "/proc/$process/status" &&
+        grep -q "^Gid:	$USER_ID	" "/proc/$process/status" &&
+        [ "$(grep -c -E '^Cap(Inh|Prm|Eff|Bnd|Amb):	0{16}$' "/proc/$process/status")" -eq 5 ] &&
+        grep -q '^NoNewPrivs:	1$' "/proc/$process/status" &&
+        grep -q '^Seccomp:	2$' "/proc/$process/status" &&
+        [ "$(grep -c : "/proc/$process/net/dev")" -eq 1 ] &&    # lo alone
+        grep -q ' / ro[, ]' "/proc/$process/mountinfo"
 }
 
 as() {
@@ -115,9 +93,9 @@ as() {
 }
 
 stops() {
-    storage stop --time 10 "$1"
-    [ "$(storage inspect --format '{{.State.ExitCode}}' "$1")" -eq 0 ]
-    [ ! -e "$tmp/$1/kms.sock" ]
+    storage stop --time 10 "$1" &&
+        [ "$(storage inspect --format '{{.State.ExitCode}}' "$1")" -eq 0 ] &&
+        [ ! -e "$tmp/$1/kms.sock" ]
 }
 
 logged() {

@@ -10,42 +10,11 @@
 # The last line tells how many tests passed and failed.
 set -eu
 cd "$(dirname "$0")/.."
-PART_SECONDS=900        # of one part, should it hang
+# shellcheck source=test/lib.sh
+. test/lib.sh
 
-tmp=$(mktemp -d)
-pid=
-clean() {
-    if [ -n "$pid" ]; then
-        kill "$pid" 2>/dev/null || :
-        wait "$pid" || :
-    fi
-    rm -rf "$tmp"
-}
-trap clean EXIT
-trap 'exit 1' HUP INT TERM
-
-: >"$tmp/lines"
 [ $# -gt 0 ] || set -- image dist sbom deb
 for part; do
-    echo "== $part"
-    timeout "$PART_SECONDS" "test/$part.sh" >"$tmp/output" 2>&1 &
-    pid=$!
-    status=0
-    wait "$pid" || status=$?
-    pid=
-    if [ "$status" -ne 0 ] || ! grep -q '^ok ' "$tmp/output"; then
-        echo "not ok $part: came to no end, status $status" >>"$tmp/output"
-    fi
-    tee -a "$tmp/lines" <"$tmp/output"
+    suite "$part" "test/$part.sh"
 done
-
-count() {
-    grep -c "^$1 " "$tmp/lines" || :
-}
-passed=$(count ok) failed=$(count 'not ok') skipped=$(count skip)
-if [ "$skipped" -gt 0 ]; then
-    echo "$passed passed, $failed failed, $skipped skipped"
-else
-    echo "$passed passed, $failed failed"
-fi
-[ "$failed" -eq 0 ] && [ "$passed" -gt 0 ]
+summary
