@@ -864,11 +864,10 @@ static int random_nonce(struct random *r, uint8_t nonce[NONCE_BYTES]) {
 
 /* The class whose blocks hold `size` bytes, the least power of two not under it; HEAP_CLASSES if none does. */
 static unsigned heap_class(size_t size) {
-    enum { LONG_BITS = 8 * sizeof(unsigned long), CLASS0_BITS = 6 };
-    _Static_assert(HEAP_CLASS0_BYTES == 1 << CLASS0_BITS, "of class 0");
+    enum { LONG_BITS = 8 * sizeof(unsigned long) };
     if (size <= HEAP_CLASS0_BYTES)
         return 0;
-    unsigned class = LONG_BITS - CLASS0_BITS - (unsigned)__builtin_clzl(size - 1);
+    unsigned class = LONG_BITS - (unsigned)__builtin_clzl((size - 1) / HEAP_CLASS0_BYTES);
     return class < HEAP_CLASSES ? class : HEAP_CLASSES;
 }
 
@@ -3164,7 +3163,10 @@ static int seccomp_install(void) {
     return prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, &program);
 }
 
-/* Gives up every capability, the bounding set's right to regain them included. */
+/*
+ * Gives up every capability. The bounding set stays, and is of no use: after
+ * privileges_freeze no execve could regain one, and there is no execve either.
+ */
 static int capabilities_drop(void) {
     struct __user_cap_header_struct header = {.version = _LINUX_CAPABILITY_VERSION_3};
     struct __user_cap_data_struct none[_LINUX_CAPABILITY_U32S_3] = {0};
