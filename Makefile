@@ -96,11 +96,11 @@ STATIC_LD = -flto-partition=one -static-pie -Wl,--gc-sections -Wl,--exclude-libs
 # What runs often, as `make profile` recorded it: the compiler makes that fast and the rest small. The record is committed,
 # so that the same bytes come out anywhere. A function changed since is built as if there were none; make gate notices.
 PROFILE = $(if $(wildcard deploy/profile/$(ARCH)),-fprofile-use=$(CURDIR)/deploy/profile/$(ARCH) \
-	-fprofile-prefix-path=$(CURDIR) -Wno-missing-profile -Wno-coverage-mismatch)
+	-fprofile-prefix-path=$(CURDIR) -Wno-missing-profile -Wno-coverage-mismatch -mstringop-strategy=libcall)
 static: $(STATIC)
 $(STATIC): $(SOURCES) $(HEADERS) build/static/$(ARCH)/lib/libbearssl.a
 	build/static/$(ARCH)/bin/cc $(STD) $(WARN) $(STATIC_FLAGS) $(PROFILE) -o $@ $(SOURCES) $(STATIC_LD) -Wl,-Map=$@.map $(LIBS)
-build/static/$(ARCH)/lib/libbearssl.a: deploy/static-libs.sh $(wildcard deploy/profile/$(ARCH))
+build/static/$(ARCH)/lib/libbearssl.a: deploy/static-libs.sh deploy/string.c $(wildcard deploy/profile/$(ARCH))
 	ARCH=$(ARCH) CC= AR= CFLAGS='$(STATIC_FLAGS) $(PROFILE)' deploy/static-libs.sh
 
 profile:

@@ -38,6 +38,7 @@
  */
 #define _GNU_SOURCE /* accept4, struct ucred, environ */
 #include <bearssl.h>
+#include <endian.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <grp.h>
@@ -189,15 +190,14 @@ struct random {
 
 /* A fast or a constant-time implementation, whichever this CPU has. */
 struct suite {
-    const br_block_cbcenc_class *cbc; /* a block at a time */
-    const br_block_ctr_class *ctr; /* many at once */
+    const br_block_ctrcbc_class *aes; /* CBC-MAC for a block at a time, CTR for many at once */
     br_ghash ghash;
     const char *name;
 };
 
 /* A key encryption key: its AES key schedule and what follows from it. */
 struct kek {
-    br_aes_gen_cbcenc_keys aes;
+    br_aes_gen_ctrcbc_keys aes;
     uint8_t k1[BLOCK_BYTES]; /* CMAC's first subkey */
     uint8_t fingerprint[FINGERPRINT_BYTES];
     char key_id[KEY_ID_LEN + 1];
@@ -282,15 +282,15 @@ struct metrics {
 /* A counted block of memory: kept in a list of its class when it is free. */
 struct block {
     uint32_t size; /* asked for */
-    uint32_t class; /* HEAP_CLASSES: too large to be kept */
+    uint32_t cost; /* see heap_cost */
     struct block *next; /* when free */
     _Alignas(max_align_t) uint8_t bytes[]; /* what malloc would promise */
 };
 
 struct heap {
     struct block *free[HEAP_CLASSES];
-    size_t kept; /* bytes on those lists */
-    size_t in_use; /* cost of what was not given back */
+    size_t total; /* cost of all blocks there are */
+    size_t in_use; /* of which were not given back */
 };
 
 enum http_method { METHOD_OTHER, METHOD_POST, METHOD_GET, METHOD_CONNECT };
@@ -644,6 +644,12 @@ static void log_line(enum log_level level, const char *format, ...) {
 
 /* ------------------------------------------------------------------- Bytes */
 
+/* Overwrites what must not stay in memory; the compiler may inline it, and not leave it out. */
+static void wipe(void *bytes, size_t len) {
+    memset(bytes, 0, len);
+    __asm__ volatile("" : : "r"(bytes) : "memory");
+}
+
 /*
  * Overwrites the stack below the caller, where BearSSL's functions have left
  * round keys and plaintext. Not inlined, so that its array lies where they were.
@@ -651,7 +657,7 @@ static void log_line(enum log_level level, const char *format, ...) {
 __attribute__((noinline))
 static void stack_wipe(void) {
     uint8_t below[STACK_WIPE_BYTES];
-    explicit_bzero(below, sizeof below);
+    wipe(below, sizeof below);
 }
 
 static void hex_encode(const uint8_t *bytes, size_t len, char *out) {
@@ -717,30 +723,34 @@ static void base64_encode(const uint8_t *bytes, size_t len, char *out) {
     *out = '\0';
 }
 
-/* Whether the bytes are UTF-8 as RFC 3629 has it: no surrogates, nothing overlong. */
-static bool utf8_valid(const uint8_t *s, size_t len) {
+/* Whether the bytes are UTF-8 as RFC 3629 has it (no surrogates, nothing overlong): 0, 1 if a NUL is among them, or -1. */
+static int utf8_check(const uint8_t *s, size_t len) {
+    const uint64_t ones = 0x0101010101010101, highs = 0x8080808080808080;
+    int nul = 0;
     for (size_t i = 0; i < len;) {
-        uint64_t eight; /* most strings are ASCII all through */
+        uint64_t eight; /* most strings are ASCII all through: neither a high bit, nor a byte that 1 is too much for */
         for (; len - i >= sizeof eight; i += sizeof eight) {
             memcpy(&eight, s + i, sizeof eight);
-            if (eight & 0x8080808080808080)
+            if ((eight | (eight - ones)) & highs)
                 break;
         }
         if (i == len)
             break;
         uint8_t c = s[i++];
-        if (c < 0x80)
+        if (c < 0x80) {
+            nul |= c == 0;
             continue;
+        }
         size_t more = c >= 0xc2 && c <= 0xdf ? 1 : c >= 0xe0 && c <= 0xef ? 2 : c >= 0xf0 && c <= 0xf4 ? 3 : 0;
         if (more == 0 || len - i < more)
-            return false;
+            return -1;
         uint8_t low = c == 0xe0 ? 0xa0 : c == 0xf0 ? 0x90 : 0x80;
         uint8_t high = c == 0xed ? 0x9f : c == 0xf4 ? 0x8f : 0xbf;
         for (; more > 0; more--, low = 0x80, high = 0xbf)
             if (s[i] < low || s[i++] > high)
-                return false;
+                return -1;
     }
-    return true;
+    return nul;
 }
 
 static int varint_next(const uint8_t **at, const uint8_t *end, uint64_t *value) {
@@ -808,17 +818,12 @@ static int strings_check(const ProtobufCMessageDescriptor *type, const uint8_t *
         const ProtobufCFieldDescriptor *known = protobuf_c_message_descriptor_get_field(type, f.number);
         if (!known || f.wire_type != 2)
             continue;
-        if (known->type == PROTOBUF_C_TYPE_STRING) {
-            if (!utf8_valid(f.bytes, f.len))
-                return -1;
-            if (memchr(f.bytes, 0, f.len))
-                nul = 1;
-        } else if (known->type == PROTOBUF_C_TYPE_MESSAGE) { /* kms.proto nests one level */
-            int inner = strings_check(known->descriptor, f.bytes, f.len);
-            if (inner < 0)
-                return -1;
-            nul |= inner;
-        }
+        int verdict = known->type == PROTOBUF_C_TYPE_STRING    ? utf8_check(f.bytes, f.len)
+                      : known->type == PROTOBUF_C_TYPE_MESSAGE ? strings_check(known->descriptor, f.bytes, f.len)
+                                                               : 0; /* kms.proto nests one level */
+        if (verdict < 0)
+            return -1;
+        nul |= verdict;
     }
     return more < 0 ? -1 : nul;
 }
@@ -846,7 +851,7 @@ static int random_nonce(struct random *r, uint8_t nonce[NONCE_BYTES]) {
     }
     r->left -= NONCE_BYTES;
     memcpy(nonce, r->bytes + r->left, NONCE_BYTES);
-    explicit_bzero(r->bytes + r->left, NONCE_BYTES);
+    wipe(r->bytes + r->left, NONCE_BYTES);
     return 0;
 }
 
@@ -862,61 +867,74 @@ static int random_nonce(struct random *r, uint8_t nonce[NONCE_BYTES]) {
  * whole arena taken back. It is also where the answer is put together.
  */
 
-/* The class whose blocks hold `size` bytes, the least power of two not under it; HEAP_CLASSES if none does. */
+/* The class whose blocks hold `size` bytes, the least power of two not under it. HEAP_CLASSES or more: none does. */
 static unsigned heap_class(size_t size) {
     enum { LONG_BITS = 8 * sizeof(unsigned long) };
-    if (size <= HEAP_CLASS0_BYTES)
-        return 0;
-    unsigned class = LONG_BITS - (unsigned)__builtin_clzl((size - 1) / HEAP_CLASS0_BYTES);
-    return class < HEAP_CLASSES ? class : HEAP_CLASSES;
+    unsigned long half_classes = ((size - 1) | (HEAP_CLASS0_BYTES - 1)) / (HEAP_CLASS0_BYTES / 2);
+    return LONG_BITS - 1 - (unsigned)__builtin_clzl(half_classes);
+}
+
+/* The bytes of a block for that many: a power of two if it will be kept. */
+static size_t heap_cap(size_t size) {
+    unsigned class = heap_class(size);
+    return class < HEAP_CLASSES ? (size_t)HEAP_CLASS0_BYTES << class : size;
 }
 
 /* What such a block takes in memory, malloc's own header included: the figure that limits count. */
-static size_t block_cost(unsigned class, size_t size) {
-    enum { MALLOC_BYTES = 16 };
-    return sizeof(struct block) + MALLOC_BYTES + (class < HEAP_CLASSES ? (size_t)HEAP_CLASS0_BYTES << class : size);
-}
-
 static size_t heap_cost(size_t size) {
-    return block_cost(heap_class(size), size);
-}
-
-/* A block of at least `size` bytes, or NULL. */
-static void *heap_new(struct heap *h, size_t size) {
-    if (size > UINT32_MAX - sizeof(struct block))
-        return NULL;
-    unsigned class = heap_class(size);
-    struct block *b = class < HEAP_CLASSES ? h->free[class] : NULL;
-    if (b) {
-        h->free[class] = b->next;
-        h->kept -= (size_t)HEAP_CLASS0_BYTES << class;
-    } else {
-        b = malloc(sizeof *b + (class < HEAP_CLASSES ? (size_t)HEAP_CLASS0_BYTES << class : size));
-        if (!b)
-            return NULL;
-        b->class = class;
-    }
-    b->size = (uint32_t)size;
-    h->in_use += block_cost(class, size);
-    return b->bytes;
+    enum { MALLOC_BYTES = 16 };
+    return sizeof(struct block) + MALLOC_BYTES + heap_cap(size);
 }
 
 static struct block *block_of(void *bytes) {
     return (struct block *)((char *)bytes - offsetof(struct block, bytes));
 }
 
+/* The cost of what heap_new gave. */
+static size_t block_cost(void *bytes) {
+    return block_of(bytes)->cost;
+}
+
+/* A block from malloc, or NULL. */
+static struct block *block_new(struct heap *h, size_t size) {
+    struct block *b = size > HEAP_MAX ? NULL : malloc(sizeof *b + heap_cap(size));
+    if (b) {
+        b->cost = (uint32_t)heap_cost(size);
+        h->total += b->cost;
+    }
+    return b;
+}
+
+static void block_free(struct heap *h, struct block *b) {
+    h->total -= b->cost;
+    free(b);
+}
+
+/* A block of at least `size` bytes, or NULL. */
+static void *heap_new(struct heap *h, size_t size) {
+    unsigned class = heap_class(size);
+    struct block *b = class < HEAP_CLASSES ? h->free[class] : NULL;
+    if (b)
+        h->free[class] = b->next;
+    else if (!(b = block_new(h, size)))
+        return NULL;
+    b->size = (uint32_t)size;
+    h->in_use += b->cost;
+    return b->bytes;
+}
+
 /* Wipes the block and takes it back. Returns its cost. */
 static size_t heap_free(struct heap *h, void *bytes) {
     struct block *b = block_of(bytes);
-    size_t cost = block_cost(b->class, b->size), cap = (size_t)HEAP_CLASS0_BYTES << b->class;
-    explicit_bzero(b->bytes, b->size);
+    size_t cost = b->cost;
+    unsigned class = heap_class(b->size);
+    wipe(b->bytes, b->size);
     h->in_use -= cost;
-    if (b->class < HEAP_CLASSES && h->kept + cap <= HEAP_KEEP_BYTES) {
-        b->next = h->free[b->class];
-        h->free[b->class] = b;
-        h->kept += cap;
+    if (class < HEAP_CLASSES && h->total - h->in_use <= HEAP_KEEP_BYTES) {
+        b->next = h->free[class];
+        h->free[class] = b;
     } else {
-        free(b);
+        block_free(h, b);
     }
     return cost;
 }
@@ -926,10 +944,9 @@ static void heap_tidy(struct heap *h) {
     for (unsigned class = 0; class < HEAP_CLASSES; class++) {
         for (struct block *b; (b = h->free[class]);) {
             h->free[class] = b->next;
-            free(b);
+            block_free(h, b);
         }
     }
-    h->kept = 0;
 }
 
 static int arena_init(struct arena *a) {
@@ -959,7 +976,7 @@ static void arena_free(void *arena, void *p) {
 /* Wipes what was used and takes all of it back. */
 static void arena_reset(struct arena *a) {
     size_t keep = a->used < ARENA_KEEP_BYTES ? a->used : ARENA_KEEP_BYTES;
-    explicit_bzero(a->base, keep);
+    wipe(a->base, keep);
     if (a->used > keep)
         madvise(a->base + keep, ARENA_BYTES - keep, MADV_DONTNEED); /* zero from here on */
     a->used = 0;
@@ -994,55 +1011,69 @@ static void arena_reset(struct arena *a) {
 
 /* BearSSL's fastest constant-time code for this CPU. */
 static struct suite suite_choose(void) {
-    struct suite s = {.cbc = br_aes_x86ni_cbcenc_get_vtable(),
-                      .ctr = br_aes_x86ni_ctr_get_vtable(),
-                      .ghash = br_ghash_pclmul_get(),
-                      .name = "aesni"};
+    struct suite s = {
+        .aes = br_aes_x86ni_ctrcbc_get_vtable(), .ghash = br_ghash_pclmul_get(), .name = "aesni"};
     bool wide = sizeof(void *) == 8;
-    if (!s.cbc || !s.ctr || !s.ghash) {
-        s.cbc = wide ? &br_aes_ct64_cbcenc_vtable : &br_aes_ct_cbcenc_vtable;
-        s.ctr = wide ? &br_aes_ct64_ctr_vtable : &br_aes_ct_ctr_vtable;
+    if (!s.aes || !s.ghash) {
+        s.aes = wide ? &br_aes_ct64_ctrcbc_vtable : &br_aes_ct_ctrcbc_vtable;
         s.ghash = wide ? br_ghash_ctmul64 : br_ghash_ctmul;
         s.name = wide ? "ct64" : "ct32";
     }
     return s;
 }
 
-/* block = AES(key, block ^ mask): the first step of CBC, as BearSSL has no bare block. */
-static void aes_block(const br_aes_gen_cbcenc_keys *key, const uint8_t mask[BLOCK_BYTES], uint8_t block[BLOCK_BYTES]) {
-    uint8_t iv[BLOCK_BYTES]; /* takes the result as well */
-    memcpy(iv, mask, BLOCK_BYTES);
-    key->vtable->run(&key->vtable, iv, block, BLOCK_BYTES);
-    explicit_bzero(iv, sizeof iv);
+/* block = AES(key, block ^ mask): a step of CBC-MAC, as BearSSL has no bare block. */
+static void aes_block(const br_aes_gen_ctrcbc_keys *key, const uint8_t mask[BLOCK_BYTES], uint8_t block[BLOCK_BYTES]) {
+    key->vtable->mac(&key->vtable, block, mask, BLOCK_BYTES);
 }
 
 /*
- * AES-GCM in place over data. With `seal`, encrypts and writes the tag; else
- * checks the tag in constant time, and leaves zeros when it is wrong. key_len is
- * 16, 24 or 32. Returns 0, or -1 for a wrong tag.
+ * AES-GCM (NIST SP 800-38D) in place over data. With `seal`, encrypts and writes the
+ * tag; else checks the tag in constant time, and leaves zeros when it is wrong.
+ * key_len is 16, 24 or 32. Returns 0, or -1 for a wrong tag.
+ *
+ * The first counter block is the tag's mask, and the data's key stream follows. What
+ * kube-apiserver sends is 32 bytes, so both come out of one run over four blocks.
  */
 static int gcm_crypt(const struct suite *suite, bool seal, const uint8_t *key, size_t key_len,
                      const uint8_t nonce[12], const uint8_t *aad, size_t aad_len,
                      uint8_t *data, size_t len, uint8_t tag[TAG_BYTES]) {
+    br_aes_gen_ctrcbc_keys aes;
     struct {
-        br_aes_gen_ctr_keys aes;
-        br_gcm_context gcm;
-    } work;
-    int result = 0;
-    suite->ctr->init(&work.aes.vtable, key, key_len);
-    br_gcm_init(&work.gcm, &work.aes.vtable, suite->ghash);
-    br_gcm_reset(&work.gcm, nonce, 12);
-    br_gcm_aad_inject(&work.gcm, aad, aad_len);
-    br_gcm_flip(&work.gcm);
-    br_gcm_run(&work.gcm, seal, data, len);
-    if (seal) {
-        br_gcm_get_tag(&work.gcm, tag);
-    } else if (!br_gcm_check_tag(&work.gcm, tag)) {
-        explicit_bzero(data, len);
-        result = -1;
-    }
-    explicit_bzero(&work, sizeof work);
-    return result;
+        uint8_t h[BLOCK_BYTES], hash[BLOCK_BYTES], counter[BLOCK_BYTES];
+        uint8_t run[4 * BLOCK_BYTES]; /* mask and the first of the data */
+    } w = {.counter[BLOCK_BYTES - 1] = 1};
+    const uint8_t zero[BLOCK_BYTES] = {0};
+    const uint64_t lengths[2] = {htobe64(8 * (uint64_t)aad_len), htobe64(8 * (uint64_t)len)};
+    uint8_t wrong = 0;
+    size_t first = len < sizeof w.run - BLOCK_BYTES ? len : sizeof w.run - BLOCK_BYTES;
+    suite->aes->init(&aes.vtable, key, key_len);
+    aes_block(&aes, zero, w.h);
+    memcpy(w.counter, nonce, 12);
+    memcpy(w.run + BLOCK_BYTES, data, first);
+
+    suite->ghash(w.hash, w.h, aad, aad_len);
+    if (!seal)
+        suite->ghash(w.hash, w.h, data, len);
+    aes.vtable->ctr(&aes.vtable, w.counter, w.run, sizeof w.run);
+    memcpy(data, w.run + BLOCK_BYTES, first);
+    if (len > first)
+        aes.vtable->ctr(&aes.vtable, w.counter, data + first, len - first);
+    if (seal)
+        suite->ghash(w.hash, w.h, data, len);
+    suite->ghash(w.hash, w.h, lengths, sizeof lengths);
+
+    for (size_t i = 0; i < TAG_BYTES; i++)
+        w.hash[i] ^= w.run[i];
+    if (seal)
+        memcpy(tag, w.hash, TAG_BYTES);
+    for (size_t i = 0; i < TAG_BYTES; i++)
+        wrong |= w.hash[i] ^ tag[i];
+    if (wrong)
+        wipe(data, len);
+    wipe(&aes, sizeof aes);
+    wipe(&w, sizeof w);
+    return wrong ? -1 : 0;
 }
 
 /* XAES-256-GCM in place over data, as gcm_crypt. */
@@ -1058,7 +1089,7 @@ static int xaes_crypt(const struct suite *suite, bool seal, const struct kek *ke
         aes_block(&kek->aes, kek->k1, block);
     }
     int result = gcm_crypt(suite, seal, key, sizeof key, nonce + 12, aad, aad_len, data, len, tag);
-    explicit_bzero(key, sizeof key);
+    wipe(key, sizeof key);
     return result;
 }
 
@@ -1071,8 +1102,8 @@ static void hmac_sha256(const uint8_t *key, size_t key_len, const void *data, si
     br_hmac_init(&hc, &kc, out_len);
     br_hmac_update(&hc, data, len);
     br_hmac_out(&hc, out);
-    explicit_bzero(&kc, sizeof kc);
-    explicit_bzero(&hc, sizeof hc);
+    wipe(&kc, sizeof kc);
+    wipe(&hc, sizeof hc);
 }
 
 /* Sets up a KEK from its 32 bytes, which the caller wipes. */
@@ -1080,12 +1111,12 @@ static void kek_init(struct kek *kek, const struct suite *suite, const uint8_t k
     static const char label[] = "kmsplugin key_id v1";
     const uint8_t zero[BLOCK_BYTES] = {0};
     uint8_t l[BLOCK_BYTES] = {0};
-    suite->cbc->init(&kek->aes.vtable, key, KEK_BYTES);
+    suite->aes->init(&kek->aes.vtable, key, KEK_BYTES);
     aes_block(&kek->aes, zero, l);
     for (size_t i = 0; i < BLOCK_BYTES; i++)
         kek->k1[i] = (uint8_t)(l[i] << 1 | (i + 1 < BLOCK_BYTES ? l[i + 1] >> 7 : 0));
     kek->k1[BLOCK_BYTES - 1] ^= (uint8_t)(0x87 & (0u - (l[0] >> 7)));
-    explicit_bzero(l, sizeof l);
+    wipe(l, sizeof l);
     hmac_sha256(key, KEK_BYTES, label, sizeof label - 1, kek->fingerprint, FINGERPRINT_BYTES);
     hex_encode(kek->fingerprint, FINGERPRINT_BYTES, kek->key_id);
 }
@@ -1197,7 +1228,7 @@ static bool environment_take(char *text, size_t cap) {
             memcpy(text, value, len);
             text[len] = '\0';
         }
-        explicit_bzero(value, strlen(value));
+        wipe(value, strlen(value));
         found = true;
     }
     return found;
@@ -1215,7 +1246,7 @@ static struct ring *ring_new(void) {
 }
 
 static void ring_free(struct ring *ring) {
-    explicit_bzero(ring, sizeof *ring);
+    wipe(ring, sizeof *ring);
     munmap(ring, sizeof *ring);
 }
 
@@ -1260,7 +1291,7 @@ static const char *ring_add(struct ring *ring, const char *text, size_t len) {
         else
             ring->count++;
     }
-    explicit_bzero(key, sizeof key);
+    wipe(key, sizeof key);
     return wrong;
 }
 
@@ -1318,7 +1349,7 @@ static struct ring *ring_load(void) {
     if (path)
         source = "KMS_KEK_FILE", len = key_file_read(path, ring->text, sizeof ring->text);
     ring_parse(ring, source, ring->text, len);
-    explicit_bzero(ring->text, sizeof ring->text);
+    wipe(ring->text, sizeof ring->text);
     stack_wipe();
     return ring;
 }
@@ -1804,7 +1835,7 @@ static enum verdict request_known(struct request *r, enum field_name name, const
         r->grpc = usual || is_grpc(value, len);
         break;
     case FIELD_CONTENT_LENGTH:
-        sound = request_content_length(r, value, len);
+        sound = usual = request_content_length(r, value, len);
         break;
     case FIELD_TIMEOUT:
         r->timeout_us = grpc_timeout_us(value, len);
@@ -1936,10 +1967,9 @@ static bool conn_has_room(const struct conn *c, size_t cost) {
 
 /* Counted memory, or NULL: the caller's connection is then closed by the loop. */
 static void *conn_new_bytes(struct conn *c, size_t size) {
-    size_t cost = heap_cost(size);
-    void *bytes = conn_has_room(c, cost) ? heap_new(&c->server->heap, size) : NULL;
+    void *bytes = conn_has_room(c, heap_cost(size)) ? heap_new(&c->server->heap, size) : NULL;
     if (bytes)
-        c->held += cost;
+        c->held += block_cost(bytes);
     return bytes;
 }
 
@@ -1964,17 +1994,16 @@ static uint8_t *buffer_new(struct conn *c, size_t size) {
  */
 static void *session_malloc(size_t size, void *conn) {
     struct conn *c = conn;
-    size_t cost = heap_cost(size);
-    c->doomed |= !conn_has_room(c, cost);
     void *bytes = heap_new(&c->server->heap, size);
     if (!bytes) {
         heap_tidy(&c->server->heap);
         bytes = heap_new(&c->server->heap, size);
     }
     if (bytes)
-        c->held += cost;
+        c->held += block_cost(bytes);
     else
         c->doomed = c->broken = true; /* the system has no memory left: better a leak than what might follow */
+    c->doomed |= !conn_has_room(c, 0);
     return bytes;
 }
 
@@ -2437,7 +2466,7 @@ static int conn_flush(struct conn *c) {
         ssize_t n = rv == 0 ? conn_write(c, s->out, s->out_len) : -1;
         if (n >= 0 && (size_t)n < s->out_len)
             rv = conn_keep(c, s->out + n, s->out_len - (size_t)n);
-        explicit_bzero(s->out, s->out_len);
+        wipe(s->out, s->out_len);
         if (n < 0 || rv < 0)
             return -1;
         if (c->out)
@@ -2458,7 +2487,7 @@ static int conn_read(struct conn *c) {
         return -1;
     c->idle_since_ms = s->now_ms;
     ssize_t used = nghttp2_session_mem_recv(c->session, s->in, (size_t)n);
-    explicit_bzero(s->in, (size_t)n);
+    wipe(s->in, (size_t)n);
     return used < 0 ? -1 : conn_flush(c);
 }
 
@@ -2976,7 +3005,7 @@ static void server_signal(struct server *s) {
 /* Milliseconds to sleep; -1 for good. */
 static int server_wait_ms(const struct server *s) {
     int64_t ms = s->next_ms == INT64_MAX ? INT64_MAX : s->next_ms > s->now_ms ? s->next_ms - s->now_ms : 0;
-    if (s->heap.kept > 0 && ms > TIDY_AFTER_MS)
+    if (s->heap.total > s->heap.in_use && ms > TIDY_AFTER_MS)
         ms = TIDY_AFTER_MS;
     return ms > INT_MAX ? -1 : (int)ms;
 }
@@ -3072,7 +3101,7 @@ static void server_free(struct server *s) {
         close(s->notify);
     close(s->epoll);
     close(s->signals.fd);
-    explicit_bzero(s, sizeof *s);
+    wipe(s, sizeof *s);
     free(s);
     stack_wipe();
 }
@@ -3631,8 +3660,8 @@ static void value_open_data(struct value *v, const struct ring *ring, const uint
                                           "(Kubernetes up to 1.24), which carries no tag and is not opened");
         }
     }
-    explicit_bzero(dek, sizeof dek);
-    explicit_bzero(expanded, sizeof expanded);
+    wipe(dek, sizeof dek);
+    wipe(expanded, sizeof expanded);
 }
 
 static void value_open_v1(struct value *v, const struct ring *ring, const uint8_t *key, size_t key_len,
@@ -3703,7 +3732,7 @@ static void value_open(struct value *v, const struct ring *ring, const uint8_t *
 
 static void value_wipe(struct value *v) {
     if (v->object) {
-        explicit_bzero(v->object, v->len);
+        wipe(v->object, v->len);
         free(v->object);
         v->object = NULL;
     }
@@ -4240,8 +4269,8 @@ static int genkey(void) {
     text[len] = '\n';
     if (write_all(STDOUT_FILENO, text, len + 1) < 0)
         die("standard output: %s", strerror(errno));
-    explicit_bzero(key, sizeof key);
-    explicit_bzero(text, sizeof text);
+    wipe(key, sizeof key);
+    wipe(text, sizeof text);
     return 0;
 }
 

@@ -82,7 +82,7 @@ static void round_trip(struct kms *kms, enum rpc rpc, const uint8_t *change, con
         if (d)
             protobuf_c_message_free_unpacked(&d->base, NULL);
     }
-    explicit_bzero(&one, sizeof one);
+    wipe(&one, sizeof one);
     free(sealed);
     free(request);
 }

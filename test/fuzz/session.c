@@ -216,7 +216,7 @@ static void server_begin(void) {
     server.metrics.statm = -1;
     server.share = IN_BYTES;
     server.next_ms = server.resume_accept_ms = server.drain_ms = INT64_MAX;
-    server.heap.kept = HEAP_KEEP_BYTES; /* none is kept, so that AddressSanitizer sees blocks go */
+    server.heap.total = HEAP_KEEP_BYTES; /* none is kept, so that AddressSanitizer sees blocks go */
     server_clock(&server);
 }
 
