@@ -30,7 +30,7 @@
  *
  * The way of one request: the loop (server_run) finds a connection readable;
  * conn_read hands its bytes to nghttp2, which calls on_header for each field
- * (request_field judges it) and on_data_chunk_recv for the body (body_append
+ * (request_field judges it) and on_data_chunk_recv for the body (stream_append
  * takes the gRPC frame apart). At END_STREAM stream_end calls kms_call, which
  * unpacks the message, seals or opens, and packs the answer; stream_answer hands
  * it to nghttp2 as HEADERS, DATA and trailers. When all that was read has been
@@ -1032,39 +1032,42 @@ static void aes_block(const br_aes_gen_ctrcbc_keys *key, const uint8_t mask[BLOC
  * tag; else checks the tag in constant time, and leaves zeros when it is wrong.
  * key_len is 16, 24 or 32. Returns 0, or -1 for a wrong tag.
  *
- * The first counter block is the tag's mask, and the data's key stream follows. What
- * kube-apiserver sends is 32 bytes, so both come out of one run over four blocks.
+ * BearSSL's CTR takes whole blocks, and four of them as fast as one. The key stream
+ * begins with the tag's mask, so that a run over four yields the mask and what
+ * encrypts 48 bytes: kube-apiserver's data keys have 32.
  */
 static int gcm_crypt(const struct suite *suite, bool seal, const uint8_t *key, size_t key_len,
                      const uint8_t nonce[12], const uint8_t *aad, size_t aad_len,
                      uint8_t *data, size_t len, uint8_t tag[TAG_BYTES]) {
     br_aes_gen_ctrcbc_keys aes;
     struct {
-        uint8_t h[BLOCK_BYTES], hash[BLOCK_BYTES], counter[BLOCK_BYTES];
-        uint8_t run[4 * BLOCK_BYTES]; /* mask and the first of the data */
+        uint8_t h[BLOCK_BYTES], hash[BLOCK_BYTES], mask[BLOCK_BYTES], counter[BLOCK_BYTES], run[4 * BLOCK_BYTES];
     } w = {.counter[BLOCK_BYTES - 1] = 1};
     const uint8_t zero[BLOCK_BYTES] = {0};
     const uint64_t lengths[2] = {htobe64(8 * (uint64_t)aad_len), htobe64(8 * (uint64_t)len)};
     uint8_t wrong = 0;
-    size_t first = len < sizeof w.run - BLOCK_BYTES ? len : sizeof w.run - BLOCK_BYTES;
     suite->aes->init(&aes.vtable, key, key_len);
     aes_block(&aes, zero, w.h);
     memcpy(w.counter, nonce, 12);
-    memcpy(w.run + BLOCK_BYTES, data, first);
 
     suite->ghash(w.hash, w.h, aad, aad_len);
     if (!seal)
         suite->ghash(w.hash, w.h, data, len);
-    aes.vtable->ctr(&aes.vtable, w.counter, w.run, sizeof w.run);
-    memcpy(data, w.run + BLOCK_BYTES, first);
-    if (len > first)
-        aes.vtable->ctr(&aes.vtable, w.counter, data + first, len - first);
+    for (size_t done = 0, skip = BLOCK_BYTES; skip > 0 || done < len; skip = 0) {
+        size_t room = sizeof w.run - skip, n = len - done < room ? len - done : room;
+        memcpy(w.run + skip, data + done, n);
+        aes.vtable->ctr(&aes.vtable, w.counter, w.run, sizeof w.run);
+        if (skip > 0)
+            memcpy(w.mask, w.run, BLOCK_BYTES);
+        memcpy(data + done, w.run + skip, n);
+        done += n;
+    }
     if (seal)
         suite->ghash(w.hash, w.h, data, len);
     suite->ghash(w.hash, w.h, lengths, sizeof lengths);
 
     for (size_t i = 0; i < TAG_BYTES; i++)
-        w.hash[i] ^= w.run[i];
+        w.hash[i] ^= w.mask[i];
     if (seal)
         memcpy(tag, w.hash, TAG_BYTES);
     for (size_t i = 0; i < TAG_BYTES; i++)
@@ -2230,25 +2233,30 @@ static int stream_head_end(struct stream *s) {
     return 0;
 }
 
-/*
- * Takes a piece of a request's body. An answer is given as soon as the prefix
- * tells that there is nothing to wait for.
- */
-static int body_append(struct stream *s, const uint8_t *data, size_t len) {
-    for (; len > 0 && s->prefix_len < GRPC_PREFIX_BYTES; data++, len--) {
-        s->prefix[s->prefix_len++] = *data;
-        if (s->prefix_len < GRPC_PREFIX_BYTES)
-            continue;
-        if (s->prefix[0] == 1)
-            return stream_fail(s, GRPC_UNIMPLEMENTED, "compressed messages are not supported, only identity");
-        if (s->prefix[0] != 0)
-            return stream_fail(s, GRPC_INTERNAL, "the compressed flag is neither 0 nor 1");
-        size_t n = grpc_prefix_len(s->prefix);
-        if (n > MESSAGE_MAX)
-            return stream_fail(s, GRPC_RESOURCE_EXHAUSTED, "the message is over 65536 bytes");
-        s->body_cap = n;
-        if (n > 0 && !(s->body = buffer_new(s->conn, n)))
-            return NGHTTP2_ERR_NOMEM;
+/* The prefix is there: room for the message, or an answer if there is nothing to wait for. */
+static int stream_prefix_end(struct stream *s) {
+    size_t len = grpc_prefix_len(s->prefix);
+    if (s->prefix[0] == 1)
+        return stream_fail(s, GRPC_UNIMPLEMENTED, "compressed messages are not supported, only identity");
+    if (s->prefix[0] != 0)
+        return stream_fail(s, GRPC_INTERNAL, "the compressed flag is neither 0 nor 1");
+    if (len > MESSAGE_MAX)
+        return stream_fail(s, GRPC_RESOURCE_EXHAUSTED, "the message is over 65536 bytes");
+    s->body_cap = len;
+    return len == 0 || (s->body = buffer_new(s->conn, len)) ? 0 : NGHTTP2_ERR_NOMEM;
+}
+
+/* Takes a piece of a request's body. */
+static int stream_append(struct stream *s, const uint8_t *data, size_t len) {
+    if (s->prefix_len < GRPC_PREFIX_BYTES) {
+        size_t missing = GRPC_PREFIX_BYTES - s->prefix_len, n = len < missing ? len : missing;
+        memcpy(s->prefix + s->prefix_len, data, n);
+        s->prefix_len += n;
+        data += n;
+        len -= n;
+        int rv = n < missing ? 0 : stream_prefix_end(s);
+        if (n < missing || rv != 0 || s->state == STREAM_ANSWERED)
+            return rv;
     }
     if (len > s->body_cap - s->body_len)
         return stream_fail(s, GRPC_INTERNAL, "more than one message in a unary call");
@@ -2271,9 +2279,9 @@ static int on_data_chunk_recv(nghttp2_session *session, uint8_t flags, int32_t i
         if (s->received > s->request.content_length)
             rv = stream_reset(s, NGHTTP2_PROTOCOL_ERROR);
         else if (s->request.method == METHOD_POST)
-            rv = body_append(s, data, len);
+            rv = stream_append(s, data, len);
     }
-    return callback_result(rv == 0 ? conn_consume(c) : rv);
+    return callback_result(rv);
 }
 
 /* The request is complete: answers it. */
@@ -2372,7 +2380,7 @@ static int on_stream_close(nghttp2_session *session, int32_t id, uint32_t error,
     struct stream *s = stream_find(c, id);
     if (s)
         stream_free(s);
-    return callback_result(conn_consume(c));
+    return 0;
 }
 
 /* What all sessions share. 0, or -1 without memory. */
@@ -2458,7 +2466,9 @@ static int conn_flush(struct conn *c) {
             c->out = NULL;
         }
         s->out_len = 0;
-        int rv = nghttp2_session_send(c->session);
+        int rv = conn_consume(c);
+        if (rv == 0)
+            rv = nghttp2_session_send(c->session);
         if (c->doomed)
             rv = NGHTTP2_ERR_NOMEM;
         if (rv == 0 && s->out_len == 0)
