@@ -40,7 +40,6 @@
 #include <bearssl.h>
 #include <errno.h>
 #include <fcntl.h>
-#include <grp.h>
 #include <limits.h>
 #include <linux/audit.h>
 #include <linux/capability.h>
@@ -48,7 +47,6 @@
 #include <linux/seccomp.h>
 #include <nghttp2/nghttp2.h>
 #include <poll.h>
-#include <pwd.h>
 #include <signal.h>
 #include <stdarg.h>
 #include <stdbool.h>
@@ -611,6 +609,25 @@ static void die_usage(const char *format, ...) {
 }
 
 /*
+ * A time as RFC 3339 has it, UTC. Not by gmtime_r: that brings time zones into the
+ * static binary, and glibc's reads a file. Years begin in March here, so that a leap
+ * day is a year's last, and five months from there on always have 153 days.
+ */
+static void text_time(struct text *t, const struct timespec *time) {
+    enum { YEAR = 365, FOUR_YEARS = 4 * YEAR + 1, CENTURY = 25 * FOUR_YEARS - 1, ERA = 4 * CENTURY + 1 };
+    enum { BEFORE_1970 = 719468 }; /* days since 1 March of the year 0 */
+    unsigned long long seconds = (unsigned long long)time->tv_sec, days = seconds / 86400 + BEFORE_1970;
+    unsigned day = (unsigned)(days % ERA), second = (unsigned)(seconds % 86400);
+    unsigned year = (day - day / (FOUR_YEARS - 1) + day / CENTURY - day / (ERA - 1)) / YEAR;
+    day -= YEAR * year + year / 4 - year / 100;
+    unsigned month = (5 * day + 2) / 153; /* 0: March */
+    day -= (153 * month + 2) / 5;
+    year += 400 * (unsigned)(days / ERA) + month / 10;
+    text_add(t, "%04u-%02u-%02uT%02u:%02u:%02u.%03uZ", year, (month + 2) % 12 + 1, day + 1,
+             second / 3600, second / 60 % 60, second % 60, (unsigned)(time->tv_nsec / 1000000));
+}
+
+/*
  * Writes one log line: time, level, then the pairs of `format`, "msg=..." first.
  * A line that stderr cannot take at once is dropped: a reader that has stopped
  * must not stop the server.
@@ -627,12 +644,10 @@ static void log_line(enum log_level level, const char *format, ...) {
     struct text t = {.buf = buf, .cap = sizeof buf - 1, .logfmt = true};
     struct timespec now;
     clock_gettime(CLOCK_REALTIME, &now);
-    struct tm utc;
-    gmtime_r(&now.tv_sec, &utc);
     static const char *const names[] = {"error", "warn", "info", "debug"};
-    text_add(&t, "time=%04d-%02d-%02dT%02d:%02d:%02d.%03dZ level=%s ", utc.tm_year + 1900,
-             utc.tm_mon + 1, utc.tm_mday, utc.tm_hour, utc.tm_min, utc.tm_sec,
-             (int)(now.tv_nsec / 1000000), names[level]);
+    text_add(&t, "time=");
+    text_time(&t, &now);
+    text_add(&t, " level=%s ", names[level]);
     va_list args;
     va_start(args, format);
     text_vadd(&t, format, args);
@@ -665,6 +680,16 @@ static void hex_encode(const uint8_t *bytes, size_t len, char *out) {
 /* All ones when low <= c <= high, else 0; without a branch. */
 static unsigned in_range(unsigned c, unsigned low, unsigned high) {
     return 0u - (((low - 1 - c) & (c - high - 1)) >> 31);
+}
+
+/* Reads a decimal number of the kernel's, with any blanks before it, and moves past it. */
+static uint64_t number_next(const char **at) {
+    uint64_t n = 0;
+    while (**at == ' ')
+        ++*at;
+    for (; **at >= '0' && **at <= '9'; ++*at)
+        n = 10 * n + (uint64_t)(**at - '0');
+    return n;
 }
 
 /* Microseconds of a clock that nobody sets. */
@@ -1588,7 +1613,7 @@ static uint64_t metrics_resident(const struct metrics *m) {
         return 0;
     buf[n] = '\0';
     const char *second = strchr(buf, ' ');
-    return second ? strtoull(second, NULL, 10) * (uint64_t)sysconf(_SC_PAGESIZE) : 0;
+    return second ? number_next(&second) * (uint64_t)getpagesize() : 0;
 }
 
 static void metrics_histogram(const struct metrics *m, unsigned rpc, struct text *t) {
@@ -3190,7 +3215,6 @@ static const char *confine(enum sandbox sandbox) {
     };
     if (sandbox == SANDBOX_OFF)
         return NULL;
-    tzset(); /* glibc's gmtime_r would read the time zone's file on its first use */
     for (size_t i = 0; i < sizeof steps / sizeof *steps; i++) {
         if (steps[i].step() == 0)
             continue;
@@ -3971,20 +3995,58 @@ static long long id_parse(const char *option, const char *s) {
     return n;
 }
 
+/* The id in a line "name:password:id:...", or -1 if the line is not of that name. */
+static long long id_in_line(char *line, const char *name) {
+    size_t len = strlen(name);
+    char *id = strncmp(line, name, len) == 0 && line[len] == ':' ? strchr(line + len + 1, ':') : NULL;
+    char *end = id ? strchr(id + 1, ':') : NULL;
+    if (!end || strchr(name, ':'))
+        return -1;
+    *end = '\0';
+    return decimal(id + 1, UINT32_MAX - 1);
+}
+
+/*
+ * The id of a name in /etc/passwd or /etc/group, or -1. getpwnam and getgrnam would
+ * ask name services, too, but not in a static binary, which they make 9 KB larger.
+ */
+static long long id_find(const char *path, const char *name) {
+    char bytes[1024], line[512]; /* what is cut off is behind the id */
+    size_t len = 0;
+    long long id = -1;
+    int fd = open(path, O_RDONLY | O_CLOEXEC);
+    for (bool more = fd >= 0; more && id < 0;) {
+        ssize_t n = read(fd, bytes, sizeof bytes);
+        more = n > 0;
+        if (!more)
+            bytes[0] = '\n', n = 1; /* the last line may have none */
+        for (ssize_t i = 0; i < n && id < 0; i++) {
+            if (bytes[i] == '\n') {
+                line[len] = '\0';
+                id = id_in_line(line, name);
+                len = 0;
+            } else if (len < sizeof line - 1) {
+                line[len++] = bytes[i];
+            }
+        }
+    }
+    if (fd >= 0)
+        close(fd);
+    return id;
+}
+
 static uid_t uid_parse(const char *s) {
     long long n = id_parse("--allow-uid", s);
-    const struct passwd *user = n < 0 ? getpwnam(s) : NULL;
-    if (n < 0 && !user)
+    if (n < 0 && (n = id_find("/etc/passwd", s)) < 0)
         die("--allow-uid: no such user: %s", s);
-    return n < 0 ? user->pw_uid : (uid_t)n;
+    return (uid_t)n;
 }
 
 static gid_t gid_parse(const char *s) {
     long long n = id_parse("--group", s);
-    const struct group *group = n < 0 ? getgrnam(s) : NULL;
-    if (n < 0 && !group)
+    if (n < 0 && (n = id_find("/etc/group", s)) < 0)
         die("--group: no such group: %s", s);
-    return n < 0 ? group->gr_gid : (gid_t)n;
+    return (gid_t)n;
 }
 
 /* Whether uids mean in this user namespace what they mean on the host. */
@@ -3997,8 +4059,8 @@ static bool uid_map_is_identity(void) {
     if (n <= 0)
         return false;
     map[n] = '\0';
-    char *at = map;
-    return strtoul(at, &at, 10) == 0 && strtoul(at, &at, 10) == 0 && strtoul(at, &at, 10) == UINT32_MAX;
+    const char *at = map;
+    return number_next(&at) == 0 && number_next(&at) == 0 && number_next(&at) == UINT32_MAX;
 }
 
 static void options_allow(struct serve_options *o, const char *list) {
