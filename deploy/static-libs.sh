@@ -85,7 +85,9 @@ fetch_upstream() {
 build_musl() {
 	mkdir -p "$OUT/bin" "$OUT/obj/musl"
 	cd "$OUT/obj/musl"
-	CC="$CC" AR="$AR" RANLIB=true CFLAGS="-fstack-protector-strong $branches" sh "$musl/configure" \
+	cp -R "$musl" src
+	grep -q DT_RELR src/ldso/dlstart.c || patch -s -p1 -d src <"$deploy/musl-relr.patch"
+	CC="$CC" AR="$AR" RANLIB=true CFLAGS="-fstack-protector-strong $branches" sh src/configure \
 		--prefix="$OUT" --host="$triplet" --disable-shared --disable-wrapper >configure.log
 	make -j"$(nproc)" install >make.log
 
@@ -96,9 +98,12 @@ build_musl() {
 		$AR rD "$OUT/lib/libc.a" obj/src/string/memcpy.lo obj/src/string/memmove.lo
 	fi
 
-	# musl's own specs link a dynamic PIE. A static one starts in rcrt1.o, which relocates it, and names no loader.
+	# musl's own specs link a dynamic PIE. A static one starts in rcrt1.o, which relocates it, and names no loader. Where the
+	# linker can, relocations are packed: a bit a pointer, not 24 bytes, or 15 KB less.
+	static='-static -pie --no-dynamic-linker -z text'
+	if $CC -Wl,--help | grep -q pack-relative-relocs; then static="$static -z pack-relative-relocs"; fi
 	sh "$musl/tools/musl-gcc.specs.sh" "$OUT/include" "$OUT/lib" LOADER |
-		sed 's/Scrt1/rcrt1/; s/-dynamic-linker LOADER/-static -pie --no-dynamic-linker -z text/' >"$OUT/lib/static-pie.specs"
+		sed "s/Scrt1/rcrt1/; s/-dynamic-linker LOADER/$static/" >"$OUT/lib/static-pie.specs"
 	printf '#!/bin/sh\nexec %s %s "$@" -specs "%s"\n' "$CC" "$branches" "$OUT/lib/static-pie.specs" >"$OUT/bin/cc"
 	chmod +x "$OUT/bin/cc"
 
@@ -136,6 +141,7 @@ build_library() {
 }
 
 case $way in debian|upstream) ;; *) die "usage: $0 [debian|upstream]" ;; esac
+deploy=$(cd "$(dirname "$0")" && pwd)
 mkdir -p "$SRC" "$OUT"
 SRC=$(cd "$SRC" && pwd)
 OUT=$(cd "$OUT" && pwd)
@@ -147,7 +153,10 @@ protobuf_c=$(echo "$SRC"/protobuf-c-*[0-9]) bearssl=$(echo "$SRC"/bearssl-*[0-9]
 
 rm -rf "$OUT/obj"
 mkdir "$OUT/obj"
-if ! cmp -s SHA256SUMS "$OUT/SHA256SUMS"; then build_musl; fi
+if ! cmp -s SHA256SUMS "$OUT/SHA256SUMS" ||
+	[ "$(find "$deploy"/static-libs.sh "$deploy"/*.patch -newer "$OUT/bin/cc")" ]; then
+	build_musl
+fi
 
 # nghttp2: what ./configure would find out. And as it formats text only for an error callback, which kmsplugin does not
 # set, no vsnprintf: that keeps 8 KB of stdio out.
