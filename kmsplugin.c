@@ -3037,7 +3037,7 @@ static size_t server_capacity(size_t wanted) {
     if (getrlimit(RLIMIT_NOFILE, &files) < 0 || files.rlim_cur >= need)
         return wanted;
     files.rlim_cur = files.rlim_max < need ? files.rlim_max : need;
-    setrlimit(RLIMIT_NOFILE, &files);
+    prlimit(0, RLIMIT_NOFILE, &files, NULL); /* musl's setrlimit is 2 KB, for the sake of threads */
     if (getrlimit(RLIMIT_NOFILE, &files) < 0 || files.rlim_cur >= need)
         return wanted;
     size_t fit = files.rlim_cur > RESERVED_FILES ? (size_t)files.rlim_cur - RESERVED_FILES : 1;
@@ -4093,12 +4093,10 @@ static void options_allow_default(struct serve_options *o) {
 
 static mode_t mode_parse(const char *s) {
     unsigned mode = 0;
-    size_t len = strlen(s);
-    if (len == 0 || len > 5 || strspn(s, "01234567") != len)
-        die_usage("--mode: an octal mode such as 0660");
-    for (; *s; s++)
-        mode = 8 * mode + (unsigned)(*s - '0');
-    if (mode > 0777)
+    size_t len = 0;
+    for (; s[len] >= '0' && s[len] <= '7' && len < 5; len++)
+        mode = 8 * mode + (unsigned)(s[len] - '0');
+    if (len == 0 || s[len] || mode > 0777)
         die_usage("--mode: an octal mode such as 0660");
     return mode;
 }
@@ -4254,7 +4252,7 @@ static enum verb options_parse(struct options *o, int argc, char **argv) {
 static void dump_protect(void) {
     const struct rlimit none = {0, 0};
     prctl(PR_SET_DUMPABLE, 0);
-    setrlimit(RLIMIT_CORE, &none);
+    prlimit(0, RLIMIT_CORE, &none, NULL);
 }
 
 /* Logs that a listener is open, and what its kind is worth. */
