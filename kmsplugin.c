@@ -559,6 +559,14 @@ static int write_all(int fd, const void *bytes, size_t len) {
     return 0;
 }
 
+/* From now on a peer that has gone is but an error of write(2). */
+static void sigpipe_block(void) {
+    sigset_t set;
+    sigemptyset(&set);
+    sigaddset(&set, SIGPIPE);
+    sigprocmask(SIG_BLOCK, &set, NULL);
+}
+
 /* Prints on stdout or stderr: for verbs, never for the running server. */
 __attribute__((format(printf, 2, 3)))
 static void print(int fd, const char *format, ...) {
@@ -3069,8 +3077,8 @@ static struct server *server_new(struct ring *ring, const struct serve_options *
     sigaddset(&set, SIGTERM);
     sigaddset(&set, SIGINT);
     sigprocmask(SIG_BLOCK, &set, NULL);
-    signal(SIGPIPE, SIG_IGN); /* a peer that has gone is an error of write(2) */
     s->signals = (struct source){SOURCE_SIGNAL, signalfd(-1, &set, SFD_CLOEXEC | SFD_NONBLOCK)};
+    sigpipe_block();
     s->epoll = epoll_create1(EPOLL_CLOEXEC);
     if (s->signals.fd < 0 || s->epoll < 0)
         die("signalfd, epoll: %s", strerror(errno));
@@ -3546,7 +3554,7 @@ static int probe(const char *endpoint, int64_t timeout_ms) {
     endpoint_require(endpoint, &address, &len);
     if (random_fill(p.secret, sizeof p.secret) < 0)
         die("getrandom: %s", strerror(errno));
-    signal(SIGPIPE, SIG_IGN);
+    sigpipe_block();
     p.client.deadline_ms = monotonic_us() / 1000 + timeout_ms;
     int64_t before = monotonic_us();
     if (client_open(&p.client, &address, len) < 0)
