@@ -559,6 +559,11 @@ static int write_all(int fd, const void *bytes, size_t len) {
     return 0;
 }
 
+/* What lies at a path, links not followed; of an empty path, what fd is. One system call, on every machine and libc. */
+static int file_stat(int fd, const char *path, struct statx *st) {
+    return (int)syscall(SYS_statx, fd, path, AT_SYMLINK_NOFOLLOW | AT_EMPTY_PATH, STATX_BASIC_STATS, st);
+}
+
 /* From now on a peer that has gone is but an error of write(2). */
 static void sigpipe_block(void) {
     sigset_t set;
@@ -1314,14 +1319,14 @@ static void ring_parse(struct ring *ring, const char *source, const char *text, 
 /* Reads a key file into `text`. Judged on the descriptor, so that no swap helps. */
 static size_t key_file_read(const char *path, char *text, size_t cap) {
     int fd = open(path, O_RDONLY | O_CLOEXEC | O_NOCTTY | O_NONBLOCK);
-    struct stat st;
-    if (fd < 0 || fstat(fd, &st) < 0)
+    struct statx st;
+    if (fd < 0 || file_stat(fd, "", &st) < 0)
         die("KMS_KEK_FILE %s: %s", path, strerror(errno));
-    if (!S_ISREG(st.st_mode))
+    if (!S_ISREG(st.stx_mode))
         die("KMS_KEK_FILE %s: not a regular file", path);
-    if (st.st_mode & (S_IRWXO | S_IWGRP))
+    if (st.stx_mode & (S_IRWXO | S_IWGRP))
         die("KMS_KEK_FILE %s: mode %c%c%c%c lets others read it or its group write it", path, '0',
-            '0' + (int)(st.st_mode >> 6 & 7), '0' + (int)(st.st_mode >> 3 & 7), '0' + (int)(st.st_mode & 7));
+            '0' + (int)(st.stx_mode >> 6 & 7), '0' + (int)(st.stx_mode >> 3 & 7), '0' + (int)(st.stx_mode & 7));
     size_t len = 0;
     ssize_t n;
     while ((n = read(fd, text + len, cap - len)) != 0) {
@@ -2625,12 +2630,12 @@ enum { ENDPOINT_NAME_BYTES = sizeof "unix:///@" + sizeof((struct sockaddr_un *)0
 
 /* Dies if someone other than root and ourselves can put something else in the place of what is at `path`. */
 static void owner_check(const char *path) {
-    struct stat st;
-    if (lstat(path, &st) < 0)
+    struct statx st;
+    if (file_stat(AT_FDCWD, path, &st) < 0)
         die("%s: %s", path, strerror(errno));
-    if (st.st_uid != 0 && st.st_uid != geteuid())
-        die("%s: belongs to uid %u, who could replace the socket", path, st.st_uid);
-    if (S_ISDIR(st.st_mode) && (st.st_mode & (S_IWGRP | S_IWOTH)) && !(st.st_mode & S_ISVTX))
+    if (st.stx_uid != 0 && st.stx_uid != geteuid())
+        die("%s: belongs to uid %u, who could replace the socket", path, st.stx_uid);
+    if (S_ISDIR(st.stx_mode) && (st.stx_mode & (S_IWGRP | S_IWOTH)) && !(st.stx_mode & S_ISVTX))
         die("%s: others may write there, and could replace the socket", path);
 }
 
@@ -2655,11 +2660,8 @@ static void directory_check(const char *path) {
     char parent[PATH_MAX], real[PATH_MAX];
     const char *slash = strrchr(path, '/');
     size_t len = slash == path ? 1 : (size_t)(slash - path);
-    struct stat st;
     memcpy(parent, path, len);
     parent[len] = '\0';
-    if (stat(parent, &st) == 0 && !S_ISDIR(st.st_mode))
-        die("%s: not a directory", parent);
     if (chdir(parent) < 0 || !getcwd(real, sizeof real) || chdir("/") < 0) /* realpath(3), but by the kernel */
         die("%s: the directory of the socket: %s", parent, strerror(errno));
     way_check(path);
@@ -2683,11 +2685,6 @@ static bool socket_refuses(const struct sockaddr_un *address, socklen_t len) {
     return refused;
 }
 
-/* Which file lies at a path, links not followed. One system call, on every machine and libc. */
-static int file_identify(const char *path, struct statx *st) {
-    return (int)syscall(SYS_statx, AT_FDCWD, path, AT_SYMLINK_NOFOLLOW, STATX_BASIC_STATS, st);
-}
-
 static bool same_file(const struct statx *a, const struct statx *b) {
     return a->stx_ino == b->stx_ino && a->stx_dev_major == b->stx_dev_major && a->stx_dev_minor == b->stx_dev_minor;
 }
@@ -2700,7 +2697,7 @@ static bool same_file(const struct statx *a, const struct statx *b) {
 static void socket_clear(const struct sockaddr_un *address, socklen_t len) {
     const char *path = address->sun_path;
     struct statx before, after;
-    if (file_identify(path, &before) < 0) {
+    if (file_stat(AT_FDCWD, path, &before) < 0) {
         if (errno != ENOENT)
             die("%s: %s", path, strerror(errno));
         return;
@@ -2710,7 +2707,7 @@ static void socket_clear(const struct sockaddr_un *address, socklen_t len) {
     const struct timespec wait = {.tv_nsec = STALE_RETRY_MS * 1000000L};
     if (!socket_refuses(address, len) || nanosleep(&wait, NULL) < 0 || !socket_refuses(address, len))
         die("%s: another process is listening there", path);
-    if (file_identify(path, &after) < 0 || !same_file(&before, &after) || /* inodes are used again: */
+    if (file_stat(AT_FDCWD, path, &after) < 0 || !same_file(&before, &after) || /* inodes are used again: */
         after.stx_ctime.tv_sec != before.stx_ctime.tv_sec || after.stx_ctime.tv_nsec != before.stx_ctime.tv_nsec)
         die("%s: another process is starting there", path);
     if (unlink(path) < 0)
@@ -2739,7 +2736,7 @@ static int listener_open(struct listener *l, const struct serve_options *options
     if (rv < 0)
         return -1;
     if (path[0] != '\0') {
-        if (file_identify(path, &l->file) < 0)
+        if (file_stat(AT_FDCWD, path, &l->file) < 0)
             return -1;
         l->made = true;
         if (options->has_group && lchown(path, (uid_t)-1, options->group) < 0)
@@ -2769,7 +2766,7 @@ static void listener_inherit(struct listener *l, int fd) {
 /* Removes the file of a socket that we made, unless it has been replaced since. */
 static void listener_close(struct listener *l) {
     struct statx st;
-    if (l->made && file_identify(l->address.sun_path, &st) == 0 && same_file(&st, &l->file))
+    if (l->made && file_stat(AT_FDCWD, l->address.sun_path, &st) == 0 && same_file(&st, &l->file))
         unlinkat(AT_FDCWD, l->address.sun_path, 0);
     close(l->source.fd);
 }
