@@ -445,14 +445,11 @@ void   v2__etcd__free_unpacked
 const ProtobufCMessageDescriptor v2__status_request__descriptor =
 {
   PROTOBUF_C__MESSAGE_DESCRIPTOR_MAGIC,
-  "v2.StatusRequest",
-  "StatusRequest",
-  "V2__StatusRequest",
-  "v2",
+  NULL,NULL,NULL,NULL, /* CODE_SIZE */
   sizeof(V2__StatusRequest),
   0,
   v2__status_request__field_descriptors,
-  v2__status_request__field_indices_by_name,
+  NULL, /* CODE_SIZE */
   0,  v2__status_request__number_ranges,
   (ProtobufCMessageInit) v2__status_request__init,
   NULL,NULL,NULL    /* reserved[123] */
@@ -460,7 +457,7 @@ const ProtobufCMessageDescriptor v2__status_request__descriptor =
 static const ProtobufCFieldDescriptor v2__status_response__field_descriptors[3] =
 {
   {
-    "version",
+    NULL, /* CODE_SIZE */
     1,
     PROTOBUF_C_LABEL_NONE,
     PROTOBUF_C_TYPE_STRING,
@@ -472,7 +469,7 @@ static const ProtobufCFieldDescriptor v2__status_response__field_descriptors[3] 
     0,NULL,NULL    /* reserved1,reserved2, etc */
   },
   {
-    "healthz",
+    NULL, /* CODE_SIZE */
     2,
     PROTOBUF_C_LABEL_NONE,
     PROTOBUF_C_TYPE_STRING,
@@ -484,7 +481,7 @@ static const ProtobufCFieldDescriptor v2__status_response__field_descriptors[3] 
     0,NULL,NULL    /* reserved1,reserved2, etc */
   },
   {
-    "key_id",
+    NULL, /* CODE_SIZE */
     3,
     PROTOBUF_C_LABEL_NONE,
     PROTOBUF_C_TYPE_STRING,
@@ -496,11 +493,6 @@ static const ProtobufCFieldDescriptor v2__status_response__field_descriptors[3] 
     0,NULL,NULL    /* reserved1,reserved2, etc */
   },
 };
-static const unsigned v2__status_response__field_indices_by_name[] = {
-  1,   /* field[1] = healthz */
-  2,   /* field[2] = key_id */
-  0,   /* field[0] = version */
-};
 static const ProtobufCIntRange v2__status_response__number_ranges[1 + 1] =
 {
   { 1, 0 },
@@ -509,14 +501,11 @@ static const ProtobufCIntRange v2__status_response__number_ranges[1 + 1] =
 const ProtobufCMessageDescriptor v2__status_response__descriptor =
 {
   PROTOBUF_C__MESSAGE_DESCRIPTOR_MAGIC,
-  "v2.StatusResponse",
-  "StatusResponse",
-  "V2__StatusResponse",
-  "v2",
+  NULL,NULL,NULL,NULL, /* CODE_SIZE */
   sizeof(V2__StatusResponse),
   3,
   v2__status_response__field_descriptors,
-  v2__status_response__field_indices_by_name,
+  NULL, /* CODE_SIZE */
   1,  v2__status_response__number_ranges,
   (ProtobufCMessageInit) v2__status_response__init,
   NULL,NULL,NULL    /* reserved[123] */
@@ -524,7 +513,7 @@ const ProtobufCMessageDescriptor v2__status_response__descriptor =
 static const ProtobufCFieldDescriptor v2__decrypt_request__annotations_entry__field_descriptors[2] =
 {
   {
-    "key",
+    NULL, /* CODE_SIZE */
     1,
     PROTOBUF_C_LABEL_NONE,
     PROTOBUF_C_TYPE_STRING,
@@ -536,7 +525,7 @@ static const ProtobufCFieldDescriptor v2__decrypt_request__annotations_entry__fi
     0,NULL,NULL    /* reserved1,reserved2, etc */
   },
   {
-    "value",
+    NULL, /* CODE_SIZE */
     2,
     PROTOBUF_C_LABEL_NONE,
     PROTOBUF_C_TYPE_BYTES,
@@ -548,10 +537,6 @@ static const ProtobufCFieldDescriptor v2__decrypt_request__annotations_entry__fi
     0,NULL,NULL    /* reserved1,reserved2, etc */
   },
 };
-static const unsigned v2__decrypt_request__annotations_entry__field_indices_by_name[] = {
-  0,   /* field[0] = key */
-  1,   /* field[1] = value */
-};
 static const ProtobufCIntRange v2__decrypt_request__annotations_entry__number_ranges[1 + 1] =
 {
   { 1, 0 },
@@ -560,14 +545,11 @@ static const ProtobufCIntRange v2__decrypt_request__annotations_entry__number_ra
 const ProtobufCMessageDescriptor v2__decrypt_request__annotations_entry__descriptor =
 {
   PROTOBUF_C__MESSAGE_DESCRIPTOR_MAGIC,
-  "v2.DecryptRequest.AnnotationsEntry",
-  "AnnotationsEntry",
-  "V2__DecryptRequest__AnnotationsEntry",
-  "v2",
+  NULL,NULL,NULL,NULL, /* CODE_SIZE */
   sizeof(V2__DecryptRequest__AnnotationsEntry),
   2,
   v2__decrypt_request__annotations_entry__field_descriptors,
-  v2__decrypt_request__annotations_entry__field_indices_by_name,
+  NULL, /* CODE_SIZE */
   1,  v2__decrypt_request__annotations_entry__number_ranges,
   (ProtobufCMessageInit) v2__decrypt_request__annotations_entry__init,
   NULL,NULL,NULL    /* reserved[123] */
@@ -575,7 +557,7 @@ const ProtobufCMessageDescriptor v2__decrypt_request__annotations_entry__descrip
 static const ProtobufCFieldDescriptor v2__decrypt_request__field_descriptors[4] =
 {
   {
-    "ciphertext",
+    NULL, /* CODE_SIZE */
     1,
     PROTOBUF_C_LABEL_NONE,
     PROTOBUF_C_TYPE_BYTES,
@@ -587,7 +569,7 @@ static const ProtobufCFieldDescriptor v2__decrypt_request__field_descriptors[4] 
     0,NULL,NULL    /* reserved1,reserved2, etc */
   },
   {
-    "uid",
+    NULL, /* CODE_SIZE */
     2,
     PROTOBUF_C_LABEL_NONE,
     PROTOBUF_C_TYPE_STRING,
@@ -599,7 +581,7 @@ static const ProtobufCFieldDescriptor v2__decrypt_request__field_descriptors[4] 
     0,NULL,NULL    /* reserved1,reserved2, etc */
   },
   {
-    "key_id",
+    NULL, /* CODE_SIZE */
     3,
     PROTOBUF_C_LABEL_NONE,
     PROTOBUF_C_TYPE_STRING,
@@ -611,7 +593,7 @@ static const ProtobufCFieldDescriptor v2__decrypt_request__field_descriptors[4] 
     0,NULL,NULL    /* reserved1,reserved2, etc */
   },
   {
-    "annotations",
+    NULL, /* CODE_SIZE */
     4,
     PROTOBUF_C_LABEL_REPEATED,
     PROTOBUF_C_TYPE_MESSAGE,
@@ -623,12 +605,6 @@ static const ProtobufCFieldDescriptor v2__decrypt_request__field_descriptors[4] 
     0,NULL,NULL    /* reserved1,reserved2, etc */
   },
 };
-static const unsigned v2__decrypt_request__field_indices_by_name[] = {
-  3,   /* field[3] = annotations */
-  0,   /* field[0] = ciphertext */
-  2,   /* field[2] = key_id */
-  1,   /* field[1] = uid */
-};
 static const ProtobufCIntRange v2__decrypt_request__number_ranges[1 + 1] =
 {
   { 1, 0 },
@@ -637,14 +613,11 @@ static const ProtobufCIntRange v2__decrypt_request__number_ranges[1 + 1] =
 const ProtobufCMessageDescriptor v2__decrypt_request__descriptor =
 {
   PROTOBUF_C__MESSAGE_DESCRIPTOR_MAGIC,
-  "v2.DecryptRequest",
-  "DecryptRequest",
-  "V2__DecryptRequest",
-  "v2",
+  NULL,NULL,NULL,NULL, /* CODE_SIZE */
   sizeof(V2__DecryptRequest),
   4,
   v2__decrypt_request__field_descriptors,
-  v2__decrypt_request__field_indices_by_name,
+  NULL, /* CODE_SIZE */
   1,  v2__decrypt_request__number_ranges,
   (ProtobufCMessageInit) v2__decrypt_request__init,
   NULL,NULL,NULL    /* reserved[123] */
@@ -652,7 +625,7 @@ const ProtobufCMessageDescriptor v2__decrypt_request__descriptor =
 static const ProtobufCFieldDescriptor v2__decrypt_response__field_descriptors[1] =
 {
   {
-    "plaintext",
+    NULL, /* CODE_SIZE */
     1,
     PROTOBUF_C_LABEL_NONE,
     PROTOBUF_C_TYPE_BYTES,
@@ -664,9 +637,6 @@ static const ProtobufCFieldDescriptor v2__decrypt_response__field_descriptors[1]
     0,NULL,NULL    /* reserved1,reserved2, etc */
   },
 };
-static const unsigned v2__decrypt_response__field_indices_by_name[] = {
-  0,   /* field[0] = plaintext */
-};
 static const ProtobufCIntRange v2__decrypt_response__number_ranges[1 + 1] =
 {
   { 1, 0 },
@@ -675,14 +645,11 @@ static const ProtobufCIntRange v2__decrypt_response__number_ranges[1 + 1] =
 const ProtobufCMessageDescriptor v2__decrypt_response__descriptor =
 {
   PROTOBUF_C__MESSAGE_DESCRIPTOR_MAGIC,
-  "v2.DecryptResponse",
-  "DecryptResponse",
-  "V2__DecryptResponse",
-  "v2",
+  NULL,NULL,NULL,NULL, /* CODE_SIZE */
   sizeof(V2__DecryptResponse),
   1,
   v2__decrypt_response__field_descriptors,
-  v2__decrypt_response__field_indices_by_name,
+  NULL, /* CODE_SIZE */
   1,  v2__decrypt_response__number_ranges,
   (ProtobufCMessageInit) v2__decrypt_response__init,
   NULL,NULL,NULL    /* reserved[123] */
@@ -690,7 +657,7 @@ const ProtobufCMessageDescriptor v2__decrypt_response__descriptor =
 static const ProtobufCFieldDescriptor v2__encrypt_request__field_descriptors[2] =
 {
   {
-    "plaintext",
+    NULL, /* CODE_SIZE */
     1,
     PROTOBUF_C_LABEL_NONE,
     PROTOBUF_C_TYPE_BYTES,
@@ -702,7 +669,7 @@ static const ProtobufCFieldDescriptor v2__encrypt_request__field_descriptors[2] 
     0,NULL,NULL    /* reserved1,reserved2, etc */
   },
   {
-    "uid",
+    NULL, /* CODE_SIZE */
     2,
     PROTOBUF_C_LABEL_NONE,
     PROTOBUF_C_TYPE_STRING,
@@ -714,10 +681,6 @@ static const ProtobufCFieldDescriptor v2__encrypt_request__field_descriptors[2] 
     0,NULL,NULL    /* reserved1,reserved2, etc */
   },
 };
-static const unsigned v2__encrypt_request__field_indices_by_name[] = {
-  0,   /* field[0] = plaintext */
-  1,   /* field[1] = uid */
-};
 static const ProtobufCIntRange v2__encrypt_request__number_ranges[1 + 1] =
 {
   { 1, 0 },
@@ -726,14 +689,11 @@ static const ProtobufCIntRange v2__encrypt_request__number_ranges[1 + 1] =
 const ProtobufCMessageDescriptor v2__encrypt_request__descriptor =
 {
   PROTOBUF_C__MESSAGE_DESCRIPTOR_MAGIC,
-  "v2.EncryptRequest",
-  "EncryptRequest",
-  "V2__EncryptRequest",
-  "v2",
+  NULL,NULL,NULL,NULL, /* CODE_SIZE */
   sizeof(V2__EncryptRequest),
   2,
   v2__encrypt_request__field_descriptors,
-  v2__encrypt_request__field_indices_by_name,
+  NULL, /* CODE_SIZE */
   1,  v2__encrypt_request__number_ranges,
   (ProtobufCMessageInit) v2__encrypt_request__init,
   NULL,NULL,NULL    /* reserved[123] */
@@ -741,7 +701,7 @@ const ProtobufCMessageDescriptor v2__encrypt_request__descriptor =
 static const ProtobufCFieldDescriptor v2__encrypt_response__annotations_entry__field_descriptors[2] =
 {
   {
-    "key",
+    NULL, /* CODE_SIZE */
     1,
     PROTOBUF_C_LABEL_NONE,
     PROTOBUF_C_TYPE_STRING,
@@ -753,7 +713,7 @@ static const ProtobufCFieldDescriptor v2__encrypt_response__annotations_entry__f
     0,NULL,NULL    /* reserved1,reserved2, etc */
   },
   {
-    "value",
+    NULL, /* CODE_SIZE */
     2,
     PROTOBUF_C_LABEL_NONE,
     PROTOBUF_C_TYPE_BYTES,
@@ -765,10 +725,6 @@ static const ProtobufCFieldDescriptor v2__encrypt_response__annotations_entry__f
     0,NULL,NULL    /* reserved1,reserved2, etc */
   },
 };
-static const unsigned v2__encrypt_response__annotations_entry__field_indices_by_name[] = {
-  0,   /* field[0] = key */
-  1,   /* field[1] = value */
-};
 static const ProtobufCIntRange v2__encrypt_response__annotations_entry__number_ranges[1 + 1] =
 {
   { 1, 0 },
@@ -777,14 +733,11 @@ static const ProtobufCIntRange v2__encrypt_response__annotations_entry__number_r
 const ProtobufCMessageDescriptor v2__encrypt_response__annotations_entry__descriptor =
 {
   PROTOBUF_C__MESSAGE_DESCRIPTOR_MAGIC,
-  "v2.EncryptResponse.AnnotationsEntry",
-  "AnnotationsEntry",
-  "V2__EncryptResponse__AnnotationsEntry",
-  "v2",
+  NULL,NULL,NULL,NULL, /* CODE_SIZE */
   sizeof(V2__EncryptResponse__AnnotationsEntry),
   2,
   v2__encrypt_response__annotations_entry__field_descriptors,
-  v2__encrypt_response__annotations_entry__field_indices_by_name,
+  NULL, /* CODE_SIZE */
   1,  v2__encrypt_response__annotations_entry__number_ranges,
   (ProtobufCMessageInit) v2__encrypt_response__annotations_entry__init,
   NULL,NULL,NULL    /* reserved[123] */
@@ -792,7 +745,7 @@ const ProtobufCMessageDescriptor v2__encrypt_response__annotations_entry__descri
 static const ProtobufCFieldDescriptor v2__encrypt_response__field_descriptors[3] =
 {
   {
-    "ciphertext",
+    NULL, /* CODE_SIZE */
     1,
     PROTOBUF_C_LABEL_NONE,
     PROTOBUF_C_TYPE_BYTES,
@@ -804,7 +757,7 @@ static const ProtobufCFieldDescriptor v2__encrypt_response__field_descriptors[3]
     0,NULL,NULL    /* reserved1,reserved2, etc */
   },
   {
-    "key_id",
+    NULL, /* CODE_SIZE */
     2,
     PROTOBUF_C_LABEL_NONE,
     PROTOBUF_C_TYPE_STRING,
@@ -816,7 +769,7 @@ static const ProtobufCFieldDescriptor v2__encrypt_response__field_descriptors[3]
     0,NULL,NULL    /* reserved1,reserved2, etc */
   },
   {
-    "annotations",
+    NULL, /* CODE_SIZE */
     3,
     PROTOBUF_C_LABEL_REPEATED,
     PROTOBUF_C_TYPE_MESSAGE,
@@ -828,11 +781,6 @@ static const ProtobufCFieldDescriptor v2__encrypt_response__field_descriptors[3]
     0,NULL,NULL    /* reserved1,reserved2, etc */
   },
 };
-static const unsigned v2__encrypt_response__field_indices_by_name[] = {
-  2,   /* field[2] = annotations */
-  0,   /* field[0] = ciphertext */
-  1,   /* field[1] = key_id */
-};
 static const ProtobufCIntRange v2__encrypt_response__number_ranges[1 + 1] =
 {
   { 1, 0 },
@@ -841,14 +789,11 @@ static const ProtobufCIntRange v2__encrypt_response__number_ranges[1 + 1] =
 const ProtobufCMessageDescriptor v2__encrypt_response__descriptor =
 {
   PROTOBUF_C__MESSAGE_DESCRIPTOR_MAGIC,
-  "v2.EncryptResponse",
-  "EncryptResponse",
-  "V2__EncryptResponse",
-  "v2",
+  NULL,NULL,NULL,NULL, /* CODE_SIZE */
   sizeof(V2__EncryptResponse),
   3,
   v2__encrypt_response__field_descriptors,
-  v2__encrypt_response__field_indices_by_name,
+  NULL, /* CODE_SIZE */
   1,  v2__encrypt_response__number_ranges,
   (ProtobufCMessageInit) v2__encrypt_response__init,
   NULL,NULL,NULL    /* reserved[123] */
@@ -856,7 +801,7 @@ const ProtobufCMessageDescriptor v2__encrypt_response__descriptor =
 static const ProtobufCFieldDescriptor v2__v1beta1__version_request__field_descriptors[1] =
 {
   {
-    "version",
+    NULL, /* CODE_SIZE */
     1,
     PROTOBUF_C_LABEL_NONE,
     PROTOBUF_C_TYPE_STRING,
@@ -868,9 +813,6 @@ static const ProtobufCFieldDescriptor v2__v1beta1__version_request__field_descri
     0,NULL,NULL    /* reserved1,reserved2, etc */
   },
 };
-static const unsigned v2__v1beta1__version_request__field_indices_by_name[] = {
-  0,   /* field[0] = version */
-};
 static const ProtobufCIntRange v2__v1beta1__version_request__number_ranges[1 + 1] =
 {
   { 1, 0 },
@@ -879,14 +821,11 @@ static const ProtobufCIntRange v2__v1beta1__version_request__number_ranges[1 + 1
 const ProtobufCMessageDescriptor v2__v1beta1__version_request__descriptor =
 {
   PROTOBUF_C__MESSAGE_DESCRIPTOR_MAGIC,
-  "v2.V1beta1.VersionRequest",
-  "VersionRequest",
-  "V2__V1beta1__VersionRequest",
-  "v2",
+  NULL,NULL,NULL,NULL, /* CODE_SIZE */
   sizeof(V2__V1beta1__VersionRequest),
   1,
   v2__v1beta1__version_request__field_descriptors,
-  v2__v1beta1__version_request__field_indices_by_name,
+  NULL, /* CODE_SIZE */
   1,  v2__v1beta1__version_request__number_ranges,
   (ProtobufCMessageInit) v2__v1beta1__version_request__init,
   NULL,NULL,NULL    /* reserved[123] */
@@ -894,7 +833,7 @@ const ProtobufCMessageDescriptor v2__v1beta1__version_request__descriptor =
 static const ProtobufCFieldDescriptor v2__v1beta1__version_response__field_descriptors[3] =
 {
   {
-    "version",
+    NULL, /* CODE_SIZE */
     1,
     PROTOBUF_C_LABEL_NONE,
     PROTOBUF_C_TYPE_STRING,
@@ -906,7 +845,7 @@ static const ProtobufCFieldDescriptor v2__v1beta1__version_response__field_descr
     0,NULL,NULL    /* reserved1,reserved2, etc */
   },
   {
-    "runtime_name",
+    NULL, /* CODE_SIZE */
     2,
     PROTOBUF_C_LABEL_NONE,
     PROTOBUF_C_TYPE_STRING,
@@ -918,7 +857,7 @@ static const ProtobufCFieldDescriptor v2__v1beta1__version_response__field_descr
     0,NULL,NULL    /* reserved1,reserved2, etc */
   },
   {
-    "runtime_version",
+    NULL, /* CODE_SIZE */
     3,
     PROTOBUF_C_LABEL_NONE,
     PROTOBUF_C_TYPE_STRING,
@@ -930,11 +869,6 @@ static const ProtobufCFieldDescriptor v2__v1beta1__version_response__field_descr
     0,NULL,NULL    /* reserved1,reserved2, etc */
   },
 };
-static const unsigned v2__v1beta1__version_response__field_indices_by_name[] = {
-  1,   /* field[1] = runtime_name */
-  2,   /* field[2] = runtime_version */
-  0,   /* field[0] = version */
-};
 static const ProtobufCIntRange v2__v1beta1__version_response__number_ranges[1 + 1] =
 {
   { 1, 0 },
@@ -943,14 +877,11 @@ static const ProtobufCIntRange v2__v1beta1__version_response__number_ranges[1 + 
 const ProtobufCMessageDescriptor v2__v1beta1__version_response__descriptor =
 {
   PROTOBUF_C__MESSAGE_DESCRIPTOR_MAGIC,
-  "v2.V1beta1.VersionResponse",
-  "VersionResponse",
-  "V2__V1beta1__VersionResponse",
-  "v2",
+  NULL,NULL,NULL,NULL, /* CODE_SIZE */
   sizeof(V2__V1beta1__VersionResponse),
   3,
   v2__v1beta1__version_response__field_descriptors,
-  v2__v1beta1__version_response__field_indices_by_name,
+  NULL, /* CODE_SIZE */
   1,  v2__v1beta1__version_response__number_ranges,
   (ProtobufCMessageInit) v2__v1beta1__version_response__init,
   NULL,NULL,NULL    /* reserved[123] */
@@ -958,7 +889,7 @@ const ProtobufCMessageDescriptor v2__v1beta1__version_response__descriptor =
 static const ProtobufCFieldDescriptor v2__v1beta1__decrypt_request__field_descriptors[2] =
 {
   {
-    "version",
+    NULL, /* CODE_SIZE */
     1,
     PROTOBUF_C_LABEL_NONE,
     PROTOBUF_C_TYPE_STRING,
@@ -970,7 +901,7 @@ static const ProtobufCFieldDescriptor v2__v1beta1__decrypt_request__field_descri
     0,NULL,NULL    /* reserved1,reserved2, etc */
   },
   {
-    "cipher",
+    NULL, /* CODE_SIZE */
     2,
     PROTOBUF_C_LABEL_NONE,
     PROTOBUF_C_TYPE_BYTES,
@@ -982,10 +913,6 @@ static const ProtobufCFieldDescriptor v2__v1beta1__decrypt_request__field_descri
     0,NULL,NULL    /* reserved1,reserved2, etc */
   },
 };
-static const unsigned v2__v1beta1__decrypt_request__field_indices_by_name[] = {
-  1,   /* field[1] = cipher */
-  0,   /* field[0] = version */
-};
 static const ProtobufCIntRange v2__v1beta1__decrypt_request__number_ranges[1 + 1] =
 {
   { 1, 0 },
@@ -994,14 +921,11 @@ static const ProtobufCIntRange v2__v1beta1__decrypt_request__number_ranges[1 + 1
 const ProtobufCMessageDescriptor v2__v1beta1__decrypt_request__descriptor =
 {
   PROTOBUF_C__MESSAGE_DESCRIPTOR_MAGIC,
-  "v2.V1beta1.DecryptRequest",
-  "DecryptRequest",
-  "V2__V1beta1__DecryptRequest",
-  "v2",
+  NULL,NULL,NULL,NULL, /* CODE_SIZE */
   sizeof(V2__V1beta1__DecryptRequest),
   2,
   v2__v1beta1__decrypt_request__field_descriptors,
-  v2__v1beta1__decrypt_request__field_indices_by_name,
+  NULL, /* CODE_SIZE */
   1,  v2__v1beta1__decrypt_request__number_ranges,
   (ProtobufCMessageInit) v2__v1beta1__decrypt_request__init,
   NULL,NULL,NULL    /* reserved[123] */
@@ -1009,7 +933,7 @@ const ProtobufCMessageDescriptor v2__v1beta1__decrypt_request__descriptor =
 static const ProtobufCFieldDescriptor v2__v1beta1__decrypt_response__field_descriptors[1] =
 {
   {
-    "plain",
+    NULL, /* CODE_SIZE */
     1,
     PROTOBUF_C_LABEL_NONE,
     PROTOBUF_C_TYPE_BYTES,
@@ -1021,9 +945,6 @@ static const ProtobufCFieldDescriptor v2__v1beta1__decrypt_response__field_descr
     0,NULL,NULL    /* reserved1,reserved2, etc */
   },
 };
-static const unsigned v2__v1beta1__decrypt_response__field_indices_by_name[] = {
-  0,   /* field[0] = plain */
-};
 static const ProtobufCIntRange v2__v1beta1__decrypt_response__number_ranges[1 + 1] =
 {
   { 1, 0 },
@@ -1032,14 +953,11 @@ static const ProtobufCIntRange v2__v1beta1__decrypt_response__number_ranges[1 + 
 const ProtobufCMessageDescriptor v2__v1beta1__decrypt_response__descriptor =
 {
   PROTOBUF_C__MESSAGE_DESCRIPTOR_MAGIC,
-  "v2.V1beta1.DecryptResponse",
-  "DecryptResponse",
-  "V2__V1beta1__DecryptResponse",
-  "v2",
+  NULL,NULL,NULL,NULL, /* CODE_SIZE */
   sizeof(V2__V1beta1__DecryptResponse),
   1,
   v2__v1beta1__decrypt_response__field_descriptors,
-  v2__v1beta1__decrypt_response__field_indices_by_name,
+  NULL, /* CODE_SIZE */
   1,  v2__v1beta1__decrypt_response__number_ranges,
   (ProtobufCMessageInit) v2__v1beta1__decrypt_response__init,
   NULL,NULL,NULL    /* reserved[123] */
@@ -1047,7 +965,7 @@ const ProtobufCMessageDescriptor v2__v1beta1__decrypt_response__descriptor =
 static const ProtobufCFieldDescriptor v2__v1beta1__encrypt_request__field_descriptors[2] =
 {
   {
-    "version",
+    NULL, /* CODE_SIZE */
     1,
     PROTOBUF_C_LABEL_NONE,
     PROTOBUF_C_TYPE_STRING,
@@ -1059,7 +977,7 @@ static const ProtobufCFieldDescriptor v2__v1beta1__encrypt_request__field_descri
     0,NULL,NULL    /* reserved1,reserved2, etc */
   },
   {
-    "plain",
+    NULL, /* CODE_SIZE */
     2,
     PROTOBUF_C_LABEL_NONE,
     PROTOBUF_C_TYPE_BYTES,
@@ -1071,10 +989,6 @@ static const ProtobufCFieldDescriptor v2__v1beta1__encrypt_request__field_descri
     0,NULL,NULL    /* reserved1,reserved2, etc */
   },
 };
-static const unsigned v2__v1beta1__encrypt_request__field_indices_by_name[] = {
-  1,   /* field[1] = plain */
-  0,   /* field[0] = version */
-};
 static const ProtobufCIntRange v2__v1beta1__encrypt_request__number_ranges[1 + 1] =
 {
   { 1, 0 },
@@ -1083,14 +997,11 @@ static const ProtobufCIntRange v2__v1beta1__encrypt_request__number_ranges[1 + 1
 const ProtobufCMessageDescriptor v2__v1beta1__encrypt_request__descriptor =
 {
   PROTOBUF_C__MESSAGE_DESCRIPTOR_MAGIC,
-  "v2.V1beta1.EncryptRequest",
-  "EncryptRequest",
-  "V2__V1beta1__EncryptRequest",
-  "v2",
+  NULL,NULL,NULL,NULL, /* CODE_SIZE */
   sizeof(V2__V1beta1__EncryptRequest),
   2,
   v2__v1beta1__encrypt_request__field_descriptors,
-  v2__v1beta1__encrypt_request__field_indices_by_name,
+  NULL, /* CODE_SIZE */
   1,  v2__v1beta1__encrypt_request__number_ranges,
   (ProtobufCMessageInit) v2__v1beta1__encrypt_request__init,
   NULL,NULL,NULL    /* reserved[123] */
@@ -1098,7 +1009,7 @@ const ProtobufCMessageDescriptor v2__v1beta1__encrypt_request__descriptor =
 static const ProtobufCFieldDescriptor v2__v1beta1__encrypt_response__field_descriptors[1] =
 {
   {
-    "cipher",
+    NULL, /* CODE_SIZE */
     1,
     PROTOBUF_C_LABEL_NONE,
     PROTOBUF_C_TYPE_BYTES,
@@ -1110,9 +1021,6 @@ static const ProtobufCFieldDescriptor v2__v1beta1__encrypt_response__field_descr
     0,NULL,NULL    /* reserved1,reserved2, etc */
   },
 };
-static const unsigned v2__v1beta1__encrypt_response__field_indices_by_name[] = {
-  0,   /* field[0] = cipher */
-};
 static const ProtobufCIntRange v2__v1beta1__encrypt_response__number_ranges[1 + 1] =
 {
   { 1, 0 },
@@ -1121,14 +1029,11 @@ static const ProtobufCIntRange v2__v1beta1__encrypt_response__number_ranges[1 + 
 const ProtobufCMessageDescriptor v2__v1beta1__encrypt_response__descriptor =
 {
   PROTOBUF_C__MESSAGE_DESCRIPTOR_MAGIC,
-  "v2.V1beta1.EncryptResponse",
-  "EncryptResponse",
-  "V2__V1beta1__EncryptResponse",
-  "v2",
+  NULL,NULL,NULL,NULL, /* CODE_SIZE */
   sizeof(V2__V1beta1__EncryptResponse),
   1,
   v2__v1beta1__encrypt_response__field_descriptors,
-  v2__v1beta1__encrypt_response__field_indices_by_name,
+  NULL, /* CODE_SIZE */
   1,  v2__v1beta1__encrypt_response__number_ranges,
   (ProtobufCMessageInit) v2__v1beta1__encrypt_response__init,
   NULL,NULL,NULL    /* reserved[123] */
@@ -1139,14 +1044,11 @@ const ProtobufCMessageDescriptor v2__v1beta1__encrypt_response__descriptor =
 const ProtobufCMessageDescriptor v2__v1beta1__descriptor =
 {
   PROTOBUF_C__MESSAGE_DESCRIPTOR_MAGIC,
-  "v2.V1beta1",
-  "V1beta1",
-  "V2__V1beta1",
-  "v2",
+  NULL,NULL,NULL,NULL, /* CODE_SIZE */
   sizeof(V2__V1beta1),
   0,
   v2__v1beta1__field_descriptors,
-  v2__v1beta1__field_indices_by_name,
+  NULL, /* CODE_SIZE */
   0,  v2__v1beta1__number_ranges,
   (ProtobufCMessageInit) v2__v1beta1__init,
   NULL,NULL,NULL    /* reserved[123] */
@@ -1154,7 +1056,7 @@ const ProtobufCMessageDescriptor v2__v1beta1__descriptor =
 static const ProtobufCFieldDescriptor v2__etcd__encrypted_object__annotations_entry__field_descriptors[2] =
 {
   {
-    "key",
+    NULL, /* CODE_SIZE */
     1,
     PROTOBUF_C_LABEL_NONE,
     PROTOBUF_C_TYPE_STRING,
@@ -1166,7 +1068,7 @@ static const ProtobufCFieldDescriptor v2__etcd__encrypted_object__annotations_en
     0,NULL,NULL    /* reserved1,reserved2, etc */
   },
   {
-    "value",
+    NULL, /* CODE_SIZE */
     2,
     PROTOBUF_C_LABEL_NONE,
     PROTOBUF_C_TYPE_BYTES,
@@ -1178,10 +1080,6 @@ static const ProtobufCFieldDescriptor v2__etcd__encrypted_object__annotations_en
     0,NULL,NULL    /* reserved1,reserved2, etc */
   },
 };
-static const unsigned v2__etcd__encrypted_object__annotations_entry__field_indices_by_name[] = {
-  0,   /* field[0] = key */
-  1,   /* field[1] = value */
-};
 static const ProtobufCIntRange v2__etcd__encrypted_object__annotations_entry__number_ranges[1 + 1] =
 {
   { 1, 0 },
@@ -1190,14 +1088,11 @@ static const ProtobufCIntRange v2__etcd__encrypted_object__annotations_entry__nu
 const ProtobufCMessageDescriptor v2__etcd__encrypted_object__annotations_entry__descriptor =
 {
   PROTOBUF_C__MESSAGE_DESCRIPTOR_MAGIC,
-  "v2.Etcd.EncryptedObject.AnnotationsEntry",
-  "AnnotationsEntry",
-  "V2__Etcd__EncryptedObject__AnnotationsEntry",
-  "v2",
+  NULL,NULL,NULL,NULL, /* CODE_SIZE */
   sizeof(V2__Etcd__EncryptedObject__AnnotationsEntry),
   2,
   v2__etcd__encrypted_object__annotations_entry__field_descriptors,
-  v2__etcd__encrypted_object__annotations_entry__field_indices_by_name,
+  NULL, /* CODE_SIZE */
   1,  v2__etcd__encrypted_object__annotations_entry__number_ranges,
   (ProtobufCMessageInit) v2__etcd__encrypted_object__annotations_entry__init,
   NULL,NULL,NULL    /* reserved[123] */
@@ -1205,7 +1100,7 @@ const ProtobufCMessageDescriptor v2__etcd__encrypted_object__annotations_entry__
 static const ProtobufCFieldDescriptor v2__etcd__encrypted_object__field_descriptors[5] =
 {
   {
-    "encrypted_data",
+    NULL, /* CODE_SIZE */
     1,
     PROTOBUF_C_LABEL_NONE,
     PROTOBUF_C_TYPE_BYTES,
@@ -1217,7 +1112,7 @@ static const ProtobufCFieldDescriptor v2__etcd__encrypted_object__field_descript
     0,NULL,NULL    /* reserved1,reserved2, etc */
   },
   {
-    "key_id",
+    NULL, /* CODE_SIZE */
     2,
     PROTOBUF_C_LABEL_NONE,
     PROTOBUF_C_TYPE_STRING,
@@ -1229,7 +1124,7 @@ static const ProtobufCFieldDescriptor v2__etcd__encrypted_object__field_descript
     0,NULL,NULL    /* reserved1,reserved2, etc */
   },
   {
-    "encrypted_dek_source",
+    NULL, /* CODE_SIZE */
     3,
     PROTOBUF_C_LABEL_NONE,
     PROTOBUF_C_TYPE_BYTES,
@@ -1241,7 +1136,7 @@ static const ProtobufCFieldDescriptor v2__etcd__encrypted_object__field_descript
     0,NULL,NULL    /* reserved1,reserved2, etc */
   },
   {
-    "annotations",
+    NULL, /* CODE_SIZE */
     4,
     PROTOBUF_C_LABEL_REPEATED,
     PROTOBUF_C_TYPE_MESSAGE,
@@ -1253,7 +1148,7 @@ static const ProtobufCFieldDescriptor v2__etcd__encrypted_object__field_descript
     0,NULL,NULL    /* reserved1,reserved2, etc */
   },
   {
-    "encrypted_dek_source_type",
+    NULL, /* CODE_SIZE */
     5,
     PROTOBUF_C_LABEL_NONE,
     PROTOBUF_C_TYPE_ENUM,
@@ -1265,13 +1160,6 @@ static const ProtobufCFieldDescriptor v2__etcd__encrypted_object__field_descript
     0,NULL,NULL    /* reserved1,reserved2, etc */
   },
 };
-static const unsigned v2__etcd__encrypted_object__field_indices_by_name[] = {
-  3,   /* field[3] = annotations */
-  0,   /* field[0] = encrypted_data */
-  2,   /* field[2] = encrypted_dek_source */
-  4,   /* field[4] = encrypted_dek_source_type */
-  1,   /* field[1] = key_id */
-};
 static const ProtobufCIntRange v2__etcd__encrypted_object__number_ranges[1 + 1] =
 {
   { 1, 0 },
@@ -1280,14 +1168,11 @@ static const ProtobufCIntRange v2__etcd__encrypted_object__number_ranges[1 + 1] 
 const ProtobufCMessageDescriptor v2__etcd__encrypted_object__descriptor =
 {
   PROTOBUF_C__MESSAGE_DESCRIPTOR_MAGIC,
-  "v2.Etcd.EncryptedObject",
-  "EncryptedObject",
-  "V2__Etcd__EncryptedObject",
-  "v2",
+  NULL,NULL,NULL,NULL, /* CODE_SIZE */
   sizeof(V2__Etcd__EncryptedObject),
   5,
   v2__etcd__encrypted_object__field_descriptors,
-  v2__etcd__encrypted_object__field_indices_by_name,
+  NULL, /* CODE_SIZE */
   1,  v2__etcd__encrypted_object__number_ranges,
   (ProtobufCMessageInit) v2__etcd__encrypted_object__init,
   NULL,NULL,NULL    /* reserved[123] */
@@ -1295,7 +1180,7 @@ const ProtobufCMessageDescriptor v2__etcd__encrypted_object__descriptor =
 static const ProtobufCFieldDescriptor v2__etcd__key_value__field_descriptors[6] =
 {
   {
-    "key",
+    NULL, /* CODE_SIZE */
     1,
     PROTOBUF_C_LABEL_NONE,
     PROTOBUF_C_TYPE_BYTES,
@@ -1307,7 +1192,7 @@ static const ProtobufCFieldDescriptor v2__etcd__key_value__field_descriptors[6] 
     0,NULL,NULL    /* reserved1,reserved2, etc */
   },
   {
-    "create_revision",
+    NULL, /* CODE_SIZE */
     2,
     PROTOBUF_C_LABEL_NONE,
     PROTOBUF_C_TYPE_INT64,
@@ -1319,7 +1204,7 @@ static const ProtobufCFieldDescriptor v2__etcd__key_value__field_descriptors[6] 
     0,NULL,NULL    /* reserved1,reserved2, etc */
   },
   {
-    "mod_revision",
+    NULL, /* CODE_SIZE */
     3,
     PROTOBUF_C_LABEL_NONE,
     PROTOBUF_C_TYPE_INT64,
@@ -1331,7 +1216,7 @@ static const ProtobufCFieldDescriptor v2__etcd__key_value__field_descriptors[6] 
     0,NULL,NULL    /* reserved1,reserved2, etc */
   },
   {
-    "version",
+    NULL, /* CODE_SIZE */
     4,
     PROTOBUF_C_LABEL_NONE,
     PROTOBUF_C_TYPE_INT64,
@@ -1343,7 +1228,7 @@ static const ProtobufCFieldDescriptor v2__etcd__key_value__field_descriptors[6] 
     0,NULL,NULL    /* reserved1,reserved2, etc */
   },
   {
-    "value",
+    NULL, /* CODE_SIZE */
     5,
     PROTOBUF_C_LABEL_NONE,
     PROTOBUF_C_TYPE_BYTES,
@@ -1355,7 +1240,7 @@ static const ProtobufCFieldDescriptor v2__etcd__key_value__field_descriptors[6] 
     0,NULL,NULL    /* reserved1,reserved2, etc */
   },
   {
-    "lease",
+    NULL, /* CODE_SIZE */
     6,
     PROTOBUF_C_LABEL_NONE,
     PROTOBUF_C_TYPE_INT64,
@@ -1367,14 +1252,6 @@ static const ProtobufCFieldDescriptor v2__etcd__key_value__field_descriptors[6] 
     0,NULL,NULL    /* reserved1,reserved2, etc */
   },
 };
-static const unsigned v2__etcd__key_value__field_indices_by_name[] = {
-  1,   /* field[1] = create_revision */
-  0,   /* field[0] = key */
-  5,   /* field[5] = lease */
-  2,   /* field[2] = mod_revision */
-  4,   /* field[4] = value */
-  3,   /* field[3] = version */
-};
 static const ProtobufCIntRange v2__etcd__key_value__number_ranges[1 + 1] =
 {
   { 1, 0 },
@@ -1383,14 +1260,11 @@ static const ProtobufCIntRange v2__etcd__key_value__number_ranges[1 + 1] =
 const ProtobufCMessageDescriptor v2__etcd__key_value__descriptor =
 {
   PROTOBUF_C__MESSAGE_DESCRIPTOR_MAGIC,
-  "v2.Etcd.KeyValue",
-  "KeyValue",
-  "V2__Etcd__KeyValue",
-  "v2",
+  NULL,NULL,NULL,NULL, /* CODE_SIZE */
   sizeof(V2__Etcd__KeyValue),
   6,
   v2__etcd__key_value__field_descriptors,
-  v2__etcd__key_value__field_indices_by_name,
+  NULL, /* CODE_SIZE */
   1,  v2__etcd__key_value__number_ranges,
   (ProtobufCMessageInit) v2__etcd__key_value__init,
   NULL,NULL,NULL    /* reserved[123] */
@@ -1398,7 +1272,7 @@ const ProtobufCMessageDescriptor v2__etcd__key_value__descriptor =
 static const ProtobufCFieldDescriptor v2__etcd__range_response__field_descriptors[3] =
 {
   {
-    "kvs",
+    NULL, /* CODE_SIZE */
     2,
     PROTOBUF_C_LABEL_REPEATED,
     PROTOBUF_C_TYPE_MESSAGE,
@@ -1410,7 +1284,7 @@ static const ProtobufCFieldDescriptor v2__etcd__range_response__field_descriptor
     0,NULL,NULL    /* reserved1,reserved2, etc */
   },
   {
-    "more",
+    NULL, /* CODE_SIZE */
     3,
     PROTOBUF_C_LABEL_NONE,
     PROTOBUF_C_TYPE_BOOL,
@@ -1422,7 +1296,7 @@ static const ProtobufCFieldDescriptor v2__etcd__range_response__field_descriptor
     0,NULL,NULL    /* reserved1,reserved2, etc */
   },
   {
-    "count",
+    NULL, /* CODE_SIZE */
     4,
     PROTOBUF_C_LABEL_NONE,
     PROTOBUF_C_TYPE_INT64,
@@ -1434,11 +1308,6 @@ static const ProtobufCFieldDescriptor v2__etcd__range_response__field_descriptor
     0,NULL,NULL    /* reserved1,reserved2, etc */
   },
 };
-static const unsigned v2__etcd__range_response__field_indices_by_name[] = {
-  2,   /* field[2] = count */
-  0,   /* field[0] = kvs */
-  1,   /* field[1] = more */
-};
 static const ProtobufCIntRange v2__etcd__range_response__number_ranges[1 + 1] =
 {
   { 2, 0 },
@@ -1447,42 +1316,30 @@ static const ProtobufCIntRange v2__etcd__range_response__number_ranges[1 + 1] =
 const ProtobufCMessageDescriptor v2__etcd__range_response__descriptor =
 {
   PROTOBUF_C__MESSAGE_DESCRIPTOR_MAGIC,
-  "v2.Etcd.RangeResponse",
-  "RangeResponse",
-  "V2__Etcd__RangeResponse",
-  "v2",
+  NULL,NULL,NULL,NULL, /* CODE_SIZE */
   sizeof(V2__Etcd__RangeResponse),
   3,
   v2__etcd__range_response__field_descriptors,
-  v2__etcd__range_response__field_indices_by_name,
+  NULL, /* CODE_SIZE */
   1,  v2__etcd__range_response__number_ranges,
   (ProtobufCMessageInit) v2__etcd__range_response__init,
   NULL,NULL,NULL    /* reserved[123] */
 };
 static const ProtobufCEnumValue v2__etcd__deksource_type__enum_values_by_number[2] =
 {
-  { "AES_GCM_KEY", "V2__ETCD__DEKSOURCE_TYPE__AES_GCM_KEY", 0 },
-  { "HKDF_SHA256_XNONCE_AES_GCM_SEED", "V2__ETCD__DEKSOURCE_TYPE__HKDF_SHA256_XNONCE_AES_GCM_SEED", 1 },
+  { NULL, NULL, 0 }, /* CODE_SIZE */
+  { NULL, NULL, 1 }, /* CODE_SIZE */
 };
 static const ProtobufCIntRange v2__etcd__deksource_type__value_ranges[] = {
 {0, 0},{0, 2}
 };
-static const ProtobufCEnumValueIndex v2__etcd__deksource_type__enum_values_by_name[2] =
-{
-  { "AES_GCM_KEY", 0 },
-  { "HKDF_SHA256_XNONCE_AES_GCM_SEED", 1 },
-};
 const ProtobufCEnumDescriptor v2__etcd__deksource_type__descriptor =
 {
   PROTOBUF_C__ENUM_DESCRIPTOR_MAGIC,
-  "v2.Etcd.DEKSourceType",
-  "DEKSourceType",
-  "V2__Etcd__DEKSourceType",
-  "v2",
+  NULL,NULL,NULL,NULL, /* CODE_SIZE */
   2,
   v2__etcd__deksource_type__enum_values_by_number,
-  2,
-  v2__etcd__deksource_type__enum_values_by_name,
+  0, NULL, /* CODE_SIZE */
   1,
   v2__etcd__deksource_type__value_ranges,
   NULL,NULL,NULL,NULL   /* reserved[1234] */
@@ -1493,39 +1350,28 @@ const ProtobufCEnumDescriptor v2__etcd__deksource_type__descriptor =
 const ProtobufCMessageDescriptor v2__etcd__descriptor =
 {
   PROTOBUF_C__MESSAGE_DESCRIPTOR_MAGIC,
-  "v2.Etcd",
-  "Etcd",
-  "V2__Etcd",
-  "v2",
+  NULL,NULL,NULL,NULL, /* CODE_SIZE */
   sizeof(V2__Etcd),
   0,
   v2__etcd__field_descriptors,
-  v2__etcd__field_indices_by_name,
+  NULL, /* CODE_SIZE */
   0,  v2__etcd__number_ranges,
   (ProtobufCMessageInit) v2__etcd__init,
   NULL,NULL,NULL    /* reserved[123] */
 };
 static const ProtobufCMethodDescriptor v2__key_management_service__method_descriptors[3] =
 {
-  { "Status", &v2__status_request__descriptor, &v2__status_response__descriptor },
-  { "Decrypt", &v2__decrypt_request__descriptor, &v2__decrypt_response__descriptor },
-  { "Encrypt", &v2__encrypt_request__descriptor, &v2__encrypt_response__descriptor },
-};
-const unsigned v2__key_management_service__method_indices_by_name[] = {
-  1,        /* Decrypt */
-  2,        /* Encrypt */
-  0         /* Status */
+  { NULL, &v2__status_request__descriptor, &v2__status_response__descriptor }, /* CODE_SIZE */
+  { NULL, &v2__decrypt_request__descriptor, &v2__decrypt_response__descriptor }, /* CODE_SIZE */
+  { NULL, &v2__encrypt_request__descriptor, &v2__encrypt_response__descriptor }, /* CODE_SIZE */
 };
 const ProtobufCServiceDescriptor v2__key_management_service__descriptor =
 {
   PROTOBUF_C__SERVICE_DESCRIPTOR_MAGIC,
-  "v2.KeyManagementService",
-  "KeyManagementService",
-  "V2__KeyManagementService",
-  "v2",
+  NULL,NULL,NULL,NULL, /* CODE_SIZE */
   3,
   v2__key_management_service__method_descriptors,
-  v2__key_management_service__method_indices_by_name
+  NULL /* CODE_SIZE */
 };
 void v2__key_management_service__status(ProtobufCService *service,
                                         const V2__StatusRequest *input,

@@ -41,7 +41,6 @@
 #include <endian.h>
 #include <errno.h>
 #include <fcntl.h>
-#include <grp.h>
 #include <limits.h>
 #include <linux/audit.h>
 #include <linux/capability.h>
@@ -49,7 +48,6 @@
 #include <linux/seccomp.h>
 #include <nghttp2/nghttp2.h>
 #include <poll.h>
-#include <pwd.h>
 #include <signal.h>
 #include <stdarg.h>
 #include <stdbool.h>
@@ -561,6 +559,19 @@ static int write_all(int fd, const void *bytes, size_t len) {
     return 0;
 }
 
+/* What lies at a path, links not followed; of an empty path, what fd is. One system call, on every machine and libc. */
+static int file_stat(int fd, const char *path, struct statx *st) {
+    return (int)syscall(SYS_statx, fd, path, AT_SYMLINK_NOFOLLOW | AT_EMPTY_PATH, STATX_BASIC_STATS, st);
+}
+
+/* From now on a peer that has gone is but an error of write(2). */
+static void sigpipe_block(void) {
+    sigset_t set;
+    sigemptyset(&set);
+    sigaddset(&set, SIGPIPE);
+    sigprocmask(SIG_BLOCK, &set, NULL);
+}
+
 /* Prints on stdout or stderr: for verbs, never for the running server. */
 __attribute__((format(printf, 2, 3)))
 static void print(int fd, const char *format, ...) {
@@ -611,6 +622,25 @@ static void die_usage(const char *format, ...) {
 }
 
 /*
+ * A time as RFC 3339 has it, UTC. Not by gmtime_r: that brings time zones into the
+ * static binary, and glibc's reads a file. Years begin in March here, so that a leap
+ * day is a year's last, and five months from there on always have 153 days.
+ */
+static void text_time(struct text *t, const struct timespec *time) {
+    enum { YEAR = 365, FOUR_YEARS = 4 * YEAR + 1, CENTURY = 25 * FOUR_YEARS - 1, ERA = 4 * CENTURY + 1 };
+    enum { BEFORE_1970 = 719468 }; /* days since 1 March of the year 0 */
+    unsigned long long seconds = (unsigned long long)time->tv_sec, days = seconds / 86400 + BEFORE_1970;
+    unsigned day = (unsigned)(days % ERA), second = (unsigned)(seconds % 86400);
+    unsigned year = (day - day / (FOUR_YEARS - 1) + day / CENTURY - day / (ERA - 1)) / YEAR;
+    day -= YEAR * year + year / 4 - year / 100;
+    unsigned month = (5 * day + 2) / 153; /* 0: March */
+    day -= (153 * month + 2) / 5;
+    year += 400 * (unsigned)(days / ERA) + month / 10;
+    text_add(t, "%04u-%02u-%02uT%02u:%02u:%02u.%03uZ", year, (month + 2) % 12 + 1, day + 1,
+             second / 3600, second / 60 % 60, second % 60, (unsigned)(time->tv_nsec / 1000000));
+}
+
+/*
  * Writes one log line: time, level, then the pairs of `format`, "msg=..." first.
  * A line that stderr cannot take at once is dropped: a reader that has stopped
  * must not stop the server.
@@ -627,12 +657,10 @@ static void log_line(enum log_level level, const char *format, ...) {
     struct text t = {.buf = buf, .cap = sizeof buf - 1, .logfmt = true};
     struct timespec now;
     clock_gettime(CLOCK_REALTIME, &now);
-    struct tm utc;
-    gmtime_r(&now.tv_sec, &utc);
     static const char *const names[] = {"error", "warn", "info", "debug"};
-    text_add(&t, "time=%04d-%02d-%02dT%02d:%02d:%02d.%03dZ level=%s ", utc.tm_year + 1900,
-             utc.tm_mon + 1, utc.tm_mday, utc.tm_hour, utc.tm_min, utc.tm_sec,
-             (int)(now.tv_nsec / 1000000), names[level]);
+    text_add(&t, "time=");
+    text_time(&t, &now);
+    text_add(&t, " level=%s ", names[level]);
     va_list args;
     va_start(args, format);
     text_vadd(&t, format, args);
@@ -671,6 +699,16 @@ static void hex_encode(const uint8_t *bytes, size_t len, char *out) {
 /* All ones when low <= c <= high, else 0; without a branch. */
 static unsigned in_range(unsigned c, unsigned low, unsigned high) {
     return 0u - (((low - 1 - c) & (c - high - 1)) >> 31);
+}
+
+/* Reads a decimal number of the kernel's, with any blanks before it, and moves past it. */
+static uint64_t number_next(const char **at) {
+    uint64_t n = 0;
+    while (**at == ' ')
+        ++*at;
+    for (; **at >= '0' && **at <= '9'; ++*at)
+        n = 10 * n + (uint64_t)(**at - '0');
+    return n;
 }
 
 /* Microseconds of a clock that nobody sets. */
@@ -1315,14 +1353,14 @@ static void ring_parse(struct ring *ring, const char *source, const char *text, 
 /* Reads a key file into `text`. Judged on the descriptor, so that no swap helps. */
 static size_t key_file_read(const char *path, char *text, size_t cap) {
     int fd = open(path, O_RDONLY | O_CLOEXEC | O_NOCTTY | O_NONBLOCK);
-    struct stat st;
-    if (fd < 0 || fstat(fd, &st) < 0)
+    struct statx st;
+    if (fd < 0 || file_stat(fd, "", &st) < 0)
         die("KMS_KEK_FILE %s: %s", path, strerror(errno));
-    if (!S_ISREG(st.st_mode))
+    if (!S_ISREG(st.stx_mode))
         die("KMS_KEK_FILE %s: not a regular file", path);
-    if (st.st_mode & (S_IRWXO | S_IWGRP))
+    if (st.stx_mode & (S_IRWXO | S_IWGRP))
         die("KMS_KEK_FILE %s: mode %c%c%c%c lets others read it or its group write it", path, '0',
-            '0' + (int)(st.st_mode >> 6 & 7), '0' + (int)(st.st_mode >> 3 & 7), '0' + (int)(st.st_mode & 7));
+            '0' + (int)(st.stx_mode >> 6 & 7), '0' + (int)(st.stx_mode >> 3 & 7), '0' + (int)(st.stx_mode & 7));
     size_t len = 0;
     ssize_t n;
     while ((n = read(fd, text + len, cap - len)) != 0) {
@@ -1622,7 +1660,7 @@ static uint64_t metrics_resident(const struct metrics *m) {
         return 0;
     buf[n] = '\0';
     const char *second = strchr(buf, ' ');
-    return second ? strtoull(second, NULL, 10) * (uint64_t)sysconf(_SC_PAGESIZE) : 0;
+    return second ? number_next(&second) * (uint64_t)getpagesize() : 0;
 }
 
 static void metrics_histogram(const struct metrics *m, unsigned rpc, struct text *t) {
@@ -2631,12 +2669,12 @@ enum { ENDPOINT_NAME_BYTES = sizeof "unix:///@" + sizeof((struct sockaddr_un *)0
 
 /* Dies if someone other than root and ourselves can put something else in the place of what is at `path`. */
 static void owner_check(const char *path) {
-    struct stat st;
-    if (lstat(path, &st) < 0)
+    struct statx st;
+    if (file_stat(AT_FDCWD, path, &st) < 0)
         die("%s: %s", path, strerror(errno));
-    if (st.st_uid != 0 && st.st_uid != geteuid())
-        die("%s: belongs to uid %u, who could replace the socket", path, st.st_uid);
-    if (S_ISDIR(st.st_mode) && (st.st_mode & (S_IWGRP | S_IWOTH)) && !(st.st_mode & S_ISVTX))
+    if (st.stx_uid != 0 && st.stx_uid != geteuid())
+        die("%s: belongs to uid %u, who could replace the socket", path, st.stx_uid);
+    if (S_ISDIR(st.stx_mode) && (st.stx_mode & (S_IWGRP | S_IWOTH)) && !(st.stx_mode & S_ISVTX))
         die("%s: others may write there, and could replace the socket", path);
 }
 
@@ -2661,13 +2699,10 @@ static void directory_check(const char *path) {
     char parent[PATH_MAX], real[PATH_MAX];
     const char *slash = strrchr(path, '/');
     size_t len = slash == path ? 1 : (size_t)(slash - path);
-    struct stat st;
     memcpy(parent, path, len);
     parent[len] = '\0';
-    if (!realpath(parent, real) || stat(real, &st) < 0)
+    if (chdir(parent) < 0 || !getcwd(real, sizeof real) || chdir("/") < 0) /* realpath(3), but by the kernel */
         die("%s: the directory of the socket: %s", parent, strerror(errno));
-    if (!S_ISDIR(st.st_mode))
-        die("%s: not a directory", real);
     way_check(path);
     way_check(real); /* down to the directory, but without it */
     owner_check(real);
@@ -2689,11 +2724,6 @@ static bool socket_refuses(const struct sockaddr_un *address, socklen_t len) {
     return refused;
 }
 
-/* Which file lies at a path, links not followed. One system call, on every machine and libc. */
-static int file_identify(const char *path, struct statx *st) {
-    return (int)syscall(SYS_statx, AT_FDCWD, path, AT_SYMLINK_NOFOLLOW, STATX_BASIC_STATS, st);
-}
-
 static bool same_file(const struct statx *a, const struct statx *b) {
     return a->stx_ino == b->stx_ino && a->stx_dev_major == b->stx_dev_major && a->stx_dev_minor == b->stx_dev_minor;
 }
@@ -2706,7 +2736,7 @@ static bool same_file(const struct statx *a, const struct statx *b) {
 static void socket_clear(const struct sockaddr_un *address, socklen_t len) {
     const char *path = address->sun_path;
     struct statx before, after;
-    if (file_identify(path, &before) < 0) {
+    if (file_stat(AT_FDCWD, path, &before) < 0) {
         if (errno != ENOENT)
             die("%s: %s", path, strerror(errno));
         return;
@@ -2716,7 +2746,7 @@ static void socket_clear(const struct sockaddr_un *address, socklen_t len) {
     const struct timespec wait = {.tv_nsec = STALE_RETRY_MS * 1000000L};
     if (!socket_refuses(address, len) || nanosleep(&wait, NULL) < 0 || !socket_refuses(address, len))
         die("%s: another process is listening there", path);
-    if (file_identify(path, &after) < 0 || !same_file(&before, &after) || /* inodes are used again: */
+    if (file_stat(AT_FDCWD, path, &after) < 0 || !same_file(&before, &after) || /* inodes are used again: */
         after.stx_ctime.tv_sec != before.stx_ctime.tv_sec || after.stx_ctime.tv_nsec != before.stx_ctime.tv_nsec)
         die("%s: another process is starting there", path);
     if (unlink(path) < 0)
@@ -2745,7 +2775,7 @@ static int listener_open(struct listener *l, const struct serve_options *options
     if (rv < 0)
         return -1;
     if (path[0] != '\0') {
-        if (file_identify(path, &l->file) < 0)
+        if (file_stat(AT_FDCWD, path, &l->file) < 0)
             return -1;
         l->made = true;
         if (options->has_group && lchown(path, (uid_t)-1, options->group) < 0)
@@ -2775,7 +2805,7 @@ static void listener_inherit(struct listener *l, int fd) {
 /* Removes the file of a socket that we made, unless it has been replaced since. */
 static void listener_close(struct listener *l) {
     struct statx st;
-    if (l->made && file_identify(l->address.sun_path, &st) == 0 && same_file(&st, &l->file))
+    if (l->made && file_stat(AT_FDCWD, l->address.sun_path, &st) == 0 && same_file(&st, &l->file))
         unlinkat(AT_FDCWD, l->address.sun_path, 0);
     close(l->source.fd);
 }
@@ -3051,7 +3081,7 @@ static size_t server_capacity(size_t wanted) {
     if (getrlimit(RLIMIT_NOFILE, &files) < 0 || files.rlim_cur >= need)
         return wanted;
     files.rlim_cur = files.rlim_max < need ? files.rlim_max : need;
-    setrlimit(RLIMIT_NOFILE, &files);
+    prlimit(0, RLIMIT_NOFILE, &files, NULL); /* musl's setrlimit is 2 KB, for the sake of threads */
     if (getrlimit(RLIMIT_NOFILE, &files) < 0 || files.rlim_cur >= need)
         return wanted;
     size_t fit = files.rlim_cur > RESERVED_FILES ? (size_t)files.rlim_cur - RESERVED_FILES : 1;
@@ -3083,8 +3113,8 @@ static struct server *server_new(struct ring *ring, const struct serve_options *
     sigaddset(&set, SIGTERM);
     sigaddset(&set, SIGINT);
     sigprocmask(SIG_BLOCK, &set, NULL);
-    signal(SIGPIPE, SIG_IGN); /* a peer that has gone is an error of write(2) */
     s->signals = (struct source){SOURCE_SIGNAL, signalfd(-1, &set, SFD_CLOEXEC | SFD_NONBLOCK)};
+    sigpipe_block();
     s->epoll = epoll_create1(EPOLL_CLOEXEC);
     if (s->signals.fd < 0 || s->epoll < 0)
         die("signalfd, epoll: %s", strerror(errno));
@@ -3229,7 +3259,6 @@ static const char *confine(enum sandbox sandbox) {
     };
     if (sandbox == SANDBOX_OFF)
         return NULL;
-    tzset(); /* glibc's gmtime_r would read the time zone's file on its first use */
     for (size_t i = 0; i < sizeof steps / sizeof *steps; i++) {
         if (steps[i].step() == 0)
             continue;
@@ -3561,7 +3590,7 @@ static int probe(const char *endpoint, int64_t timeout_ms) {
     endpoint_require(endpoint, &address, &len);
     if (random_fill(p.secret, sizeof p.secret) < 0)
         die("getrandom: %s", strerror(errno));
-    signal(SIGPIPE, SIG_IGN);
+    sigpipe_block();
     p.client.deadline_ms = monotonic_us() / 1000 + timeout_ms;
     int64_t before = monotonic_us();
     if (client_open(&p.client, &address, len) < 0)
@@ -4010,20 +4039,58 @@ static long long id_parse(const char *option, const char *s) {
     return n;
 }
 
+/* The id in a line "name:password:id:...", or -1 if the line is not of that name. */
+static long long id_in_line(char *line, const char *name) {
+    size_t len = strlen(name);
+    char *id = strncmp(line, name, len) == 0 && line[len] == ':' ? strchr(line + len + 1, ':') : NULL;
+    char *end = id ? strchr(id + 1, ':') : NULL;
+    if (!end || strchr(name, ':'))
+        return -1;
+    *end = '\0';
+    return decimal(id + 1, UINT32_MAX - 1);
+}
+
+/*
+ * The id of a name in /etc/passwd or /etc/group, or -1. getpwnam and getgrnam would
+ * ask name services, too, but not in a static binary, which they make 9 KB larger.
+ */
+static long long id_find(const char *path, const char *name) {
+    char bytes[1024], line[512]; /* what is cut off is behind the id */
+    size_t len = 0;
+    long long id = -1;
+    int fd = open(path, O_RDONLY | O_CLOEXEC);
+    for (bool more = fd >= 0; more && id < 0;) {
+        ssize_t n = read(fd, bytes, sizeof bytes);
+        more = n > 0;
+        if (!more)
+            bytes[0] = '\n', n = 1; /* the last line may have none */
+        for (ssize_t i = 0; i < n && id < 0; i++) {
+            if (bytes[i] == '\n') {
+                line[len] = '\0';
+                id = id_in_line(line, name);
+                len = 0;
+            } else if (len < sizeof line - 1) {
+                line[len++] = bytes[i];
+            }
+        }
+    }
+    if (fd >= 0)
+        close(fd);
+    return id;
+}
+
 static uid_t uid_parse(const char *s) {
     long long n = id_parse("--allow-uid", s);
-    const struct passwd *user = n < 0 ? getpwnam(s) : NULL;
-    if (n < 0 && !user)
+    if (n < 0 && (n = id_find("/etc/passwd", s)) < 0)
         die("--allow-uid: no such user: %s", s);
-    return n < 0 ? user->pw_uid : (uid_t)n;
+    return (uid_t)n;
 }
 
 static gid_t gid_parse(const char *s) {
     long long n = id_parse("--group", s);
-    const struct group *group = n < 0 ? getgrnam(s) : NULL;
-    if (n < 0 && !group)
+    if (n < 0 && (n = id_find("/etc/group", s)) < 0)
         die("--group: no such group: %s", s);
-    return n < 0 ? group->gr_gid : (gid_t)n;
+    return (gid_t)n;
 }
 
 /* Whether uids mean in this user namespace what they mean on the host. */
@@ -4036,8 +4103,8 @@ static bool uid_map_is_identity(void) {
     if (n <= 0)
         return false;
     map[n] = '\0';
-    char *at = map;
-    return strtoul(at, &at, 10) == 0 && strtoul(at, &at, 10) == 0 && strtoul(at, &at, 10) == UINT32_MAX;
+    const char *at = map;
+    return number_next(&at) == 0 && number_next(&at) == 0 && number_next(&at) == UINT32_MAX;
 }
 
 static void options_allow(struct serve_options *o, const char *list) {
@@ -4070,12 +4137,10 @@ static void options_allow_default(struct serve_options *o) {
 
 static mode_t mode_parse(const char *s) {
     unsigned mode = 0;
-    size_t len = strlen(s);
-    if (len == 0 || len > 5 || strspn(s, "01234567") != len)
-        die_usage("--mode: an octal mode such as 0660");
-    for (; *s; s++)
-        mode = 8 * mode + (unsigned)(*s - '0');
-    if (mode > 0777)
+    size_t len = 0;
+    for (; s[len] >= '0' && s[len] <= '7' && len < 5; len++)
+        mode = 8 * mode + (unsigned)(s[len] - '0');
+    if (len == 0 || s[len] || mode > 0777)
         die_usage("--mode: an octal mode such as 0660");
     return mode;
 }
@@ -4231,7 +4296,7 @@ static enum verb options_parse(struct options *o, int argc, char **argv) {
 static void dump_protect(void) {
     const struct rlimit none = {0, 0};
     prctl(PR_SET_DUMPABLE, 0);
-    setrlimit(RLIMIT_CORE, &none);
+    prlimit(0, RLIMIT_CORE, &none, NULL);
 }
 
 /* Logs that a listener is open, and what its kind is worth. */

@@ -34,8 +34,6 @@ CFLAGS=${CFLAGS:--O2 -flto -fPIE -ffunction-sections -fdata-sections -fno-asynch
 SRC=${SRC:-build/src/$way}
 OUT=${OUT:-build/static/$ARCH}
 
-here=$(cd "$(dirname "$0")" && pwd)
-
 die() {
 	echo "static-libs.sh: $*" >&2
 	exit 1
@@ -87,13 +85,19 @@ fetch_upstream() {
 build_musl() {
 	mkdir -p "$OUT/bin" "$OUT/obj/musl"
 	cd "$OUT/obj/musl"
-	CC="$CC" AR="$AR" RANLIB=true CFLAGS="-fstack-protector-strong $branches" sh "$musl/configure" \
-		--prefix="$OUT" --host="$triplet" --disable-shared --disable-wrapper >configure.log
+	cp -R "$musl" src
+	grep -q DT_RELR src/ldso/dlstart.c || patch -s -p1 -d src <"$deploy/musl-relr.patch"
+	# musl is made small, but for src/string: of what musl makes fast by default, only that runs often.
+	CC="$CC" AR="$AR" RANLIB=true CFLAGS="-fstack-protector-strong $branches" sh src/configure \
+		--prefix="$OUT" --host="$triplet" --disable-shared --disable-wrapper --enable-optimize=string >configure.log
 	make -j"$(nproc)" install >make.log
 
-	# musl's own specs link a dynamic PIE. A static one starts in rcrt1.o, which relocates it, and names no loader.
+	# musl's own specs link a dynamic PIE. A static one starts in rcrt1.o, which relocates it, and names no loader. Where the
+	# linker can, relocations are packed: a bit a pointer, not 24 bytes, or 15 KB less.
+	static='-static -pie --no-dynamic-linker -z text'
+	if $CC -Wl,--help | grep -q pack-relative-relocs; then static="$static -z pack-relative-relocs"; fi
 	sh "$musl/tools/musl-gcc.specs.sh" "$OUT/include" "$OUT/lib" LOADER |
-		sed 's/Scrt1/rcrt1/; s/-dynamic-linker LOADER/-static -pie --no-dynamic-linker -z text/' >"$OUT/lib/static-pie.specs"
+		sed "s/Scrt1/rcrt1/; s/-dynamic-linker LOADER/$static/" >"$OUT/lib/static-pie.specs"
 	printf '#!/bin/sh\nexec %s %s "$@" -specs "%s"\n' "$CC" "$branches" "$OUT/lib/static-pie.specs" >"$OUT/bin/cc"
 	chmod +x "$OUT/bin/cc"
 
@@ -120,7 +124,7 @@ build_musl() {
 build_string() {
 	cd "$OUT/obj"
 	$CC $branches -std=c11 -O2 -ffreestanding -fno-tree-loop-distribute-patterns -fPIE -fno-asynchronous-unwind-tables \
-		-c "$here/string.c" -o string.o
+		-c "$deploy/string.c" -o string.o
 	$AR d "$OUT/lib/libc.a" memcpy.lo memmove.lo memset.lo memcmp.lo
 	$AR rD "$OUT/lib/libc.a" string.o
 }
@@ -140,6 +144,7 @@ build_library() {
 }
 
 case $way in debian|upstream) ;; *) die "usage: $0 [debian|upstream]" ;; esac
+deploy=$(cd "$(dirname "$0")" && pwd)
 mkdir -p "$SRC" "$OUT"
 SRC=$(cd "$SRC" && pwd)
 OUT=$(cd "$OUT" && pwd)
@@ -151,7 +156,10 @@ protobuf_c=$(echo "$SRC"/protobuf-c-*[0-9]) bearssl=$(echo "$SRC"/bearssl-*[0-9]
 
 rm -rf "$OUT/obj"
 mkdir "$OUT/obj"
-if ! cmp -s SHA256SUMS "$OUT/SHA256SUMS"; then build_musl; fi
+if ! cmp -s SHA256SUMS "$OUT/SHA256SUMS" ||
+	[ "$(find "$deploy"/static-libs.sh "$deploy"/*.patch -newer "$OUT/bin/cc")" ]; then
+	build_musl
+fi
 if [ "$ARCH" = x86_64 ]; then build_string; fi
 cd "$SRC"
 

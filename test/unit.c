@@ -377,6 +377,24 @@ static void logfmt_reads_back(void) {
     }
 }
 
+/* A date is what gmtime_r says: every day for 800 years, and the first and last second of some. */
+static void times_are_utc(void) {
+    const long long end = sizeof(time_t) > 4 ? 800 * 366 : INT32_MAX / 86400;
+    for (long long day = 0; day < end; day++) {
+        const struct timespec time = {.tv_sec = (time_t)(day * 86400 + day % 3 * 43199 + day % 3 / 2),
+                                      .tv_nsec = day % 1000 * 1000000 + 999999};
+        char ours[32], libc[32], with_ms[64];
+        struct text t = {.buf = ours, .cap = sizeof ours - 1};
+        struct tm utc;
+        text_time(&t, &time);
+        ours[t.len] = '\0';
+        strftime(libc, sizeof libc, "%Y-%m-%dT%H:%M:%S", gmtime_r(&time.tv_sec, &utc));
+        snprintf(with_ms, sizeof with_ms, "%s.%03lldZ", libc, day % 1000);
+        row("day %lld: %s", day, ours);
+        CHECK(strcmp(ours, with_ms) == 0);
+    }
+}
+
 static void body_log(const void *uid) {
     log_level = LOG_DEBUG;
     log_line(LOG_DEBUG, "msg=rpc method=%s uid=%s code=%s", "/x", (const char *)uid, "OK");
@@ -3838,6 +3856,29 @@ static void options_unknown_names(void) {
     CHECK(uid_map_is_identity() ? c->code == CHILD_RETURNED : child_died(c));
 }
 
+static void ids_are_found(void) {
+    static char file[4096];
+    struct text t = {.buf = file, .cap = sizeof file};
+    text_add(&t, "root:x:0:0:root:/root:/bin/sh\n\n#kms:x:1:\nkmsx:5:2:2::/:\nno-id:x::\nwords:x:1o:\nshort:x:3\n");
+    text_add(&t, "huge:x:4294967295:\nlargest:x:4294967294:\n:x:4:\nlong:x:5:");
+    while (t.len < 2000) /* members, past what is kept of a line and what is read at a time */
+        text_add(&t, "kms:x:6:%zu,", t.len);
+    text_add(&t, "\nkms:x:7:\nkms:x:8:\nlast:x:9:");
+    file_write("passwd", file, t.len, 0600);
+    static const struct {
+        const char *name;
+        long long id;
+    } rows[] = {
+        {"root", 0}, {"kms", 7}, {"kmsx", 2}, {"long", 5}, {"last", 9}, {"largest", 4294967294},
+        {"huge", -1}, {"no-id", -1}, {"words", -1}, {"short", -1}, {"roo", -1}, {"x", -1}, {"root:x", -1},
+    };
+    for (size_t i = 0; i < LEN(rows); i++) {
+        row("%s", rows[i].name);
+        CHECK(id_find(unit_path("passwd"), rows[i].name) == rows[i].id);
+    }
+    CHECK(id_find(unit_path("no-such-file"), "root") == -1);
+}
+
 static void options_help(void) {
     static const char *const rows[] = {
         "--help", "-h", "serve --help", "probe -h", "genkey --help", "audit --strict --help", "--mode 0600 --help",
@@ -3886,7 +3927,7 @@ static const struct {
 } tests[] = {
 #define TEST(name) {#name, name}
     TEST(text_formats), TEST(text_is_cut_at_cap), TEST(logfmt_quotes), TEST(logfmt_reads_back),
-    TEST(log_lines_cannot_be_forged), TEST(log_level_filters),
+    TEST(times_are_utc), TEST(log_lines_cannot_be_forged), TEST(log_level_filters),
     TEST(hex), TEST(base64_vectors), TEST(base64_roundtrip), TEST(base64_refuses_other_bytes),
     TEST(base64_refuses_trailing_bits), TEST(base64_refuses_bad_padding), TEST(base64_keeps_to_cap), TEST(utf8_table),
     TEST(utf8_everything), TEST(varints), TEST(fields), TEST(strings_of_messages),
@@ -3907,7 +3948,8 @@ static const struct {
     TEST(session_idlest), TEST(session_without_memory_for_a_queue),
     TEST(values_stored), TEST(values_not_ours), TEST(values_damaged), TEST(values_random_bytes),
     TEST(options_defaults), TEST(options_verbs), TEST(options_values), TEST(options_numbers), TEST(options_many),
-    TEST(options_names), TEST(options_bad), TEST(options_unknown_names), TEST(options_help), TEST(verbs_run),
+    TEST(options_names), TEST(options_bad), TEST(options_unknown_names), TEST(ids_are_found),
+    TEST(options_help), TEST(verbs_run),
 };
 
 /* Runs a test; false if a CHECK failed, or there was none. */
