@@ -1,14 +1,18 @@
 """Peers that take what they can get: others are served, memory and descriptors stay bounded."""
 import contextlib
 import os
+import re
+import select
+import signal
 import socket
 import time
 
-from hyperframe.frame import DataFrame, SettingsFrame
+from hyperframe.frame import DataFrame, PingFrame, SettingsFrame
 
-from plugin import MEMORY_MAX, OWN_MEMORY, STRANGER, Case, needs_root, until
+from plugin import MEMORY_MAX, OWN_MEMORY, STRANGER, WAIT, Case, needs_root, until
 from raw import EMPTY, ENCRYPT_V1, PREFACE, STATUS, Raw, field, message, request
 
+PING_BYTES = 17
 PATIENCE = 5.0      # seconds for one call, where 0.1 is promised: this is no stopwatch
 
 
@@ -179,3 +183,36 @@ class Bounds(Case):
         for _ in range(3000):
             self.assertEqual(raw.call('/x').status, 12)
         self.assert_served(server)
+
+    def test_what_a_peer_does_not_take_is_kept(self):
+        """And nothing more is read from it, until it has taken that: each PING is answered in the end."""
+        raw = self.connect(self.start())
+        raw.ping()
+        pings = b''.join(PingFrame(opaque_data=n.to_bytes(8, 'big')).serialize() for n in range(200000))
+        raw.pongs.clear()
+        raw.socket.setblocking(False)
+        sent = 0
+        while select.select([], [raw.socket], [], 0.5)[1]:
+            sent += raw.socket.send(pings[sent:sent + 65536])
+        raw.socket.settimeout(WAIT)
+        self.assertGreater(sent, 65536)
+        self.assertLess(sent, len(pings))
+        whole = sent // PING_BYTES
+        while len(raw.pongs) < whole:
+            self.assertIsNotNone(raw.frame(), f'closed after {len(raw.pongs)} of {whole} answers')
+        self.assertEqual(raw.pongs, [n.to_bytes(8, 'big') for n in range(whole)])
+
+    def test_newcomers_do_not_go_first(self):
+        """Of many who wait to be accepted a few are, and then those have a turn who have been."""
+        server = self.start()
+        raw = self.connect(server)
+        accepted = re.compile(rb'^kmsplugin_connections_total (\d+)$', re.M)
+        before = int(accepted.search(raw.get('/metrics').data)[1])
+        server.signal(signal.SIGSTOP)
+        self.addCleanup(server.signal, signal.SIGCONT)
+        until(lambda: b'\nState:\tT' in server.proc('status'), 'stopped')
+        for _ in range(100):        # all fit in the backlog
+            self.connect(server, hello=False)
+        stream = raw.open(request('/metrics', method='GET', content_type=None), end=True)
+        server.signal(signal.SIGCONT)
+        self.assertLess(int(accepted.search(raw.wait(stream).data)[1]) - before, 50)

@@ -1,12 +1,13 @@
 """What ends by the clock. All of it is begun together, since the longest takes ten seconds."""
 import contextlib
 import os
+import select
 import signal
 import socket
 import threading
 import time
 
-from hyperframe.frame import DataFrame
+from hyperframe.frame import DataFrame, PingFrame
 
 from plugin import WAIT, Client, Server, ServerCase
 from raw import EMPTY, ENCRYPT, PREFACE, STATUS, Raw, field, message, request
@@ -35,6 +36,7 @@ class Deadlines(ServerCase):
             cls.begin(name, cls.preface_that_stops, start)
         cls.begin('slow preface', cls.preface_that_drips)
         cls.begin('unread answer', cls.answer_that_is_not_read)
+        cls.begin('full socket', cls.socket_that_is_not_read)
         cls.begin('end with a call open', cls.end_with_a_call_open)
 
     @classmethod
@@ -92,6 +94,19 @@ class Deadlines(ServerCase):
         return 'closed'
 
     @classmethod
+    def socket_that_is_not_read(cls):
+        """No stream is open: what the plugin holds has no deadline but its own."""
+        ping = PingFrame(opaque_data=b'not read').serialize()
+        with Raw(cls.server.path) as raw:
+            end = select.poll()
+            end.register(raw.socket, 0)
+            raw.socket.settimeout(0.5)
+            with contextlib.suppress(TimeoutError):
+                while True:
+                    raw.send(ping * 1000)
+            return 'closed' if end.poll(WAIT * 1000) else 'open'
+
+    @classmethod
     def end_with_a_call_open(cls):
         with Raw(cls.doomed.path) as raw:
             raw.open(request(STATUS))
@@ -124,6 +139,9 @@ class Deadlines(ServerCase):
 
     def test_answer_that_is_not_read(self):
         self.assertEqual(self.outcome('unread answer', 8, 11), 'closed')
+
+    def test_socket_that_is_not_read(self):
+        self.assertEqual(self.outcome('full socket', 8, 12), 'closed')
 
     def test_end_with_a_call_open(self):
         self.assertEqual(self.outcome('end with a call open', 3, 6), 0)

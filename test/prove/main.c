@@ -59,17 +59,23 @@ void prove_varint(void) {
     }
 }
 
-/* That the field lies within is for test/unit.c and the fuzzers: Eva does not relate its length and place. */
+static void field_lies_within(const uint8_t *start, const uint8_t *end) {
+    const uint8_t *at = start;
+    struct field f;
+    if (field_next(&at, end, &f) == 1) {
+        //@ assert start < at <= end;
+        //@ assert start < f.bytes && f.bytes + f.len <= end;
+    }
+}
+
+/* From any place in a message: the field lies within, and the place that comes next is farther on. So all fields do. */
 void prove_field(void) {
     enum { MOST = 24 };
     static uint8_t bytes[MOST];
     Frama_C_make_unknown((char *)bytes, MOST);
     //@ loop unroll 25;
-    for (size_t len = 0; len <= MOST; len++) {
-        const uint8_t *at = bytes + MOST - len;
-        struct field f;
-        field_next(&at, bytes + MOST, &f);
-    }
+    for (size_t len = 0; len <= MOST; len++)
+        field_lies_within(bytes + MOST - len, bytes + MOST);
 }
 
 void prove_hex(void) {
@@ -112,4 +118,56 @@ void prove_decimal(void) {
     long long n = decimal(text, 4294967294);
     //@ assert -1 <= n <= 4294967294;
     timeout_parse(text);
+}
+
+/* One field of a head or of trailers, in whatever state the request is: any name and value that are not too long. */
+void prove_request_field(void) {
+    enum { NAME_MOST = 18, VALUE_MOST = 40 };
+    static uint8_t name[NAME_MOST], value[VALUE_MOST];
+    static struct request r;
+    Frama_C_make_unknown((char *)name, NAME_MOST);
+    Frama_C_make_unknown((char *)value, VALUE_MOST);
+    //@ loop unroll 19;
+    for (size_t name_len = 0; name_len <= NAME_MOST; name_len++) {
+        //@ loop unroll 41;
+        for (size_t len = 0; len <= VALUE_MOST; len++) {
+            request_init(&r);
+            r.seen = (unsigned)Frama_C_interval(0, 2 * SEEN_REGULAR - 1);
+            r.trailers = Frama_C_interval(0, 1);
+            r.bad_timeout = Frama_C_interval(0, 1);
+            r.malformed = Frama_C_interval(0, 1);
+            r.field_bytes = (size_t)Frama_C_interval(0, FIELDS_MAX_BYTES);
+            request_field(&r, name + NAME_MOST - name_len, name_len, value + VALUE_MOST - len, len);
+            //@ assert r.method <= METHOD_CONNECT && r.rpc <= RPC_UNKNOWN && r.seen < 2 * SEEN_REGULAR;
+            request_head_end(&r);
+        }
+    }
+}
+
+/* A value of etcd behind its length: the sealed key and what it sealed lie within, and are all there is. */
+void prove_stored_v1(void) {
+    //@ loop unroll 25;
+    for (size_t len = 0; len <= sizeof stored; len++) {
+        uint8_t *bytes = stored + sizeof stored - len;
+        struct value v = {.api = API_V1};
+        Frama_C_make_unknown((char *)stored, sizeof stored);
+        //@ loop unroll 26;
+        for (size_t told = 0; len >= 2 && told <= sizeof stored + 1; told++) {
+            bytes[0] = (uint8_t)(told > sizeof stored ? Frama_C_interval(0, 255) : 0);
+            bytes[1] = (uint8_t)(told > sizeof stored ? Frama_C_interval(sizeof stored + 1, 255) : told);
+            value_open_v1(&v, NULL, NULL, 0, bytes, len);
+        }
+        if (len < 2)
+            value_open_v1(&v, NULL, NULL, 0, bytes, len);
+    }
+}
+
+/* The whole value, which names its provider first. */
+void prove_stored(void) {
+    //@ loop unroll 25;
+    for (size_t len = 0; len <= sizeof stored; len++) {
+        struct value v;
+        Frama_C_make_unknown((char *)stored, sizeof stored);
+        value_open(&v, NULL, NULL, 0, stored + sizeof stored - len, len);
+    }
 }
