@@ -182,13 +182,14 @@ sed "s/@PACKAGE_VERSION@/$version/; s/@PACKAGE_VERSION_NUM@/$number/" \
 (cd "$SRC" && printf '%s\n' nghttp2-*/lib/*.c) | build_library nghttp2 -DBUILDING_NGHTTP2 -DHAVE_CONFIG_H -I..
 
 cp "$protobuf_c/protobuf-c/protobuf-c.h" "$OUT/include/protobuf-c"
-(cd "$SRC" && echo protobuf-c-*/protobuf-c/protobuf-c.c) | build_library protobuf-c
+(cd "$SRC" && echo protobuf-c-*/protobuf-c/protobuf-c.c) | build_library protobuf-c -Os
 
-# BearSSL: all but public keys and TLS. Without LTO: constant-time code relies on a compiler that does not see across files;
-# nor with a profile, for the same reason. Without calls of memcpy where AES-NI's code copies round keys into registers.
+# BearSSL: all but public keys and TLS, and small, as its authors build it. Without LTO: constant-time code relies on a
+# compiler that does not see across files; nor with a profile, for the same reason. Without calls of memcpy where AES-NI's
+# code copies round keys into registers.
 cp "$bearssl"/inc/*.h "$OUT/include"
 (cd "$SRC" && find bearssl-*/src -name '*.c') | grep -Ev '/(ec|int|rsa|ssl|x509)/' | sort |
-	build_library bearssl -fno-lto -fno-profile-generate -fno-profile-use -fno-tree-loop-distribute-patterns -Isrc/"${bearssl##*/}"/src
+	build_library bearssl -Os -fno-lto -fno-profile-generate -fno-profile-use -fno-tree-loop-distribute-patterns -Isrc/"${bearssl##*/}"/src
 
 rm -rf "$OUT/obj"
 cp "$SRC/SHA256SUMS" "$OUT/SHA256SUMS"
