@@ -43,7 +43,7 @@ help:
 	@echo 'make static         build/static/kmsplugin, on musl; needs dpkg-dev'
 	@echo 'make profile        deploy/profile, which make static builds by: after a change of what is hot; needs h2load'
 	@echo 'make size           what makes it up, from the link map'
-	@echo 'make image          build/image/kmsplugin.tar, an OCI image of it; needs buildah'
+	@echo 'make image          build/image/kmsplugin.tar, an OCI image of it; needs buildah and zopfli'
 	@echo 'make dist           build/$(DIST).tar.gz'
 	@echo 'make sbom           build/sbom/, a CycloneDX document'
 	@echo 'make deb            build/deb/, a Debian package on Debian'\''s libraries; needs debhelper'

@@ -38,7 +38,6 @@
  */
 #define _GNU_SOURCE /* accept4, struct ucred, environ */
 #include <bearssl.h>
-#include <endian.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <limits.h>
@@ -688,6 +687,10 @@ static void stack_wipe(void) {
     wipe(below, sizeof below);
 }
 
+static uint64_t big_endian(uint64_t n) {
+    return __BYTE_ORDER__ == __ORDER_BIG_ENDIAN__ ? n : __builtin_bswap64(n);
+}
+
 static void hex_encode(const uint8_t *bytes, size_t len, char *out) {
     for (size_t i = 0; i < len; i++) {
         *out++ = "0123456789abcdef"[bytes[i] >> 4];
@@ -1082,8 +1085,9 @@ static int gcm_crypt(const struct suite *suite, bool seal, const uint8_t *key, s
         uint8_t h[BLOCK_BYTES], hash[BLOCK_BYTES], mask[BLOCK_BYTES], counter[BLOCK_BYTES], run[4 * BLOCK_BYTES];
     } w = {.counter[BLOCK_BYTES - 1] = 1};
     const uint8_t zero[BLOCK_BYTES] = {0};
-    const uint64_t lengths[2] = {htobe64(8 * (uint64_t)aad_len), htobe64(8 * (uint64_t)len)};
+    const uint64_t lengths[2] = {big_endian(8 * (uint64_t)aad_len), big_endian(8 * (uint64_t)len)};
     uint8_t wrong = 0;
+    int result = 0;
     suite->aes->init(&aes.vtable, key, key_len);
     aes_block(&aes, zero, w.h);
     memcpy(w.counter, nonce, 12);
@@ -1110,11 +1114,13 @@ static int gcm_crypt(const struct suite *suite, bool seal, const uint8_t *key, s
         memcpy(tag, w.hash, TAG_BYTES);
     for (size_t i = 0; i < TAG_BYTES; i++)
         wrong |= w.hash[i] ^ tag[i];
-    if (wrong)
+    if (wrong) {
         wipe(data, len);
+        result = -1;
+    }
     wipe(&aes, sizeof aes);
     wipe(&w, sizeof w);
-    return wrong ? -1 : 0;
+    return result;
 }
 
 /* XAES-256-GCM in place over data, as gcm_crypt. */

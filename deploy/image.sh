@@ -1,6 +1,6 @@
 #!/bin/sh
 # Makes an OCI archive of a release build, by the last stage of deploy/Dockerfile: the same bytes for the same program.
-# Needs buildah, and neither a registry nor a daemon.
+# Needs buildah, zopfli and Python, and neither a registry nor a daemon.
 #
 #   [ARCH=aarch64] [FORMAT=docker] deploy/image.sh PROGRAM ARCHIVE NAME:TAG
 #
@@ -40,8 +40,39 @@ if [ "${FORMAT:-oci}" = docker ]; then
 	storage push --quiet "$name" "docker-archive:$archive:$name"
 	exit
 fi
-storage push --quiet --compression-format gzip --compression-level 9 --digestfile "$tmp/digest" \
-	"$name" "oci:$tmp/layout:$name"
+storage push --quiet --compression-format gzip "$name" "oci:$tmp/layout:$name"
+
+# The layer again as zopfli packs it, which is gzip too, and 12 KB less. Blobs go by the name of their digest: layer,
+# manifest and index are written anew; the configuration knows the layer unpacked, and stays.
+python3 - "$tmp/layout" >"$tmp/digest" <<'END'
+import gzip, hashlib, json, pathlib, subprocess, sys
+layout = pathlib.Path(sys.argv[1])
+
+
+def take(entry):
+    path = layout / 'blobs/sha256' / entry['digest'].removeprefix('sha256:')
+    data = path.read_bytes()
+    path.unlink()
+    return data
+
+
+def put(entry, data):
+    digest = hashlib.sha256(data).hexdigest()
+    (layout / 'blobs/sha256' / digest).write_bytes(data)
+    entry.update(digest='sha256:' + digest, size=len(data))
+
+
+index = json.loads((layout / 'index.json').read_text())
+manifest = json.loads(take(index['manifests'][0]))
+layer = manifest['layers'][0]
+unpacked = layout / 'layer.tar'
+unpacked.write_bytes(gzip.decompress(take(layer)))
+put(layer, subprocess.run(['zopfli', '-c', unpacked], check=True, stdout=subprocess.PIPE).stdout)
+unpacked.unlink()
+put(index['manifests'][0], json.dumps(manifest, separators=(',', ':')).encode())
+(layout / 'index.json').write_text(json.dumps(index, separators=(',', ':')))
+print(index['manifests'][0]['digest'])
+END
 tar --sort=name --mtime="@$epoch" --owner=0 --group=0 --numeric-owner --mode=u=rwX,go=rX \
 	-C "$tmp/layout" -cf "$archive" .
 echo "$(cat "$tmp/digest")  $archive, $(wc -c <"$archive") bytes"

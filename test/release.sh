@@ -3,7 +3,7 @@
 # Debian package. Needs root (it runs containers, and installs a package where nothing of it stays), the network for
 # Debian's sources, what test.sh needs, and:
 #
-#     apt-get install buildah podman crun dpkg-dev debhelper lintian mandoc
+#     apt-get install buildah zopfli podman crun dpkg-dev debhelper lintian mandoc
 #
 #     test/release.sh [PART...]    all parts, or some of: image dist sbom deb
 #
