@@ -510,6 +510,20 @@ def bodies_of_1025(path, _):
     return f'5,120 bodies, {left[0]} of 20 left open, {left[1]} of 180 idle ones'
 
 
+def sizes_in_turn(path, _):
+    """Blocks of each size, as many as may be, and let go for those of the next: kept for reuse, they would add up."""
+    done = 0
+    for size in (60, 120, 250, 500, 1000, 2000, 14000):
+        streams = STREAMS if size <= 2048 else 17
+        body = v1_encrypt(size)[:size + 4]      # all but its last bytes
+        with peers(path, 16) as crowd:
+            for number in range(1, 2 * streams, 2):
+                piece = frame(HEADERS, END_HEADERS, number, head(ENCRYPT_V1)) + frame(DATA, 0, number, body)
+                for peer in crowd:
+                    done += peer.insist(piece)
+    return f'{done} bodies of 60 to 14,000 bytes'
+
+
 def large_bodies(path, _):
     """64 KiB announced on every stream, and all but the last byte sent."""
     body = v1_encrypt(65400)[:-1]
@@ -794,7 +808,7 @@ ATTACKS = (
     never_reads, zero_window, zero_window_times_out, shut_window, window_overflow, rapid_reset,
     rapid_reset_of_calls, ping_flood, ping_flood_unread, settings_flood, settings_flood_unread, priority_flood,
     empty_data_flood, continuation_flood, unknown_frames_flood, hpack_bomb, hpack_table, endless_value,
-    header_lists, half_sent, all_at_once, bodies_of_1025, large_bodies, lied_lengths, metrics_hoard,
+    header_lists, half_sent, all_at_once, bodies_of_1025, sizes_in_turn, large_bodies, lied_lengths, metrics_hoard,
     slow_preface, slow_headers, slow_frame, slow_body, short_deadlines, idle_connections, descriptors_run_out,
     dropped, passed_descriptors, split_everywhere, malformed_heads, flooders, short_calls, garbage,
 )
@@ -813,9 +827,11 @@ class Subject:
             self.static = b'ld-linux' not in file.read()
         with Raw(self.server.path) as raw:
             assert raw.works()
+        fresh = self.anonymous()
         for attack in (dropped_few, flooders_few):  # pages of its own that a first use takes
             attack(self.server.path)
         self.before = self.calm(None)
+        assert not self.static or self.before[1] <= fresh + KEPT_MAX, f'{fresh} bytes at first, then {self.before[1]}'
 
     def status(self, name):
         for line in self.server.proc('status').decode().splitlines():
