@@ -856,9 +856,12 @@ static int strings_check(const ProtobufCMessageDescriptor *type, const uint8_t *
     struct field f;
     int more, nul = 0;
     while ((more = field_next(&bytes, end, &f)) > 0) {
-        const ProtobufCFieldDescriptor *known = protobuf_c_message_descriptor_get_field(type, f.number);
-        if (!known || f.wire_type != 2)
+        unsigned i = 0;
+        while (i < type->n_fields && type->fields[i].id != f.number)
+            i++;
+        if (i == type->n_fields || f.wire_type != 2)
             continue;
+        const ProtobufCFieldDescriptor *known = &type->fields[i];
         int verdict = known->type == PROTOBUF_C_TYPE_STRING    ? utf8_check(f.bytes, f.len)
                       : known->type == PROTOBUF_C_TYPE_MESSAGE ? strings_check(known->descriptor, f.bytes, f.len)
                                                                : 0; /* kms.proto nests one level */
@@ -1068,6 +1071,23 @@ static void aes_block(const br_aes_gen_ctrcbc_keys *key, const uint8_t mask[BLOC
     key->vtable->mac(&key->vtable, block, mask, BLOCK_BYTES);
 }
 
+/* a ^= b */
+static uint8_t *block_xor(uint8_t a[BLOCK_BYTES], const uint8_t b[BLOCK_BYTES]) {
+    uint64_t left[2], right[2];
+    memcpy(left, a, BLOCK_BYTES);
+    memcpy(right, b, BLOCK_BYTES);
+    left[0] ^= right[0];
+    left[1] ^= right[1];
+    return memcpy(a, left, BLOCK_BYTES);
+}
+
+/* In constant time. */
+static bool block_is_zero(const uint8_t block[BLOCK_BYTES]) {
+    uint64_t half[2];
+    memcpy(half, block, BLOCK_BYTES);
+    return (half[0] | half[1]) == 0;
+}
+
 /*
  * AES-GCM (NIST SP 800-38D) in place over data. With `seal`, encrypts and writes the
  * tag; else checks the tag in constant time, and leaves zeros when it is wrong.
@@ -1086,7 +1106,6 @@ static int gcm_crypt(const struct suite *suite, bool seal, const uint8_t *key, s
     } w = {.counter[BLOCK_BYTES - 1] = 1};
     const uint8_t zero[BLOCK_BYTES] = {0};
     const uint64_t lengths[2] = {big_endian(8 * (uint64_t)aad_len), big_endian(8 * (uint64_t)len)};
-    uint8_t wrong = 0;
     int result = 0;
     suite->aes->init(&aes.vtable, key, key_len);
     aes_block(&aes, zero, w.h);
@@ -1108,13 +1127,10 @@ static int gcm_crypt(const struct suite *suite, bool seal, const uint8_t *key, s
         suite->ghash(w.hash, w.h, data, len);
     suite->ghash(w.hash, w.h, lengths, sizeof lengths);
 
-    for (size_t i = 0; i < TAG_BYTES; i++)
-        w.hash[i] ^= w.mask[i];
+    block_xor(w.hash, w.mask);
     if (seal)
         memcpy(tag, w.hash, TAG_BYTES);
-    for (size_t i = 0; i < TAG_BYTES; i++)
-        wrong |= w.hash[i] ^ tag[i];
-    if (wrong) {
+    if (!seal && !block_is_zero(block_xor(w.hash, tag))) {
         wipe(data, len);
         result = -1;
     }
