@@ -98,7 +98,7 @@ build_musl() {
 	# musl's own specs link a dynamic PIE. A static one starts in rcrt1.o, which relocates it, and names no loader. Where the
 	# linker can, relocations are packed: a bit a pointer, not 24 bytes, or 15 KB less.
 	static='-static -pie --no-dynamic-linker -z text'
-	if $CC -Wl,--help | grep -q pack-relative-relocs; then static="$static -z pack-relative-relocs"; fi
+	if $CC -Wl,--help | grep pack-relative-relocs >/dev/null; then static="$static -z pack-relative-relocs"; fi
 	sh "$musl/tools/musl-gcc.specs.sh" "$OUT/include" "$OUT/lib" LOADER |
 		sed "s/Scrt1/rcrt1/; s/-dynamic-linker LOADER/$static/" >"$OUT/lib/static-pie.specs"
 	printf '#!/bin/sh\nexec %s %s "$@" -specs "%s"\n' "$CC" "$branches" "$OUT/lib/static-pie.specs" >"$OUT/bin/cc"
