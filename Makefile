@@ -96,10 +96,10 @@ STATIC_FLAGS = -O2 -flto -fPIE \
 STATIC_LD = -flto-partition=one -static-pie -Wl,--gc-sections -Wl,--exclude-libs,ALL -Wl,-z,relro,-z,now -Wl,-z,noexecstack -Wl,--build-id=none -s
 # What runs often, as `make profile` recorded it: the compiler makes that fast and the rest small. The record is committed,
 # so that the same bytes come out anywhere. A function changed since is built as if there were none; make gate notices.
-# The -fno-... leave out what a profile turns on and copies loops for (13 KB, 3 % of the instructions), and libcall what
+# The -fno-... leave out what a profile turns on and copies loops for (12 KB, 3 % of the instructions), and libcall what
 # it makes of short copies: rep movs, which is slow to start.
 PROFILE = $(if $(wildcard deploy/profile/$(ARCH)),-fprofile-use=$(CURDIR)/deploy/profile/$(ARCH) \
-	-fprofile-prefix-path=$(CURDIR) -Wno-missing-profile -Wno-coverage-mismatch -mstringop-strategy=libcall \
+	-fprofile-prefix-path=$(CURDIR) -Wno-missing-profile -Wno-coverage-mismatch $(if $(filter x86_64,$(ARCH)),-mstringop-strategy=libcall) \
 	-fno-tracer -fno-unroll-loops -fno-peel-loops -fno-tree-loop-vectorize -fno-tree-slp-vectorize -fno-ipa-cp-clone \
 	-fno-split-loops -fno-unswitch-loops -fno-gcse-after-reload -fno-reorder-blocks-and-partition)
 static: $(STATIC)

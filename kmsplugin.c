@@ -911,7 +911,7 @@ static int random_nonce(struct random *r, uint8_t nonce[NONCE_BYTES]) {
  * whole arena taken back. It is also where the answer is put together.
  */
 
-/* The class whose blocks hold `size` bytes, the least power of two not under it. HEAP_CLASSES or more: none does. */
+/* The class whose blocks hold `size` bytes, the least power of two not under it. HEAP_CLASSES or more: none does, or 0 bytes. */
 static unsigned heap_class(size_t size) {
     enum { LONG_BITS = 8 * sizeof(unsigned long) };
     unsigned long half_classes = ((size - 1) | (HEAP_CLASS0_BYTES - 1)) / (HEAP_CLASS0_BYTES / 2);
@@ -1093,7 +1093,7 @@ static bool block_is_zero(const uint8_t block[BLOCK_BYTES]) {
  * tag; else checks the tag in constant time, and leaves zeros when it is wrong.
  * key_len is 16, 24 or 32. Returns 0, or -1 for a wrong tag.
  *
- * BearSSL's CTR takes whole blocks, and four of them as fast as one. The key stream
+ * BearSSL's CTR takes whole blocks, and four of them about as fast as one. The key stream
  * begins with the tag's mask, so that a run over four yields the mask and what
  * encrypts 48 bytes: kube-apiserver's data keys have 32.
  */
@@ -3072,7 +3072,7 @@ static int server_wait_ms(const struct server *s) {
     return ms > INT_MAX ? -1 : (int)ms;
 }
 
-/* Gives back the memory that an idle server does without: kept blocks, and its code. What runs again is mapped again. */
+/* Gives back what an idle server does without: kept blocks, and the mapped pages of its code, which come back as they run. */
 static void server_tidy(struct server *s) {
     extern char __executable_start[], etext[]; /* the linker's; what is between them is read-only */
     heap_tidy(&s->heap);
@@ -4082,7 +4082,8 @@ static long long id_in_line(char *line, const char *name) {
 
 /*
  * The id of a name in /etc/passwd or /etc/group, or -1. getpwnam and getgrnam would
- * ask name services, too, but not in a static binary, which they make 9 KB larger.
+ * ask name services, too, which a file without libraries cannot be sure to reach, and
+ * make the static binary 9 KB larger.
  */
 static long long id_find(const char *path, const char *name) {
     char bytes[1024], line[512]; /* what is cut off is behind the id */

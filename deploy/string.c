@@ -80,7 +80,7 @@ void *memset(void *dest, int byte, size_t n) {
     } else if (n >= 16) {
         *(sixteen *)d = *(sixteen *)(d + n - 16) = all;
     } else if (n >= 8) {
-        *(eight *)d = *(eight *)(d + n - 8) = 0x0101010101010101 * b;
+        *(eight *)d = *(eight *)(d + n - 8) = 0x0101010101010101u * b;
     } else {
         for (; n > 0; n--)
             *d++ = b;

@@ -38,7 +38,7 @@ shape() {
     grep -q 'Type: .*DYN' "$tmp/elf" || return 1
     grep -q -e INTERP -e '(NEEDED)' "$tmp/elf" && return 1
     grep -E '^[0-9a-f]{8,} ' "$tmp/elf" | grep -v '_RELATIVE' && return 1
-    grep -qE '^[0-9a-f]{8,} .*_RELATIVE' "$tmp/elf" || return 1
+    grep -qE '^[0-9a-f]{8,} .*_RELATIVE|\.relr\.dyn' "$tmp/elf" || return 1
     grep -qE 'GNU_STACK .* RW ' "$tmp/elf" || return 1
     grep -q GNU_RELRO "$tmp/elf" || return 1
     grep -q 'FLAGS_1.*NOW' "$tmp/elf" || return 1

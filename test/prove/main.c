@@ -23,7 +23,7 @@ void prove_utf8(void) {
     //@ loop unroll 9;
     for (size_t len = 0; len <= MOST; len++) {
         Frama_C_make_unknown((char *)bytes, MOST);
-        utf8_valid(bytes + MOST - len, len);
+        utf8_check(bytes + MOST - len, len);
     }
 }
 
