@@ -99,7 +99,8 @@ STATIC_LD = -flto-partition=one -static-pie -Wl,--gc-sections -Wl,--exclude-libs
 # The -fno-... leave out what a profile turns on and copies loops for (12 KB, 3 % of the instructions), and libcall what
 # it makes of short copies: rep movs, which is slow to start.
 PROFILE = $(if $(wildcard deploy/profile/$(ARCH)),-fprofile-use=$(CURDIR)/deploy/profile/$(ARCH) \
-	-fprofile-prefix-path=$(CURDIR) -Wno-missing-profile -Wno-coverage-mismatch $(if $(filter x86_64,$(ARCH)),-mstringop-strategy=libcall) \
+	-fprofile-prefix-path=$(CURDIR) -Wno-missing-profile -Wno-coverage-mismatch \
+	$(if $(filter x86_64,$(ARCH)),-mstringop-strategy=libcall) \
 	-fno-tracer -fno-unroll-loops -fno-peel-loops -fno-tree-loop-vectorize -fno-tree-slp-vectorize -fno-ipa-cp-clone \
 	-fno-split-loops -fno-unswitch-loops -fno-gcse-after-reload -fno-reorder-blocks-and-partition)
 static: $(STATIC)

@@ -764,7 +764,7 @@ static void base64_encode(const uint8_t *bytes, size_t len, char *out) {
     *out = '\0';
 }
 
-/* Whether the bytes are UTF-8 as RFC 3629 has it (no surrogates, nothing overlong): 0, 1 if a NUL is among them, or -1. */
+/* Whether the bytes are UTF-8 as RFC 3629 has it, no surrogates, nothing overlong: 0, 1 if a NUL is there, or -1. */
 static int utf8_check(const uint8_t *s, size_t len) {
     const uint64_t ones = 0x0101010101010101, highs = 0x8080808080808080;
     int nul = 0;
@@ -911,7 +911,7 @@ static int random_nonce(struct random *r, uint8_t nonce[NONCE_BYTES]) {
  * whole arena taken back. It is also where the answer is put together.
  */
 
-/* The class whose blocks hold `size` bytes, the least power of two not under it. HEAP_CLASSES or more: none does, or 0 bytes. */
+/* The class whose blocks hold `size` bytes, the least power of two not under it; HEAP_CLASSES or more if none. */
 static unsigned heap_class(size_t size) {
     enum { LONG_BITS = 8 * sizeof(unsigned long) };
     unsigned long half_classes = ((size - 1) | (HEAP_CLASS0_BYTES - 1)) / (HEAP_CLASS0_BYTES / 2);
@@ -1055,8 +1055,7 @@ static void arena_reset(struct arena *a) {
 
 /* BearSSL's fastest constant-time code for this CPU. */
 static struct suite suite_choose(void) {
-    struct suite s = {
-        .aes = br_aes_x86ni_ctrcbc_get_vtable(), .ghash = br_ghash_pclmul_get(), .name = "aesni"};
+    struct suite s = {.aes = br_aes_x86ni_ctrcbc_get_vtable(), .ghash = br_ghash_pclmul_get(), .name = "aesni"};
     bool wide = sizeof(void *) == 8;
     if (!s.aes || !s.ghash) {
         s.aes = wide ? &br_aes_ct64_ctrcbc_vtable : &br_aes_ct_ctrcbc_vtable;
@@ -2314,8 +2313,10 @@ static int stream_append(struct stream *s, const uint8_t *data, size_t len) {
         s->prefix_len += n;
         data += n;
         len -= n;
-        int rv = n < missing ? 0 : stream_prefix_end(s);
-        if (n < missing || rv != 0 || s->state == STREAM_ANSWERED)
+        if (n < missing)
+            return 0;
+        int rv = stream_prefix_end(s);
+        if (rv != 0 || s->state == STREAM_ANSWERED)
             return rv;
     }
     if (len > s->body_cap - s->body_len)
@@ -3072,7 +3073,7 @@ static int server_wait_ms(const struct server *s) {
     return ms > INT_MAX ? -1 : (int)ms;
 }
 
-/* Gives back what an idle server does without: kept blocks, and the mapped pages of its code, which come back as they run. */
+/* Gives back what an idle server does without: kept blocks, and mapped pages of its code, which return as they run. */
 static void server_tidy(struct server *s) {
     extern char __executable_start[], etext[]; /* the linker's; what is between them is read-only */
     heap_tidy(&s->heap);

@@ -6,8 +6,9 @@ While each goes on another client's calls are timed, and when it is over the plu
 the same process with the descriptors and the memory that it had before. A line `ok` or
 `not ok` for each, a table, and the sum. Needs root, for /proc.
 
-Memory: musl gives back what is free, so a round ends within SLACK of the beginning; but where
-pages went to and fro it keeps some, so it may also stay within KEPT_MAX and no longer grow.
+Memory: musl gives back what is free, so a round ends within SLACK of the beginning; but where a
+block of another client lies between, the pages around it stay: so a round may also end within
+KEPT_MAX of it and no longer grow.
 glibc keeps what it once had: a round must not grow. What leaks does so in every round.
 
 Timing is a bound on starvation and nothing else: the slowest call has to come in under
@@ -34,7 +35,7 @@ LATENCY_MS = 100        # of another client's slowest call
 ATTEMPTS = 6            # rounds, until one is within all bounds
 RETRIES = 20            # of one call of the other client
 SLACK = 64 << 10        # bytes that may stay after an attack
-KEPT_MAX = 256 << 10    # bytes that musl's malloc may keep
+KEPT_MAX = 256 << 10    # bytes that may stay around what others hold
 SETTLE = 12.0           # seconds: longest time-out of the plugin, and some
 CASE_SECONDS = 240
 LIMIT = 10.0            # seconds: the plugin's own time-outs
