@@ -67,6 +67,7 @@
 #include <linux/stat.h>
 #endif
 #include <sys/syscall.h>
+#include <sys/timerfd.h>
 #include <sys/un.h>
 #include <time.h>
 #include <unistd.h>
@@ -349,7 +350,7 @@ struct stream {
     bool reply_grpc; /* trailers follow */
 };
 
-enum source_kind { SOURCE_SIGNAL, SOURCE_LISTENER, SOURCE_CONN };
+enum source_kind { SOURCE_SIGNAL, SOURCE_TIMER, SOURCE_LISTENER, SOURCE_CONN };
 
 /* What epoll reports on. First member of those it is part of. */
 struct source {
@@ -415,7 +416,7 @@ struct server {
     struct metrics metrics;
     struct heap heap;
     int epoll;
-    struct source signals;
+    struct source signals, timer;
     int notify; /* to the service manager, or -1 */
     struct listener listeners[LISTENERS_MAX];
     size_t listener_count;
@@ -426,7 +427,9 @@ struct server {
     nghttp2_option *session_options;
     int64_t now_ms; /* monotonic, once a wake-up */
     uint64_t now_us;
-    int64_t next_ms; /* nothing times out before this; INT64_MAX: nothing at all */
+    int64_t next_ms; /* nothing is due before this; INT64_MAX: nothing at all */
+    int64_t timer_ms; /* when the timer goes off; INT64_MAX: it does not */
+    int64_t active_ms; /* the last turn with work to do */
     int64_t resume_accept_ms, drain_ms; /* INT64_MAX: not under way */
     int64_t refused_logged_ms;
     uint64_t refused_unlogged;
@@ -764,17 +767,23 @@ static void base64_encode(const uint8_t *bytes, size_t len, char *out) {
     *out = '\0';
 }
 
+/* How many bytes at the beginning are printable ASCII, looked at by eights: most strings are that all through. */
+static size_t printable_run(const uint8_t *s, size_t len) {
+    const uint64_t ones = 0x0101010101010101, highs = 0x8080808080808080;
+    size_t i = 0;
+    for (uint64_t eight; len - i >= sizeof eight; i += sizeof eight) {
+        memcpy(&eight, s + i, sizeof eight);
+        if ((eight | (eight - ' ' * ones) | (eight + ones)) & highs) /* above '~' or under ' ': a high bit comes up */
+            break;
+    }
+    return i;
+}
+
 /* Whether the bytes are UTF-8 as RFC 3629 has it, no surrogates, nothing overlong: 0, 1 if a NUL is there, or -1. */
 static int utf8_check(const uint8_t *s, size_t len) {
-    const uint64_t ones = 0x0101010101010101, highs = 0x8080808080808080;
     int nul = 0;
     for (size_t i = 0; i < len;) {
-        uint64_t eight; /* most strings are ASCII all through: neither a high bit, nor a byte that 1 is too much for */
-        for (; len - i >= sizeof eight; i += sizeof eight) {
-            memcpy(&eight, s + i, sizeof eight);
-            if ((eight | (eight - ones)) & highs)
-                break;
-        }
+        i += printable_run(s + i, len - i);
         if (i == len)
             break;
         uint8_t c = s[i++];
@@ -1010,6 +1019,11 @@ static void *arena_new(void *arena, size_t size) {
     void *p = a->base + a->used;
     a->used += size;
     return p;
+}
+
+/* Takes back what lies behind `end`, of the bytes given out last. */
+static void arena_trim(struct arena *a, const uint8_t *end) {
+    a->used = ((size_t)(end - a->base) + 15) & ~(size_t)15;
 }
 
 static void arena_free(void *arena, void *p) {
@@ -1436,17 +1450,16 @@ static void answer_no_memory(struct answer *a) {
     answer_error(a, GRPC_RESOURCE_EXHAUSTED, "the message has too many fields");
 }
 
-/* Packs a response behind the place of its gRPC prefix. */
+/* Packs a response, which like a request is never over MESSAGE_MAX: what it is sealed or opened from came in one. */
 static void answer_message(struct kms *kms, struct answer *a, const void *message) {
-    size_t len = protobuf_c_message_get_packed_size(message);
-    uint8_t *bytes = arena_new(&kms->arena, len);
+    uint8_t *bytes = arena_new(&kms->arena, MESSAGE_MAX);
     if (!bytes) {
         answer_no_memory(a);
         return;
     }
-    protobuf_c_message_pack(message, bytes);
     a->bytes = bytes;
-    a->len = len;
+    a->len = protobuf_c_message_pack(message, bytes);
+    arena_trim(&kms->arena, bytes + a->len);
 }
 
 /* Seals into the arena. Returns false once the answer holds an error. */
@@ -1835,6 +1848,27 @@ static enum field_name field_name(const uint8_t *name, size_t len) {
     return FIELD_OTHER;
 }
 
+/* The name of a field: a token (RFC 9110 5.6.2) without capitals. */
+static bool is_name(const uint8_t *name, size_t len) {
+    static const char marks[] = "!#$%&'*+-.^_`|~";
+    for (size_t i = 0; i < len; i++) {
+        uint8_t c = name[i];
+        if (!(c >= 'a' && c <= 'z') && !(c >= '0' && c <= '9') && !memchr(marks, c, sizeof marks - 1))
+            return false;
+    }
+    return len > 0;
+}
+
+/* The value of a field (RFC 9110 5.5): of control characters only tabs, and no white space at the ends. */
+static bool is_value(const uint8_t *value, size_t len) {
+    for (size_t i = 0; i < len; i++) {
+        i += printable_run(value + i, len - i);
+        if (i < len && ((value[i] < ' ' && value[i] != '\t') || value[i] == 0x7f))
+            return false;
+    }
+    return len == 0 || (!is_space((char)value[0]) && !is_space((char)value[len - 1]));
+}
+
 /* application/grpc or application/grpc+proto, with or without parameters. */
 static bool is_grpc(const uint8_t *value, size_t len) {
     static const char type[] = "application/grpc+proto";
@@ -1930,10 +1964,10 @@ static void request_field(struct request *r, const uint8_t *name, size_t name_le
     else
         r->seen |= SEEN_REGULAR;
     if (known == FIELD_OTHER)
-        verdict = verdict == UNUSUAL && nghttp2_check_header_name(name, name_len) ? UNUSUAL : MALFORMED;
+        verdict = verdict == UNUSUAL && is_name(name, name_len) ? UNUSUAL : MALFORMED;
     else if (verdict == UNUSUAL && (!r->trailers || known == FIELD_FORBIDDEN)) /* in trailers the others mean nothing */
         verdict = request_known(r, known, value, len);
-    r->malformed = verdict == MALFORMED || (verdict == UNUSUAL && !nghttp2_check_header_value_rfc9113(value, len));
+    r->malformed = verdict == MALFORMED || (verdict == UNUSUAL && !is_value(value, len));
 }
 
 /* Judges the head as a whole, RFC 9113 8.3.1 and 8.5. */
@@ -2914,6 +2948,10 @@ static void notify(int fd, const char *state) {
  * One thread and one epoll. A turn: wait; handle what is ready, each connection at
  * most one read; expire what is due; wipe the stack; free what was closed. Nothing
  * in a turn blocks. Without traffic and deadlines the loop sleeps for good.
+ *
+ * What is due next has a timer, which stays set from turn to turn. A time-out of
+ * epoll_wait's would be set up and taken back in each, and that takes the kernel
+ * about as long as all else that it does for a request.
  */
 
 static void server_clock(struct server *s) {
@@ -3028,11 +3066,20 @@ static int conn_expire(struct conn *c) {
     return c->doomed ? -1 : answered && !c->writing ? conn_flush(c) : 0;
 }
 
+/* Gives back what an idle server does without: kept blocks, and mapped pages of its code, which return as they run. */
+static void server_tidy(struct server *s) {
+    extern char __executable_start[], etext[]; /* the linker's; what is between them is read-only */
+    heap_tidy(&s->heap);
+    madvise(__executable_start, (size_t)(etext - __executable_start), MADV_DONTNEED);
+}
+
 /* Does what is due, and finds out when the next thing will be. */
 static void server_expire(struct server *s) {
     if (s->now_ms < s->next_ms)
         return;
     s->next_ms = s->drain_ms;
+    if (s->stream_count == 0 && s->now_ms >= s->active_ms + TIDY_AFTER_MS)
+        server_tidy(s);
     for (struct conn *c = s->conns; c; c = c->next)
         if (!c->closed && conn_expire(c) < 0)
             conn_close(c, "timed out");
@@ -3065,19 +3112,23 @@ static void server_signal(struct server *s) {
             conn_close(c, "drained");
 }
 
-/* Milliseconds to sleep; -1 for good. */
-static int server_wait_ms(const struct server *s) {
-    int64_t ms = s->next_ms == INT64_MAX ? INT64_MAX : s->next_ms > s->now_ms ? s->next_ms - s->now_ms : 0;
-    if (s->heap.total > s->heap.in_use && ms > TIDY_AFTER_MS)
-        ms = TIDY_AFTER_MS;
-    return ms > INT_MAX ? -1 : (int)ms;
+/* Sets the timer for what is due next, unless it goes off before that anyway. */
+static void server_set_timer(struct server *s) {
+    if (s->stream_count == 0 && s->heap.total > s->heap.in_use)
+        server_due(s, s->active_ms + TIDY_AFTER_MS);
+    if (s->next_ms >= s->timer_ms)
+        return;
+    const struct itimerspec at = {.it_value = {.tv_sec = s->next_ms / 1000, .tv_nsec = s->next_ms % 1000 * 1000000}};
+    if (timerfd_settime(s->timer.fd, TFD_TIMER_ABSTIME, &at, NULL) < 0)
+        die("timerfd_settime: %s", strerror(errno));
+    s->timer_ms = s->next_ms;
 }
 
-/* Gives back what an idle server does without: kept blocks, and mapped pages of its code, which return as they run. */
-static void server_tidy(struct server *s) {
-    extern char __executable_start[], etext[]; /* the linker's; what is between them is read-only */
-    heap_tidy(&s->heap);
-    madvise(__executable_start, (size_t)(etext - __executable_start), MADV_DONTNEED);
+/* The timer has gone off: server_expire looks at what is due. */
+static void server_timer(struct server *s) {
+    uint64_t times;
+    if (read(s->timer.fd, &times, sizeof times) == sizeof times)
+        s->timer_ms = INT64_MAX;
 }
 
 /* Serves until it is told to stop. */
@@ -3085,13 +3136,16 @@ static void server_run(struct server *s) {
     struct epoll_event events[EVENTS_MAX];
     server_tidy(s); /* start-up's code */
     while (s->drain_ms == INT64_MAX || (s->conn_count > 0 && s->now_ms < s->drain_ms)) {
-        int n = epoll_pwait(s->epoll, events, EVENTS_MAX, server_wait_ms(s), NULL);
+        server_set_timer(s);
+        int n = epoll_pwait(s->epoll, events, EVENTS_MAX, -1, NULL);
         server_clock(s);
-        if (n == 0 && s->stream_count == 0)
-            server_tidy(s);
         s->share = n > TURN_BYTES / IN_BYTES ? (size_t)(TURN_BYTES / n) : IN_BYTES;
         for (int i = 0; i < n; i++) {
             struct source *source = events[i].data.ptr;
+            if (source->kind == SOURCE_TIMER)
+                server_timer(s);
+            else
+                s->active_ms = s->now_ms;
             if (source->kind == SOURCE_CONN)
                 conn_ready((struct conn *)source, events[i].events);
             else if (source->kind == SOURCE_LISTENER && s->drain_ms == INT64_MAX)
@@ -3133,7 +3187,7 @@ static struct server *server_new(struct ring *ring, const struct serve_options *
         die("out of memory");
     s->options = options;
     s->max_connections = server_capacity(options->max_connections);
-    s->next_ms = s->resume_accept_ms = s->drain_ms = INT64_MAX;
+    s->next_ms = s->timer_ms = s->resume_accept_ms = s->drain_ms = INT64_MAX;
     s->refused_logged_ms = -REFUSED_LOG_MS;
     s->share = IN_BYTES;
     metrics_init(&s->metrics);
@@ -3146,10 +3200,12 @@ static struct server *server_new(struct ring *ring, const struct serve_options *
     sigprocmask(SIG_BLOCK, &set, NULL);
     s->signals = (struct source){SOURCE_SIGNAL, signalfd(-1, &set, SFD_CLOEXEC | SFD_NONBLOCK)};
     sigpipe_block();
+    s->timer = (struct source){SOURCE_TIMER, timerfd_create(CLOCK_MONOTONIC, TFD_CLOEXEC | TFD_NONBLOCK)};
     s->epoll = epoll_create1(EPOLL_CLOEXEC);
-    if (s->signals.fd < 0 || s->epoll < 0)
-        die("signalfd, epoll: %s", strerror(errno));
+    if (s->signals.fd < 0 || s->timer.fd < 0 || s->epoll < 0)
+        die("signalfd, timerfd, epoll: %s", strerror(errno));
     server_watch(s, &s->signals);
+    server_watch(s, &s->timer);
     s->notify = notify_open();
     listeners_open(s);
     return s;
@@ -3171,6 +3227,7 @@ static void server_free(struct server *s) {
     if (s->notify >= 0)
         close(s->notify);
     close(s->epoll);
+    close(s->timer.fd);
     close(s->signals.fd);
     wipe(s, sizeof *s);
     free(s);
@@ -3180,7 +3237,7 @@ static void server_free(struct server *s) {
 /* ------------------------------------------------------------- Confinement
  *
  * When everything is open, the process gives up what it no longer needs: new
- * privileges, its capabilities, and all system calls but the nineteen of its
+ * privileges, its capabilities, and all system calls but the twenty of its
  * turns (seccomp(2)). No file can be opened any more, no socket made, no program
  * run, and no memory become executable; whoever tries is killed.
  */
@@ -3210,6 +3267,11 @@ static void server_free(struct server *s) {
 #define SYS_CLOCK_GETTIME SYS_clock_gettime
 #define SYS_PPOLL SYS_ppoll
 #endif
+#ifdef SYS_timerfd_settime32 /* musl's name; musl tries the old call first, glibc the new one */
+#define SYS_TIMERFD_SETTIME SYS_timerfd_settime32
+#else
+#define SYS_TIMERFD_SETTIME SYS_timerfd_settime
+#endif
 
 #define LOAD(field) BPF_STMT(BPF_LD | BPF_W | BPF_ABS, offsetof(struct seccomp_data, field))
 #define RETURN(action) BPF_STMT(BPF_RET | BPF_K, (action))
@@ -3237,6 +3299,10 @@ static int seccomp_install(void) {
         RETURN(SECCOMP_RET_KILL_PROCESS),
         LOAD(nr),
         ALLOW(SYS_epoll_pwait), /* the loop */
+        ALLOW(SYS_TIMERFD_SETTIME),
+#ifdef SYS_timerfd_settime64
+        ALLOW(SYS_timerfd_settime64),
+#endif
         ALLOW(SYS_epoll_ctl),
         ALLOW(SYS_accept4),
         ALLOW(SYS_getsockopt),
@@ -3462,18 +3528,18 @@ static int client_run(struct client *c) {
 /* A response or NULL; the caller frees it with protobuf_c_message_free_unpacked. */
 static void *client_call(struct client *c, enum rpc rpc, const void *request, const ProtobufCMessageDescriptor *type) {
     struct call *call = &c->call;
-    static uint8_t bytes[GRPC_PREFIX_BYTES + MESSAGE_MAX];
+    static uint8_t bytes[GRPC_PREFIX_BYTES + 2 * MESSAGE_MAX]; /* a request holds what a response brought, and a uid */
     nghttp2_nv fields[] = {FIELD(":method", "POST"), FIELD(":scheme", "http"),
                            field_copied(":path", rpcs[rpc].path, rpcs[rpc].path_len),
                            FIELD(":authority", "localhost"), FIELD("content-type", "application/grpc"),
                            FIELD("te", "trailers"), FIELD("user-agent", "kmsplugin/" VERSION)};
     nghttp2_data_provider body = {.source.ptr = call, .read_callback = client_read_request};
     memset(call, 0, sizeof *call);
-    if (protobuf_c_message_get_packed_size(request) > MESSAGE_MAX) { /* it holds what the server has sent */
+    size_t len = protobuf_c_message_pack(request, bytes + GRPC_PREFIX_BYTES);
+    if (len > MESSAGE_MAX) {
         client_fail(c, "the request would be over %d bytes", MESSAGE_MAX);
         return NULL;
     }
-    size_t len = protobuf_c_message_pack(request, bytes + GRPC_PREFIX_BYTES);
     grpc_prefix_write(bytes, len);
     call->request = bytes;
     call->request_len = GRPC_PREFIX_BYTES + len;
