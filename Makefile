@@ -93,7 +93,8 @@ STATIC_FLAGS = -O2 -flto -fPIE \
 	-fstack-protector-strong \
 	-falign-functions=1 -falign-jumps=1 -falign-loops=1 -falign-labels=1
 # exclude-libs: s390x' linker else leaves relocations by name, which musl's static-pie start does not do.
-STATIC_LD = -flto-partition=one -static-pie -Wl,--gc-sections -Wl,--exclude-libs,ALL -Wl,-z,relro,-z,now -Wl,-z,noexecstack -Wl,--build-id=none -s
+STATIC_LD = -flto-partition=one -static-pie -Wl,--gc-sections -Wl,--exclude-libs,ALL -Wl,-z,relro,-z,now -Wl,-z,noexecstack -Wl,--build-id=none -s \
+	$(if $(filter x86_64,$(ARCH)),-T deploy/x86_64.ld)
 # What runs often, as `make profile` recorded it: the compiler makes that fast and the rest small. The record is committed,
 # so that the same bytes come out anywhere. A function changed since is built as if there were none; make gate notices.
 # The -fno-... leave out what a profile turns on and copies loops for (12 KB, 3 % of the instructions), and libcall what
@@ -104,9 +105,9 @@ PROFILE = $(if $(wildcard deploy/profile/$(ARCH)),-fprofile-use=$(CURDIR)/deploy
 	-fno-tracer -fno-unroll-loops -fno-peel-loops -fno-tree-loop-vectorize -fno-tree-slp-vectorize -fno-ipa-cp-clone \
 	-fno-split-loops -fno-unswitch-loops -fno-gcse-after-reload -fno-reorder-blocks-and-partition)
 static: $(STATIC)
-$(STATIC): $(SOURCES) $(HEADERS) build/static/$(ARCH)/lib/libbearssl.a
+$(STATIC): $(SOURCES) $(HEADERS) deploy/x86_64.ld build/static/$(ARCH)/lib/libbearssl.a
 	build/static/$(ARCH)/bin/cc $(STD) $(WARN) $(STATIC_FLAGS) $(PROFILE) -o $@ $(SOURCES) $(STATIC_LD) -Wl,-Map=$@.map $(LIBS)
-build/static/$(ARCH)/lib/libbearssl.a: deploy/static-libs.sh deploy/string.c deploy/musl-relr.patch $(wildcard deploy/profile/$(ARCH))
+build/static/$(ARCH)/lib/libbearssl.a: deploy/static-libs.sh deploy/string.c deploy/musl-relr.patch deploy/nghttp2-fixed.sed $(wildcard deploy/profile/$(ARCH))
 	ARCH=$(ARCH) CC= AR= CFLAGS='$(STATIC_FLAGS) $(PROFILE)' deploy/static-libs.sh
 
 profile:

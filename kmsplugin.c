@@ -2478,9 +2478,21 @@ static int on_stream_close(nghttp2_session *session, int32_t id, uint32_t error,
     return 0;
 }
 
+/* Options for a session, or NULL without memory. The release's nghttp2 knows no others: deploy/nghttp2-fixed.sed. */
+static nghttp2_option *session_options_new(void) {
+    nghttp2_option *options;
+    if (nghttp2_option_new(&options) != 0)
+        return NULL;
+    nghttp2_option_set_no_http_messaging(options, 1);     /* see section HTTP requests */
+    nghttp2_option_set_no_auto_window_update(options, 1); /* see conn_consume */
+    nghttp2_option_set_no_closed_streams(options, 1);     /* 60 KB a connection */
+    return options;
+}
+
 /* What all sessions share. 0, or -1 without memory. */
 static int sessions_init(struct server *s) {
-    if (nghttp2_session_callbacks_new(&s->callbacks) != 0 || nghttp2_option_new(&s->session_options) != 0)
+    s->session_options = session_options_new();
+    if (!s->session_options || nghttp2_session_callbacks_new(&s->callbacks) != 0)
         return -1;
     nghttp2_session_callbacks_set_on_begin_headers_callback(s->callbacks, on_begin_headers);
     nghttp2_session_callbacks_set_on_header_callback(s->callbacks, on_header);
@@ -2490,9 +2502,6 @@ static int sessions_init(struct server *s) {
     nghttp2_session_callbacks_set_send_data_callback(s->callbacks, on_send_data);
     nghttp2_session_callbacks_set_on_frame_send_callback(s->callbacks, on_frame_send);
     nghttp2_session_callbacks_set_on_stream_close_callback(s->callbacks, on_stream_close);
-    nghttp2_option_set_no_http_messaging(s->session_options, 1);     /* see section HTTP requests */
-    nghttp2_option_set_no_auto_window_update(s->session_options, 1); /* see conn_consume */
-    nghttp2_option_set_no_closed_streams(s->session_options, 1);     /* 60 KB a connection */
     return 0;
 }
 
@@ -3442,15 +3451,13 @@ static int client_on_header(nghttp2_session *session, const nghttp2_frame *frame
 
 static int client_on_data_chunk_recv(nghttp2_session *session, uint8_t flags, int32_t id, const uint8_t *data,
                                      size_t len, void *client) {
-    (void)session;
     (void)flags;
-    (void)id;
     struct call *call = &((struct client *)client)->call;
     if (len > sizeof call->response - call->response_len)
         return NGHTTP2_ERR_CALLBACK_FAILURE;
     memcpy(call->response + call->response_len, data, len);
     call->response_len += len;
-    return 0;
+    return nghttp2_session_consume(session, id, len);
 }
 
 static int client_on_stream_close(nghttp2_session *session, int32_t id, uint32_t error, void *client) {
@@ -3470,7 +3477,12 @@ static int client_wait(struct client *c, short events) {
 }
 
 static int client_open(struct client *c, const struct sockaddr_un *address, socklen_t len) {
+    static const nghttp2_settings_entry settings[] = {
+        {NGHTTP2_SETTINGS_ENABLE_PUSH, 0},
+        {NGHTTP2_SETTINGS_NO_RFC7540_PRIORITIES, 1},
+    };
     nghttp2_session_callbacks *callbacks;
+    nghttp2_option *options;
     c->fd = socket_new();
     while (connect(c->fd, (const struct sockaddr *)address, len) < 0) {
         if (errno != EAGAIN)
@@ -3479,14 +3491,16 @@ static int client_open(struct client *c, const struct sockaddr_un *address, sock
         if (monotonic_us() / 1000 >= c->deadline_ms || nanosleep(&wait, NULL) < 0)
             return client_fail(c, "connect: no answer in time");
     }
-    if (nghttp2_session_callbacks_new(&callbacks) != 0)
+    if (nghttp2_session_callbacks_new(&callbacks) != 0 || !(options = session_options_new()))
         return client_fail(c, "out of memory");
     nghttp2_session_callbacks_set_on_header_callback(callbacks, client_on_header);
     nghttp2_session_callbacks_set_on_data_chunk_recv_callback(callbacks, client_on_data_chunk_recv);
     nghttp2_session_callbacks_set_on_stream_close_callback(callbacks, client_on_stream_close);
-    int rv = nghttp2_session_client_new(&c->session, callbacks, c);
+    int rv = nghttp2_session_client_new2(&c->session, callbacks, c, options);
     nghttp2_session_callbacks_del(callbacks);
-    if (rv != 0 || nghttp2_submit_settings(c->session, NGHTTP2_FLAG_NONE, NULL, 0) != 0)
+    nghttp2_option_del(options);
+    const size_t count = sizeof settings / sizeof *settings;
+    if (rv != 0 || nghttp2_submit_settings(c->session, NGHTTP2_FLAG_NONE, settings, count) != 0)
         return client_fail(c, "out of memory");
     return 0;
 }
@@ -3549,11 +3563,14 @@ static void *client_call(struct client *c, enum rpc rpc, const void *request, co
     }
     if (client_run(c) < 0)
         return NULL;
-    if (strcmp(call->status, "0") != 0) {
-        if (call->status[0])
+    const char *http_status = call->http_status[0] ? call->http_status : "none";
+    if (strcmp(call->status, "0") != 0 || strcmp(http_status, "200") != 0) {
+        if (strcmp(http_status, "200") != 0)
+            client_fail(c, "HTTP status %s", http_status);
+        else if (call->status[0])
             client_fail(c, "%s: %s", grpc_code_name((unsigned)decimal(call->status, GRPC_CODES)), call->message);
         else
-            client_fail(c, "no grpc-status, HTTP status %s", call->http_status[0] ? call->http_status : "none");
+            client_fail(c, "no grpc-status");
         return NULL;
     }
     const uint8_t *p = call->response;

@@ -132,14 +132,14 @@ build_string() {
 	$AR rD "$OUT/lib/libc.a" string.o
 }
 
-# build_library NAME FLAG...: compiles the sources listed on stdin, as seen from $SRC, into libNAME.a. That the folder's own
+# build_library NAME FLAG...: compiles the sources listed on stdin, as seen from $FROM or $SRC, into libNAME.a. That the folder's own
 # name is nowhere in what the compiler reads makes the bytes the same anywhere, and lets a recorded profile fit.
 build_library() {
 	name=$1
 	shift
 	mkdir "$OUT/obj/$name"
 	cd "$OUT/obj/$name"
-	ln -s "$SRC" src
+	ln -s "${FROM:-$SRC}" src
 	# shellcheck disable=SC2086 # CFLAGS is a list
 	sed 's,^,src/,' | xargs -n 8 -P "$(nproc)" "$OUT/bin/cc" $CFLAGS "$@" -c
 	rm -f "$OUT/lib/lib$name.a"
@@ -182,7 +182,13 @@ mkdir -p "$OUT/include/nghttp2" "$OUT/include/protobuf-c"
 cp "$nghttp2/lib/includes/nghttp2/nghttp2.h" "$OUT/include/nghttp2"
 sed "s/@PACKAGE_VERSION@/$version/; s/@PACKAGE_VERSION_NUM@/$number/" \
 	"$nghttp2/lib/includes/nghttp2/nghttp2ver.h.in" >"$OUT/include/nghttp2/nghttp2ver.h"
-(cd "$SRC" && printf '%s\n' nghttp2-*/lib/*.c) | build_library nghttp2 -DBUILDING_NGHTTP2 -DHAVE_CONFIG_H -I..
+mkdir "$OUT/obj/fixed"
+cp -R "$nghttp2" "$OUT/obj/fixed"
+session=$OUT/obj/fixed/${nghttp2##*/}/lib/nghttp2_session.c
+sed -i -f "$deploy/nghttp2-fixed.sed" "$session"
+cmp -s "$session" "$nghttp2/lib/nghttp2_session.c" && die "nghttp2 is not as it was"
+(cd "$SRC" && printf '%s\n' nghttp2-*/lib/*.c) |
+	FROM=$OUT/obj/fixed build_library nghttp2 -DBUILDING_NGHTTP2 -DHAVE_CONFIG_H -I..
 
 cp "$protobuf_c/protobuf-c/protobuf-c.h" "$OUT/include/protobuf-c"
 (cd "$SRC" && echo protobuf-c-*/protobuf-c/protobuf-c.c) | build_library protobuf-c -Os
