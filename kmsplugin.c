@@ -439,6 +439,9 @@ struct server {
     uint8_t in[IN_BYTES], out[OUT_BYTES];
 };
 
+/* What seldom runs: kept apart from its callers, which then need not save registers for it. */
+#define COLD __attribute__((cold, noinline))
+
 /* -------------------------------------------------------------------- Text
  *
  * printf of stdio would be a tenth of the static binary, so there is a small one
@@ -767,16 +770,20 @@ static void base64_encode(const uint8_t *bytes, size_t len, char *out) {
     *out = '\0';
 }
 
-/* How many bytes at the beginning are printable ASCII, looked at by eights: most strings are that all through. */
-static size_t printable_run(const uint8_t *s, size_t len) {
+/* Whether eight bytes are printable ASCII: one above '~' or under ' ' brings up a high bit. */
+static bool printable_eight(const uint8_t *s) {
     const uint64_t ones = 0x0101010101010101, highs = 0x8080808080808080;
+    uint64_t eight;
+    memcpy(&eight, s, sizeof eight);
+    return !((eight | (eight - ' ' * ones) | (eight + ones)) & highs);
+}
+
+/* How many bytes at the beginning are printable ASCII for sure: of most strings all. */
+static size_t printable_run(const uint8_t *s, size_t len) {
     size_t i = 0;
-    for (uint64_t eight; len - i >= sizeof eight; i += sizeof eight) {
-        memcpy(&eight, s + i, sizeof eight);
-        if ((eight | (eight - ' ' * ones) | (eight + ones)) & highs) /* above '~' or under ' ': a high bit comes up */
-            break;
-    }
-    return i;
+    while (len - i >= 8 && printable_eight(s + i))
+        i += 8;
+    return i > 0 && len - i < 8 && printable_eight(s + len - 8) ? len : i;
 }
 
 /* Whether the bytes are UTF-8 as RFC 3629 has it, no surrogates, nothing overlong: 0, 1 if a NUL is there, or -1. */
@@ -803,7 +810,7 @@ static int utf8_check(const uint8_t *s, size_t len) {
     return nul;
 }
 
-static int varint_next(const uint8_t **at, const uint8_t *end, uint64_t *value) {
+COLD static int varint_long(const uint8_t **at, const uint8_t *end, uint64_t *value) {
     *value = 0;
     for (unsigned shift = 0; shift < 64 && *at < end; shift += 7) {
         uint8_t byte = *(*at)++;
@@ -812,6 +819,14 @@ static int varint_next(const uint8_t **at, const uint8_t *end, uint64_t *value) 
             return 0;
     }
     return -1;
+}
+
+/* A varint of at most ten bytes, most of which have one. 0, or -1 if it does not end. */
+static int varint_next(const uint8_t **at, const uint8_t *end, uint64_t *value) {
+    if (*at == end || **at >= 0x80)
+        return varint_long(at, end, value);
+    *value = *(*at)++;
+    return 0;
 }
 
 /*
@@ -948,48 +963,47 @@ static size_t block_cost(void *bytes) {
     return block_of(bytes)->cost;
 }
 
-/* A block from malloc, or NULL. */
-static struct block *block_new(struct heap *h, size_t size) {
+/* heap_new's bytes by malloc. */
+COLD static void *block_new(struct heap *h, size_t size) {
     struct block *b = size > HEAP_MAX ? NULL : malloc(sizeof *b + heap_cap(size));
-    if (b) {
-        b->cost = (uint32_t)heap_cost(size);
-        h->total += b->cost;
-    }
-    return b;
+    if (!b)
+        return NULL;
+    b->size = (uint32_t)size;
+    b->cost = (uint32_t)heap_cost(size);
+    h->total += b->cost;
+    h->in_use += b->cost;
+    return b->bytes;
 }
 
-static void block_free(struct heap *h, struct block *b) {
+COLD static void block_free(struct heap *h, struct block *b) {
     h->total -= b->cost;
     free(b);
 }
 
-/* A block of at least `size` bytes, or NULL. */
+/* At least `size` bytes, or NULL. */
 static void *heap_new(struct heap *h, size_t size) {
     unsigned class = heap_class(size);
     struct block *b = class < HEAP_CLASSES ? h->free[class] : NULL;
-    if (b)
-        h->free[class] = b->next;
-    else if (!(b = block_new(h, size)))
-        return NULL;
+    if (!b)
+        return block_new(h, size);
+    h->free[class] = b->next;
     b->size = (uint32_t)size;
     h->in_use += b->cost;
     return b->bytes;
 }
 
-/* Wipes the block and takes it back. Returns its cost. */
-static size_t heap_free(struct heap *h, void *bytes) {
+/* Wipes the bytes and takes them back. */
+static void heap_free(struct heap *h, void *bytes) {
     struct block *b = block_of(bytes);
-    size_t cost = b->cost;
     unsigned class = heap_class(b->size);
-    wipe(b->bytes, b->size);
-    h->in_use -= cost;
-    if (class < HEAP_CLASSES && h->total - h->in_use <= HEAP_KEEP_BYTES) {
-        b->next = h->free[class];
-        h->free[class] = b;
-    } else {
+    wipe(bytes, b->size);
+    h->in_use -= b->cost;
+    if (class >= HEAP_CLASSES || h->total - h->in_use > HEAP_KEEP_BYTES) {
         block_free(h, b);
+        return;
     }
-    return cost;
+    b->next = h->free[class];
+    h->free[class] = b;
 }
 
 /* Returns what is kept to the C library. */
@@ -1850,10 +1864,10 @@ static enum field_name field_name(const uint8_t *name, size_t len) {
 
 /* The name of a field: a token (RFC 9110 5.6.2) without capitals. */
 static bool is_name(const uint8_t *name, size_t len) {
-    static const char marks[] = "!#$%&'*+-.^_`|~";
+    static const char marks[] = "!#$%&'*+.^_`|~";
     for (size_t i = 0; i < len; i++) {
         uint8_t c = name[i];
-        if (!(c >= 'a' && c <= 'z') && !(c >= '0' && c <= '9') && !memchr(marks, c, sizeof marks - 1))
+        if (!(c >= 'a' && c <= 'z') && c != '-' && !(c >= '0' && c <= '9') && !memchr(marks, c, sizeof marks - 1))
             return false;
     }
     return len > 0;
@@ -1870,7 +1884,7 @@ static bool is_value(const uint8_t *value, size_t len) {
 }
 
 /* application/grpc or application/grpc+proto, with or without parameters. */
-static bool is_grpc(const uint8_t *value, size_t len) {
+COLD static bool is_grpc(const uint8_t *value, size_t len) {
     static const char type[] = "application/grpc+proto";
     enum { BARE_LEN = sizeof "application/grpc" - 1 };
     const uint8_t *end = memchr(value, ';', len);
@@ -1994,16 +2008,17 @@ static void server_due(struct server *s, int64_t ms) {
         s->next_ms = ms;
 }
 
-/* Takes counted memory back. Returns its cost. */
-static size_t conn_free_bytes(struct conn *c, void *bytes) {
-    size_t cost = heap_free(&c->server->heap, bytes);
-    c->held -= cost;
-    return cost;
+/* Takes counted memory back. */
+static void conn_free_bytes(struct conn *c, void *bytes) {
+    c->held -= block_cost(bytes);
+    heap_free(&c->server->heap, bytes);
 }
 
 static void buffer_free(struct conn *c, uint8_t *bytes) {
-    if (bytes)
-        c->server->buffered -= conn_free_bytes(c, bytes);
+    if (!bytes)
+        return;
+    c->server->buffered -= block_cost(bytes);
+    conn_free_bytes(c, bytes);
 }
 
 static void stream_free(struct stream *s) {
@@ -2052,18 +2067,22 @@ static bool server_shed(struct server *s, const struct conn *self) {
     return true;
 }
 
-/* Whether there is room for that much, if need be at the cost of others. */
-static bool conn_has_room(const struct conn *c, size_t cost) {
-    struct server *s = c->server;
-    while (s->heap.in_use + cost > HEAP_MAX)
-        if (!server_shed(s, c))
+COLD static bool conn_make_room(const struct conn *c, const size_t *used, size_t more, size_t max) {
+    while (*used + more > max)
+        if (!server_shed(c->server, c))
             return false;
     return true;
 }
 
+/* Whether there is room for that much more of what the server counts in `used`, if need be at the cost of others. */
+static bool conn_has_room(const struct conn *c, const size_t *used, size_t more, size_t max) {
+    return *used + more <= max || conn_make_room(c, used, more, max);
+}
+
 /* Counted memory, or NULL: the caller's connection is then closed by the loop. */
 static void *conn_new_bytes(struct conn *c, size_t size) {
-    void *bytes = conn_has_room(c, heap_cost(size)) ? heap_new(&c->server->heap, size) : NULL;
+    struct heap *heap = &c->server->heap;
+    void *bytes = conn_has_room(c, &heap->in_use, heap_cost(size), HEAP_MAX) ? heap_new(heap, size) : NULL;
     if (bytes)
         c->held += block_cost(bytes);
     return bytes;
@@ -2072,13 +2091,24 @@ static void *conn_new_bytes(struct conn *c, size_t size) {
 /* Memory for a request or an answer; NULL as above. */
 static uint8_t *buffer_new(struct conn *c, size_t size) {
     struct server *s = c->server;
-    size_t cost = heap_cost(size);
-    while (cost > BUFFERED_MAX - s->buffered)
-        if (!server_shed(s, c))
-            return NULL;
-    uint8_t *bytes = conn_new_bytes(c, size);
+    uint8_t *bytes = conn_has_room(c, &s->buffered, heap_cost(size), BUFFERED_MAX) ? conn_new_bytes(c, size) : NULL;
     if (bytes)
-        s->buffered += cost;
+        s->buffered += block_cost(bytes);
+    return bytes;
+}
+
+/* session_malloc where there was no memory, or (then with `bytes`) the limit is passed. */
+COLD static void *session_malloc_tight(struct conn *c, void *bytes, size_t size) {
+    struct heap *heap = &c->server->heap;
+    if (!bytes) {
+        heap_tidy(heap);
+        bytes = heap_new(heap, size);
+    }
+    if (bytes)
+        c->held += block_cost(bytes);
+    else
+        c->doomed = c->broken = true; /* the system has no memory left: better a leak than what might follow */
+    c->doomed |= !conn_has_room(c, &heap->in_use, 0, HEAP_MAX);
     return bytes;
 }
 
@@ -2090,16 +2120,11 @@ static uint8_t *buffer_new(struct conn *c, size_t size) {
  */
 static void *session_malloc(size_t size, void *conn) {
     struct conn *c = conn;
-    void *bytes = heap_new(&c->server->heap, size);
-    if (!bytes) {
-        heap_tidy(&c->server->heap);
-        bytes = heap_new(&c->server->heap, size);
-    }
-    if (bytes)
-        c->held += block_cost(bytes);
-    else
-        c->doomed = c->broken = true; /* the system has no memory left: better a leak than what might follow */
-    c->doomed |= !conn_has_room(c, 0);
+    struct heap *heap = &c->server->heap;
+    void *bytes = heap_new(heap, size);
+    if (!bytes || heap->in_use > HEAP_MAX)
+        return session_malloc_tight(c, bytes, size);
+    c->held += block_cost(bytes);
     return bytes;
 }
 
@@ -2125,10 +2150,9 @@ static void *session_realloc(void *bytes, size_t size, void *conn) {
 
 static struct stream *stream_new(struct conn *c, int32_t id) {
     struct server *server = c->server;
-    while (server->stream_count >= ALL_STREAMS_MAX)
-        if (!server_shed(server, c))
-            return NULL;
-    struct stream *s = conn_new_bytes(c, sizeof *s);
+    struct stream *s = NULL;
+    if (conn_has_room(c, &server->stream_count, 1, ALL_STREAMS_MAX))
+        s = conn_new_bytes(c, sizeof *s);
     if (!s)
         return NULL;
     memset(s, 0, sizeof *s);
@@ -3522,7 +3546,7 @@ static int client_run(struct client *c) {
         if (n > 0)
             continue;
         if (n < 0)
-            return client_fail(c, "HTTP/2: %s", nghttp2_strerror((int)n));
+            return client_fail(c, "out of memory");
         if (client_wait(c, POLLIN) < 0)
             return -1;
         n = read(c->fd, in, sizeof in);
@@ -3534,7 +3558,7 @@ static int client_run(struct client *c) {
             return client_fail(c, "the server closed the connection");
         ssize_t used = nghttp2_session_mem_recv(c->session, in, (size_t)n);
         if (used < 0)
-            return client_fail(c, "HTTP/2: %s", nghttp2_strerror((int)used));
+            return client_fail(c, "this is not HTTP/2, or the answer is too long (nghttp2: %d)", (int)used);
     }
     return 0;
 }

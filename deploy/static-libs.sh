@@ -137,13 +137,13 @@ build_string() {
 build_library() {
 	name=$1
 	shift
-	mkdir "$OUT/obj/$name"
+	mkdir -p "$OUT/obj/$name"
 	cd "$OUT/obj/$name"
-	ln -s "${FROM:-$SRC}" src
+	ln -sfn "${FROM:-$SRC}" src
 	# shellcheck disable=SC2086 # CFLAGS is a list
 	sed 's,^,src/,' | xargs -n 8 -P "$(nproc)" "$OUT/bin/cc" $CFLAGS "$@" -c
 	rm -f "$OUT/lib/lib$name.a"
-	$AR rcsD "$OUT/lib/lib$name.a" ./*.o
+	$AR rcsD "$OUT/lib/lib$name.a" ./*.o    # a second call for the same library adds to it
 }
 
 case $way in debian|upstream) ;; *) die "usage: $0 [debian|upstream]" ;; esac
@@ -167,7 +167,7 @@ if [ "$ARCH" = x86_64 ]; then build_string; fi
 cd "$SRC"
 
 # nghttp2: what ./configure would find out. And as it formats text only for an error callback, which kmsplugin does not
-# set, no vsnprintf: that keeps 8 KB of stdio out.
+# set, no vsnprintf: that keeps 8 KB of stdio out. musl's htonl is a function.
 cat >"$OUT/obj/config.h" <<-'END'
 	#define HAVE_ARPA_INET_H 1
 	#define HAVE_TIME_H 1
@@ -175,6 +175,10 @@ cat >"$OUT/obj/config.h" <<-'END'
 	#define HAVE_DECL_CLOCK_MONOTONIC 1
 	#include <stdio.h>
 	#define vsnprintf(...) (-1)
+	#include <arpa/inet.h>
+	#include <endian.h>
+	#define htonl(n) htobe32(n)
+	#define ntohl(n) be32toh(n)
 END
 version=$(sed -n 's/^AC_INIT(\[nghttp2\], \[\([0-9.]*\)\].*/\1/p' "$nghttp2/configure.ac")
 number=$(echo "$version" | tr . ' ' | xargs printf '0x%02x%02x%02x')
@@ -197,8 +201,14 @@ cp "$protobuf_c/protobuf-c/protobuf-c.h" "$OUT/include/protobuf-c"
 # compiler that does not see across files; nor with a profile, for the same reason. Without calls of memcpy where AES-NI's
 # code copies round keys into registers.
 cp "$bearssl"/inc/*.h "$OUT/include"
-(cd "$SRC" && find bearssl-*/src -name '*.c') | grep -Ev '/(ec|int|rsa|ssl|x509)/' | sort |
-	build_library bearssl -Os -fno-lto -fno-profile-generate -fno-profile-use -fno-tree-loop-distribute-patterns -Isrc/"${bearssl##*/}"/src
+# Nor small where a key of AES-NI's is expanded, which each message needs.
+build_bearssl() {
+	build_library bearssl "$@" -fno-lto -fno-profile-generate -fno-profile-use -fno-tree-loop-distribute-patterns \
+		-Isrc/"${bearssl##*/}"/src
+}
+(cd "$SRC" && find bearssl-*/src -name '*.c') | grep -Ev '/(ec|int|rsa|ssl|x509)/' | sort >"$OUT/obj/bearssl.list"
+grep -v '/aes_x86ni\.c$' "$OUT/obj/bearssl.list" | build_bearssl -Os
+grep '/aes_x86ni\.c$' "$OUT/obj/bearssl.list" | build_bearssl -O2
 
 rm -rf "$OUT/obj"
 cp "$SRC/SHA256SUMS" "$OUT/SHA256SUMS"
