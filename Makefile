@@ -97,13 +97,13 @@ STATIC_LD = -flto-partition=one -static-pie -Wl,--gc-sections -Wl,--exclude-libs
 	$(if $(filter x86_64,$(ARCH)),-T deploy/x86_64.ld)
 # What runs often, as `make profile` recorded it: the compiler makes that fast and the rest small. The record is committed,
 # so that the same bytes come out anywhere. A function changed since is built as if there were none; make gate notices.
-# The -fno-... leave out what a profile turns on and copies loops for (12 KB, 3 % of the instructions), and libcall what
-# it makes of short copies: rep movs, which is slow to start.
+# The -fno-... leave out what a profile turns on and copies loops for, max-inline-insns-auto (15) lets a little more be
+# inlined where that pays, and libcall leaves out what it makes of short copies: rep movs, which is slow to start.
 PROFILE = $(if $(wildcard deploy/profile/$(ARCH)),-fprofile-use=$(CURDIR)/deploy/profile/$(ARCH) \
 	-fprofile-prefix-path=$(CURDIR) -Wno-missing-profile -Wno-coverage-mismatch \
 	$(if $(filter x86_64,$(ARCH)),-mstringop-strategy=libcall) \
-	-fno-tracer -fno-unroll-loops -fno-peel-loops -fno-tree-loop-vectorize -fno-tree-slp-vectorize -fno-ipa-cp-clone \
-	-fno-split-loops -fno-unswitch-loops -fno-gcse-after-reload -fno-reorder-blocks-and-partition)
+	--param=max-inline-insns-auto=20 -fno-unroll-loops -fno-peel-loops -fno-unswitch-loops -fno-tree-loop-vectorize \
+	-fno-tree-slp-vectorize -fno-reorder-blocks-and-partition)
 static: $(STATIC)
 $(STATIC): $(SOURCES) $(HEADERS) deploy/x86_64.ld build/static/$(ARCH)/lib/libbearssl.a
 	build/static/$(ARCH)/bin/cc $(STD) $(WARN) $(STATIC_FLAGS) $(PROFILE) -o $@ $(SOURCES) $(STATIC_LD) -Wl,-Map=$@.map $(LIBS)

@@ -1966,6 +1966,11 @@ static void request_init(struct request *r) {
     *r = (struct request){.rpc = RPC_UNKNOWN, .timeout_us = UINT64_MAX, .content_length = UINT64_MAX};
 }
 
+/* A field that means nothing here, but has to be sound all the same; or one whose value has to be looked at. */
+static void request_other(struct request *r, const uint8_t *name, size_t name_len, const uint8_t *value, size_t len) {
+    r->malformed = (name && !is_name(name, name_len)) || !is_value(value, len);
+}
+
 /* Judges one field of the head or of the trailers. */
 static void request_field(struct request *r, const uint8_t *name, size_t name_len, const uint8_t *value, size_t len) {
     r->field_bytes += name_len + len + FIELD_OVERHEAD_BYTES;
@@ -1977,11 +1982,11 @@ static void request_field(struct request *r, const uint8_t *name, size_t name_le
         verdict = known == FIELD_OTHER || r->trailers || r->seen & SEEN_REGULAR ? MALFORMED : UNUSUAL;
     else
         r->seen |= SEEN_REGULAR;
-    if (known == FIELD_OTHER)
-        verdict = verdict == UNUSUAL && is_name(name, name_len) ? UNUSUAL : MALFORMED;
-    else if (verdict == UNUSUAL && (!r->trailers || known == FIELD_FORBIDDEN)) /* in trailers the others mean nothing */
-        verdict = request_known(r, known, value, len);
-    r->malformed = verdict == MALFORMED || (verdict == UNUSUAL && !is_value(value, len));
+    if (known != FIELD_OTHER && verdict == UNUSUAL && (!r->trailers || known == FIELD_FORBIDDEN))
+        verdict = request_known(r, known, value, len); /* in trailers the others mean nothing */
+    r->malformed = verdict == MALFORMED;
+    if (verdict == UNUSUAL)
+        request_other(r, known == FIELD_OTHER ? name : NULL, name_len, value, len);
 }
 
 /* Judges the head as a whole, RFC 9113 8.3.1 and 8.5. */
@@ -2259,8 +2264,9 @@ static int stream_answer(struct stream *s, const struct answer *a) {
     struct server *server = s->conn->server;
     uint64_t us = (uint64_t)monotonic_us() - s->start_us;
     metrics_count(&server->metrics, s->request.rpc, a->code, us);
-    log_line(LOG_DEBUG, "msg=rpc method=%s uid=%.*s key_id=%.*s code=%s us=%llu", rpcs[s->request.rpc].path,
-             LOG_VALUE_MAX, a->uid, LOG_VALUE_MAX, a->key_id, grpc_code_name(a->code), (unsigned long long)us);
+    if (log_level >= LOG_DEBUG)
+        log_line(LOG_DEBUG, "msg=rpc method=%s uid=%.*s key_id=%.*s code=%s us=%llu", rpcs[s->request.rpc].path,
+                 LOG_VALUE_MAX, a->uid, LOG_VALUE_MAX, a->key_id, grpc_code_name(a->code), (unsigned long long)us);
     if (a->code == GRPC_OK)
         return stream_respond(s, ok, sizeof ok / sizeof *ok, a->bytes, a->len, true);
     char status[4], message[MESSAGE_TEXT_MAX];

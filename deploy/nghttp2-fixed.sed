@@ -1,4 +1,4 @@
-# For nghttp2_session.c of the release build: what kmsplugin tells each session when it begins, as constants. The compiler
+# For the sessions and streams of the release build's nghttp2: what kmsplugin tells each session when it begins, as constants. The compiler
 # then leaves out what no session of kmsplugin's ever comes to, 16 KB. Nothing else changes: with the options, callbacks
 # and SETTINGS that session_options_new, sessions_init, session_init and client_open give, each of these is what it was.
 
@@ -11,10 +11,12 @@ s/check_ext_type_set(session->user_recv_ext_types,/(0 \&\&/
 s/session->builtin_recv_ext_types\b/0/
 s/= session_process_\(altsvc\|origin\|priority_update\|extension\|push_promise\)_frame(session)/= NGHTTP2_ERR_PROTO/
 
-# SETTINGS_NO_RFC7540_PRIORITIES is 1 in all our SETTINGS.
+# SETTINGS_NO_RFC7540_PRIORITIES is 1 in all our SETTINGS: no stream depends on another.
 s/session_no_rfc7540_pri_no_fallback(session)/1/
 s/session->pending_no_rfc7540_priorities == 1/1/
 s/session->pending_no_rfc7540_priorities != 1/0/
+s/stream->flags & NGHTTP2_STREAM_FLAG_NO_RFC7540_PRIORITIES/1/
+s/nghttp2_stream_in_dep_tree([a-z_]*)/0/
 
 # Callbacks that are never set.
 s/session->callbacks\.\(\(recv\|on_invalid_frame_recv\|on_begin_frame\|on_invalid_header\|before_frame_send\|on_frame_not_send\)_callback2\{0,1\}\)\b/((nghttp2_\1)0)/

@@ -188,27 +188,29 @@ sed "s/@PACKAGE_VERSION@/$version/; s/@PACKAGE_VERSION_NUM@/$number/" \
 	"$nghttp2/lib/includes/nghttp2/nghttp2ver.h.in" >"$OUT/include/nghttp2/nghttp2ver.h"
 mkdir "$OUT/obj/fixed"
 cp -R "$nghttp2" "$OUT/obj/fixed"
-session=$OUT/obj/fixed/${nghttp2##*/}/lib/nghttp2_session.c
-sed -i -f "$deploy/nghttp2-fixed.sed" "$session"
-cmp -s "$session" "$nghttp2/lib/nghttp2_session.c" && die "nghttp2 is not as it was"
+for name in session stream; do
+	sed -i -f "$deploy/nghttp2-fixed.sed" "$OUT/obj/fixed/${nghttp2##*/}/lib/nghttp2_$name.c"
+	if cmp -s "$OUT/obj/fixed/${nghttp2##*/}/lib/nghttp2_$name.c" "$nghttp2/lib/nghttp2_$name.c"; then
+		die "nghttp2_$name.c is not as it was"
+	fi
+done
 (cd "$SRC" && printf '%s\n' nghttp2-*/lib/*.c) |
 	FROM=$OUT/obj/fixed build_library nghttp2 -DBUILDING_NGHTTP2 -DHAVE_CONFIG_H -I..
 
 cp "$protobuf_c/protobuf-c/protobuf-c.h" "$OUT/include/protobuf-c"
 (cd "$SRC" && echo protobuf-c-*/protobuf-c/protobuf-c.c) | build_library protobuf-c -Os
 
-# BearSSL: all but public keys and TLS, and small, as its authors build it. Without LTO: constant-time code relies on a
-# compiler that does not see across files; nor with a profile, for the same reason. Without calls of memcpy where AES-NI's
-# code copies round keys into registers.
+# BearSSL: all but public keys and TLS, and small, as its authors build it, but for AES-NI's code, which expands and loads
+# three keys a message. Without LTO: constant-time code relies on a compiler that does not see across files; nor with a
+# profile, for the same reason. Without calls of memcpy where AES-NI's code copies round keys into registers.
 cp "$bearssl"/inc/*.h "$OUT/include"
-# Nor small where a key of AES-NI's is expanded, which each message needs.
 build_bearssl() {
 	build_library bearssl "$@" -fno-lto -fno-profile-generate -fno-profile-use -fno-tree-loop-distribute-patterns \
 		-Isrc/"${bearssl##*/}"/src
 }
 (cd "$SRC" && find bearssl-*/src -name '*.c') | grep -Ev '/(ec|int|rsa|ssl|x509)/' | sort >"$OUT/obj/bearssl.list"
-grep -v '/aes_x86ni\.c$' "$OUT/obj/bearssl.list" | build_bearssl -Os
-grep '/aes_x86ni\.c$' "$OUT/obj/bearssl.list" | build_bearssl -O2
+grep -v '/aes_x86ni\(_ctrcbc\)\?\.c$' "$OUT/obj/bearssl.list" | build_bearssl -Os
+grep '/aes_x86ni\(_ctrcbc\)\?\.c$' "$OUT/obj/bearssl.list" | build_bearssl -O3
 
 rm -rf "$OUT/obj"
 cp "$SRC/SHA256SUMS" "$OUT/SHA256SUMS"

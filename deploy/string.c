@@ -73,8 +73,10 @@ void *memset(void *dest, int byte, size_t n) {
     unsigned char *d = dest, b = (unsigned char)byte;
     const sixteen all = {b, b, b, b, b, b, b, b, b, b, b, b, b, b, b, b};
     if (n >= 32) {
-        sixteen *last = (sixteen *)(d + n - 32);
-        for (sixteen *at = dest; at < last; at += 2)
+        sixteen *at = dest, *last = (sixteen *)(d + n - 32);
+        for (; at + 2 <= last; at += 4)
+            at[0] = at[1] = at[2] = at[3] = all;
+        if (at < last)
             at[0] = at[1] = all;
         last[0] = last[1] = all;
     } else if (n >= 16) {

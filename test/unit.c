@@ -644,6 +644,73 @@ static void utf8_everything(void) {
     }
 }
 
+/* Every byte at every place of strings that are read eight bytes at a time; nghttp2 has functions of the same kind. */
+static void text_of_any_length(void) {
+    enum { LEN_MAX = 40 };
+    for (size_t len = 0; len <= LEN_MAX; len++) {
+        uint8_t *s = test_alloc(len); /* no longer than it is, for AddressSanitizer */
+        memset(s, 'a', len);
+        CHECK(utf8_check(s, len) == 0 && is_value(s, len) && is_name(s, len) == (len > 0));
+        for (size_t at = 0; at < len; at++) {
+            for (unsigned c = 0; c < 256; c++) {
+                s[at] = (uint8_t)c;
+                row("byte 0x%02x at %zu of %zu", c, at, len);
+                CHECK(utf8_check(s, len) == (c == 0 ? 1 : c < 0x80 ? 0 : -1));
+                CHECK(is_value(s, len) == (nghttp2_check_header_value_rfc9113(s, len) != 0));
+                if (c != ':' || at > 0) /* nghttp2 takes the names of pseudo-header fields */
+                    CHECK(is_name(s, len) == (nghttp2_check_header_name(s, len) != 0));
+            }
+            s[at] = 'a';
+        }
+        free(s);
+    }
+}
+
+/* What deploy/string.c has in place of the C library's, in the release build. */
+static void memory_functions(void) {
+    enum { SIZE_MAX_TRIED = 300, OFFSETS = 17, ROOM = SIZE_MAX_TRIED + 3 * OFFSETS };
+    void *(*volatile set)(void *, int, size_t) = memset;
+    void *(*volatile copy)(void *restrict, const void *restrict, size_t) = memcpy;
+    void *(*volatile move)(void *, const void *, size_t) = memmove;
+    int (*volatile compare)(const void *, const void *, size_t) = memcmp;
+    uint8_t from[ROOM], to[ROOM], expected[ROOM];
+    for (size_t i = 0; i < ROOM; i++)
+        from[i] = (uint8_t)(i * 7 + 1);
+    for (size_t n = 0; n <= SIZE_MAX_TRIED; n++) {
+        for (size_t at = 0; at < OFFSETS; at++) {
+            row("%zu bytes at %zu", n, at);
+            for (size_t i = 0; i < ROOM; i++)
+                to[i] = expected[i] = (uint8_t)i;
+            for (size_t i = 0; i < n; i++)
+                expected[at + i] = 0xa5;
+            bool right = set(to + at, 0xa5, n) == to + at;
+            for (size_t i = 0; i < ROOM; i++)
+                right = right && to[i] == expected[i];
+            for (size_t i = 0; i < n; i++)
+                expected[at + i] = from[OFFSETS - at + i];
+            right = right && copy(to + at, from + OFFSETS - at, n) == to + at;
+            for (size_t i = 0; i < ROOM; i++)
+                right = right && to[i] == expected[i];
+            CHECK(right && compare(to + at, from + OFFSETS - at, n) == 0);
+            for (size_t shift = 0; shift <= 2 * OFFSETS; shift += 2) { /* to lower and to higher addresses */
+                for (size_t i = 0; i < ROOM; i++)
+                    to[i] = expected[i] = (uint8_t)(i * 11);
+                for (size_t i = 0; i < n; i++)
+                    expected[shift + i] = (uint8_t)((at + i) * 11);
+                right = right && move(to + shift, to + at, n) == to + shift;
+                for (size_t i = 0; i < ROOM; i++)
+                    right = right && to[i] == expected[i];
+            }
+            CHECK(right);
+        }
+        for (size_t i = 0; i < n; i++) {
+            copy(to, from, n);
+            to[i] ^= 0x80;
+            CHECK((compare(to, from, n) < 0) == (to[i] < from[i]) && compare(to, from, n) != 0);
+        }
+    }
+}
+
 static void varints(void) {
     static const struct {
         const char *hex;
@@ -3411,6 +3478,55 @@ static void session_large_head(void) {
     }
 }
 
+/* When the timer would go off, in milliseconds from now; 0 if it is not set. */
+static int64_t timer_left(const struct server *s) {
+    struct itimerspec left;
+    CHECK(timerfd_gettime(s->timer.fd, &left) == 0);
+    return (int64_t)left.it_value.tv_sec * 1000 + (left.it_value.tv_nsec + 999999) / 1000000;
+}
+
+/* The timer is set for what is due first, stays set while that is so, and never for what nothing can be done about. */
+static void session_timer(void) {
+    struct server *s = session_server();
+    s->active_ms = s->now_ms;
+    server_set_timer(s);
+    CHECK(s->timer_ms == INT64_MAX && timer_left(s) == 0); /* nothing is due: the loop sleeps for good */
+
+    heap_free(&s->heap, heap_new(&s->heap, 100));
+    s->stream_count = 1; /* what is kept stays while a request is under way: no time to look at it would be right */
+    s->active_ms = s->now_ms - 10 * TIDY_AFTER_MS;
+    server_set_timer(s);
+    CHECK(s->timer_ms == INT64_MAX && timer_left(s) == 0);
+    s->stream_count = 0;
+    s->active_ms = s->now_ms;
+    server_set_timer(s);
+    CHECK(s->timer_ms == s->now_ms + TIDY_AFTER_MS && timer_left(s) > 0 && timer_left(s) <= TIDY_AFTER_MS + 1);
+
+    s->active_ms = s->now_ms += TIDY_AFTER_MS / 2; /* more requests: it goes off in vain, once, and is set anew */
+    int64_t before = s->timer_ms;
+    server_set_timer(s);
+    CHECK(s->timer_ms == before);
+    s->now_ms = before;
+    server_timer(s);
+    CHECK(s->timer_ms == before); /* it has not gone off */
+    s->timer_ms = INT64_MAX;
+    server_expire(s);
+    CHECK(s->heap.total > s->heap.in_use);
+    server_set_timer(s);
+    CHECK(s->timer_ms == s->active_ms + TIDY_AFTER_MS);
+
+    server_due(s, s->now_ms + 1); /* earlier than that */
+    server_set_timer(s);
+    CHECK(s->timer_ms == s->now_ms + 1);
+    s->now_ms = s->active_ms + TIDY_AFTER_MS;
+    s->timer_ms = INT64_MAX;
+    server_expire(s);
+    CHECK(s->heap.total == s->heap.in_use && s->next_ms == INT64_MAX);
+    server_set_timer(s);
+    CHECK(s->timer_ms == INT64_MAX);
+    session_server_free(s);
+}
+
 /* What is not finished in time: a preface, a head, a body. */
 static void session_deadlines(void) {
     enum { PREFACE_BYTES = 24, TIMEOUT_MS = 3000 };
@@ -3933,7 +4049,7 @@ static const struct {
     TEST(times_are_utc), TEST(log_lines_cannot_be_forged), TEST(log_level_filters),
     TEST(hex), TEST(base64_vectors), TEST(base64_roundtrip), TEST(base64_refuses_other_bytes),
     TEST(base64_refuses_trailing_bits), TEST(base64_refuses_bad_padding), TEST(base64_keeps_to_cap), TEST(utf8_table),
-    TEST(utf8_everything), TEST(varints), TEST(fields), TEST(strings_of_messages),
+    TEST(utf8_everything), TEST(text_of_any_length), TEST(memory_functions), TEST(varints), TEST(fields), TEST(strings_of_messages),
     TEST(heap_classes), TEST(heap_accounts), TEST(heap_wipes), TEST(heap_keeps_no_more_than_its_share), TEST(arena),
     TEST(xaes_known_answers), TEST(xaes_10000_iterations), TEST(xaes_1000000_iterations), TEST(gcm_known_answers),
     TEST(gcm_as_bearssl), TEST(hmac_known_answers), TEST(key_ids), TEST(keyid_prints_hashes), TEST(self_test), TEST(seal_roundtrip),
@@ -3947,7 +4063,8 @@ static const struct {
     TEST(head_rules), TEST(head_bytes), TEST(head_values), TEST(trailer_rules), TEST(head_size),
     TEST(endpoints_good), TEST(endpoints_bad), TEST(endpoint_names_of_sockets),
     TEST(session_whole), TEST(session_split_everywhere), TEST(session_slow_reader), TEST(session_metrics),
-    TEST(session_large_head), TEST(session_deadlines), TEST(session_random_bytes), TEST(session_without_memory),
+    TEST(session_large_head), TEST(session_deadlines), TEST(session_timer), TEST(session_random_bytes),
+    TEST(session_without_memory),
     TEST(session_idlest), TEST(session_without_memory_for_a_queue),
     TEST(values_stored), TEST(values_not_ours), TEST(values_damaged), TEST(values_random_bytes),
     TEST(options_defaults), TEST(options_verbs), TEST(options_values), TEST(options_numbers), TEST(options_many),

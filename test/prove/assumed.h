@@ -3,12 +3,6 @@
 /*@ assigns \nothing; ensures \false; */
 void die_usage(const char *format, ...);
 
-/* nghttp2's look at characters. */
-/*@ requires \valid_read(name + (0 .. len - 1)); assigns \result \from name[0 .. len - 1]; */
-int nghttp2_check_header_name(const uint8_t *name, size_t len);
-/*@ requires \valid_read(value + (0 .. len - 1)); assigns \result \from value[0 .. len - 1]; */
-int nghttp2_check_header_value_rfc9113(const uint8_t *value, size_t len);
-
 /* memchr as the standard has it, so that Eva tells its results apart. */
 #define memchr find
 static void *find(const void *bytes, int c, size_t len) {

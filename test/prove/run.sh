@@ -23,9 +23,9 @@ level() {
     esac
 }
 
-FUNCTIONS='text_char text_bytes text_value hex_encode in_range base64_decode utf8_check varint_next field_next
-    sealed_shaped grpc_prefix_write grpc_prefix_len grpc_timeout_us percent_encode field_name is_grpc
-    request_content_length request_path request_known request_init request_field request_head_end decimal
+FUNCTIONS='text_char text_bytes text_value hex_encode in_range base64_decode printable_eight printable_run utf8_check varint_long varint_next field_next is_space
+    sealed_shaped grpc_prefix_write grpc_prefix_len grpc_timeout_us percent_encode field_name is_name is_value is_grpc
+    request_content_length request_path request_known request_init request_other request_field request_head_end decimal
     timeout_parse value_fail value_open_v1 value_open'
 
 {
@@ -50,8 +50,9 @@ END
         sed 's/&v2__##type##__descriptor, call/NULL, NULL/; s/ProtobufCMessageDescriptor/void/'
     cat test/prove/assumed.h
     for function in $FUNCTIONS; do
-        grep -q "^static [a-z].*[ *]$function(" kmsplugin.c || { echo "no $function in kmsplugin.c" >&2; exit 1; }
-        sed -n "/^static [a-z].*[ *]$function(/,/^}\$/p" kmsplugin.c
+        grep -q "^\(COLD \)*static [a-z].*[ *]$function(" kmsplugin.c ||
+            { echo "no $function in kmsplugin.c" >&2; exit 1; }
+        sed -n "s/^COLD //; /^static [a-z].*[ *]$function(/,/^}\$/p" kmsplugin.c
     done
     cat test/prove/main.c
 } >"$dir/parsers.c"
