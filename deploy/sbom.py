@@ -17,6 +17,11 @@ import sys
 import uuid
 
 LICENSES = {'musl': 'MIT', 'nghttp2': 'MIT', 'protobuf-c': 'BSD-2-Clause', 'bearssl': 'MIT'}
+CHANGES = {
+    'musl': 'packed relocations (deploy/musl-relr.patch), free() and assert() (deploy/static-libs.sh), and on x86_64 memcpy,'
+            ' memmove, memset and memcmp (deploy/string.c)',
+    'nghttp2': 'options and callbacks of sessions are constants (deploy/nghttp2-fixed.sed)',
+}
 
 
 def sha256(path):
@@ -50,9 +55,10 @@ def sources(sums):
 
 
 def component(name, library):
+    changes = {'pedigree': {'notes': 'Changed: ' + CHANGES[name] + '.'}} if name in CHANGES else {}
     return {
         'type': 'library', 'bom-ref': library['purl'], 'name': name, 'version': library['version'],
-        'licenses': [{'license': {'id': LICENSES[name]}}], 'purl': library['purl'],
+        'licenses': [{'license': {'id': LICENSES[name]}}], 'purl': library['purl'], **changes,
         'externalReferences': [
             {'type': 'distribution', 'url': file, 'hashes': [{'alg': 'SHA-256', 'content': digest}]}
             for file, digest in sorted(library['archives'])],
