@@ -370,7 +370,7 @@ struct listener {
 /* One peer. Owned by the server's list; freed by server_reap alone. */
 struct conn {
     struct source source;
-    struct conn *next, **link;
+    struct conn *next;
     struct server *server;
     nghttp2_session *session;
     struct stream *streams, *recent; /* recent: the one that stream_find found last, or NULL */
@@ -2656,9 +2656,7 @@ static void conn_new(struct server *s, int fd, const struct ucred *peer) {
     c->idle_since_ms = s->now_ms;
     c->preface_deadline_ms = s->now_ms + PREFACE_TIMEOUT_MS;
     server_due(s, c->preface_deadline_ms);
-    c->link = &s->conns;
-    if ((c->next = s->conns))
-        c->next->link = &c->next;
+    c->next = s->conns;
     s->conns = c;
     s->conn_count++;
     s->metrics.accepted++;
@@ -2669,13 +2667,12 @@ static void conn_new(struct server *s, int fd, const struct ucred *peer) {
 
 /* Frees the structs of closed connections, when nothing can point at them any more. */
 static void server_reap(struct server *s) {
-    for (struct conn *c = s->conns, *next; c; c = next) {
-        next = c->next;
-        if (!c->closed)
+    for (struct conn **at = &s->conns, *c; (c = *at);) {
+        if (!c->closed) {
+            at = &c->next;
             continue;
-        if (next)
-            next->link = c->link;
-        *c->link = next;
+        }
+        *at = c->next;
         free(c);
     }
 }
