@@ -115,7 +115,7 @@ profile:
 
 # The unit tests as that build would have them.
 UNIT_STATIC = build/static/$(ARCH_DIR)unit
-$(UNIT_STATIC): test/unit.c test/responses.h $(SOURCES) $(HEADERS) build/static/$(ARCH)/lib/libbearssl.a
+$(UNIT_STATIC): test/unit.c test/responses.h $(SOURCES) $(HEADERS) deploy/x86_64.ld build/static/$(ARCH)/lib/libbearssl.a
 	build/static/$(ARCH)/bin/cc $(STD) $(WARN) -I. $(STATIC_FLAGS) -o $@ test/unit.c kms.pb-c.c $(STATIC_LD) $(LIBS)
 
 size: $(STATIC)
@@ -183,7 +183,7 @@ build/ct: test/ct.c $(SOURCES) $(HEADERS)
 	@mkdir -p build
 	$(CC) $(STD) $(WARN) $(HARDEN_CC) -I. $(CPPFLAGS) $(CFLAGS) -o $@ test/ct.c kms.pb-c.c $(HARDEN_LD) $(LDFLAGS) $(LIBS)
 
-build/ct-static: test/ct.c $(SOURCES) $(HEADERS)
+build/ct-static: test/ct.c $(SOURCES) $(HEADERS) deploy/x86_64.ld
 	build/static/$(ARCH)/bin/cc $(STD) $(STATIC_FLAGS) -g -I. -idirafter /usr/include -o $@ test/ct.c kms.pb-c.c \
 		$(filter-out -s,$(STATIC_LD)) $(LIBS)
 

@@ -1464,7 +1464,7 @@ static void answer_no_memory(struct answer *a) {
     answer_error(a, GRPC_RESOURCE_EXHAUSTED, "the message has too many fields");
 }
 
-/* Packs a response, which like a request is never over MESSAGE_MAX: what it is sealed or opened from came in one. */
+/* Packs a response. It is under MESSAGE_MAX: a plaintext has come in a request, and kms_seal bounds ciphertexts. */
 static void answer_message(struct kms *kms, struct answer *a, const void *message) {
     uint8_t *bytes = arena_new(&kms->arena, MESSAGE_MAX);
     if (!bytes) {
@@ -3102,7 +3102,7 @@ static int conn_expire(struct conn *c) {
     return c->doomed ? -1 : answered && !c->writing ? conn_flush(c) : 0;
 }
 
-/* Gives back what an idle server does without: kept blocks, and mapped pages of its code, which return as they run. */
+/* Gives back what an idle server does without: kept blocks, and mapped pages of its code, which return with use. */
 static void server_tidy(struct server *s) {
     extern char __executable_start[], etext[]; /* the linker's; what is between them is read-only */
     heap_tidy(&s->heap);
@@ -3550,6 +3550,8 @@ static int client_run(struct client *c) {
             continue;
         if (n < 0)
             return client_fail(c, "out of memory");
+        if (!nghttp2_session_want_read(c->session))
+            return client_fail(c, "the server does not speak HTTP/2");
         if (client_wait(c, POLLIN) < 0)
             return -1;
         n = read(c->fd, in, sizeof in);
@@ -3561,7 +3563,7 @@ static int client_run(struct client *c) {
             return client_fail(c, "the server closed the connection");
         ssize_t used = nghttp2_session_mem_recv(c->session, in, (size_t)n);
         if (used < 0)
-            return client_fail(c, "this is not HTTP/2, or the answer is too long (nghttp2: %d)", (int)used);
+            return client_fail(c, "the answer is too long (nghttp2: %d)", (int)used);
     }
     return 0;
 }

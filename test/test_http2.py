@@ -142,6 +142,7 @@ class Connection(RawCase):
                        b'\0\0\4\x08\0\0\0\0\0' + bytes(4),      # WINDOW_UPDATE of 0
                        b'\0\0\1\1\5\0\0\0\1\xff',               # HEADERS that HPACK refuses
                        b'\0\0\1\1\5\0\0\0\2\x82',               # a stream of the server's
+                       b'\0\0\5\5\4\0\0\0\1\0\0\0\2\x82',   # PUSH_PROMISE, which is no client's
                        ContinuationFrame(1, b'\x82').serialize()):
             with self.subTest(broken=broken[:10].hex()), Raw(self.server.path) as raw:
                 raw.send(broken)
