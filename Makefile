@@ -87,8 +87,8 @@ MACHINE := $(shell uname -m)
 ARCH ?= $(MACHINE)
 ARCH_DIR = $(addsuffix /,$(filter-out $(MACHINE),$(ARCH)))
 STATIC = build/static/$(ARCH_DIR)kmsplugin
-# -O2 where the program then keeps within 192 KiB. s390x needs more: no tables to jump by, which are 8 bytes an entry, and
-# the shorter code that is best for z13, the oldest machine that Kubernetes' own programs, as Go's, run on (z196 will do).
+# -O2 where that keeps it within 192 KiB, else -Os. s390x takes more: no tables to jump by (8 bytes an entry), and
+# the choice of instructions that suits z13, the oldest machine that Go, so Kubernetes, runs on (they are all z196's).
 SMALL_aarch64 = -Os
 SMALL_s390x = -Os -fno-jump-tables -mtune=z13
 STATIC_FLAGS = $(or $(SMALL_$(ARCH)),-O2) -flto -fPIE \

@@ -102,8 +102,8 @@ build_musl() {
 	sh "$musl/tools/musl-gcc.specs.sh" "$OUT/include" "$OUT/lib" LOADER |
 		sed "s/Scrt1/rcrt1/; s/-dynamic-linker LOADER/$static/" >"$OUT/lib/static-pie.specs"
 
-	# packed.ld: the linker's own script, but with nothing in the file that pads it to a page, which is 64 KiB on aarch64. What is
-	# constant once relocated (RELRO) is a segment that in memory alone fills its last page; variables go on in the next.
+	# packed.ld: the linker's own script, but nothing in the file pads it to a page, which is 64 KiB on aarch64. What is
+	# constant once relocated (RELRO) is a segment that fills its last page in memory alone; variables go on in the next.
 	"$($CC -print-prog-name=ld)" -pie -z relro -z now --verbose | sed '
 		1,/^=====/d
 		/^=====/,$d
