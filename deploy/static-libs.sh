@@ -101,6 +101,18 @@ build_musl() {
 	if $CC -Wl,--help | grep pack-relative-relocs >/dev/null; then static="$static -z pack-relative-relocs"; fi
 	sh "$musl/tools/musl-gcc.specs.sh" "$OUT/include" "$OUT/lib" LOADER |
 		sed "s/Scrt1/rcrt1/; s/-dynamic-linker LOADER/$static/" >"$OUT/lib/static-pie.specs"
+
+	# packed.ld: the linker's own script, but nothing in the file pads it to a page, which is 64 KiB on aarch64. What is
+	# constant once relocated (RELRO) is a segment that fills its last page in memory alone; variables go on in the next.
+	"$($CC -print-prog-name=ld)" -pie -z relro -z now --verbose | sed '
+		1,/^=====/d
+		/^=====/,$d
+		s,^{,{ /DISCARD/ : { *(.eh_frame) *(.comment) },
+		s,^ *\. = DATA_SEGMENT_ALIGN .*,. = ALIGN(PAGE) + (. \& (PAGE - 1)); . = DATA_SEGMENT_ALIGN(8\, 8);,
+		s,^ *\. = DATA_SEGMENT_RELRO_END .*,.relro_padding (NOLOAD) : { . = ALIGN(PAGE); }\
+			. = DATA_SEGMENT_RELRO_END(0\, .); . = . + (ADDR(.relro_padding) \& (PAGE - 1));,
+		s,PAGE\>,CONSTANT(MAXPAGESIZE),g' >"$OUT/lib/packed.ld"
+	grep -q '^\.relro_padding' "$OUT/lib/packed.ld" || die "the linker's script is not as it was"
 	printf '#!/bin/sh\nexec %s %s "$@" -specs "%s"\n' "$CC" "$branches" "$OUT/lib/static-pie.specs" >"$OUT/bin/cc"
 	chmod +x "$OUT/bin/cc"
 
