@@ -112,7 +112,7 @@ PROFILE = $(if $(wildcard deploy/profile/$(ARCH)),-fprofile-use=$(CURDIR)/deploy
 static: $(STATIC)
 $(STATIC): $(SOURCES) $(HEADERS) deploy/x86_64.ld build/static/$(ARCH)/lib/libbearssl.a
 	build/static/$(ARCH)/bin/cc $(STD) $(WARN) $(STATIC_FLAGS) $(PROFILE) -o $@ $(SOURCES) $(STATIC_LD) -Wl,-Map=$@.map $(LIBS)
-build/static/$(ARCH)/lib/libbearssl.a: deploy/static-libs.sh deploy/string.c deploy/musl-relr.patch deploy/nghttp2-fixed.sed $(wildcard deploy/profile/$(ARCH))
+build/static/$(ARCH)/lib/libbearssl.a: deploy/static-libs.sh deploy/string.c $(wildcard deploy/*.patch) deploy/nghttp2-fixed.sed $(wildcard deploy/profile/$(ARCH))
 	ARCH=$(ARCH) CC= AR= CFLAGS='$(STATIC_FLAGS) $(PROFILE)' deploy/static-libs.sh
 
 profile:

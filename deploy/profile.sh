@@ -11,7 +11,7 @@ copy=build/profile
 rm -rf "$copy"
 mkdir -p "$copy/build" "$copy/deploy" "$copy/counts" "$folder"
 cp -R Makefile kmsplugin.c kms.pb-c.c kms.pb-c.h "$copy"
-cp deploy/static-libs.sh deploy/string.c deploy/musl-relr.patch deploy/nghttp2-fixed.sed deploy/x86_64.ld "$copy/deploy"
+cp deploy/static-libs.sh deploy/string.c deploy/*.patch deploy/nghttp2-fixed.sed deploy/x86_64.ld "$copy/deploy"
 [ ! -d build/src ] || cp -R build/src "$copy/build"
 copy=$(cd "$copy" && pwd)
 make -s -C "$copy" static PROFILE="-fprofile-generate -fprofile-update=single -fprofile-dir=$copy/counts -fprofile-prefix-path=$copy" LIBS='-lnghttp2 -lprotobuf-c -lbearssl -lgcov'

@@ -86,6 +86,7 @@ build_musl() {
 	cd "$OUT/obj/musl"
 	cp -R "$musl" src
 	grep -q DT_RELR src/ldso/dlstart.c || patch -s -p1 -d src <"$deploy/musl-relr.patch"
+	patch -s -p1 -d src <"$deploy/musl-relro.patch"
 	# musl keeps a last group of blocks of each size that came and went often: some 150 KiB after a flood, for good. What is
 	# worth keeping the program's own heap keeps, until the load is over.
 	grep -q 'if (!is_bouncing(sc)) return 1;' src/src/malloc/mallocng/free.c || die "musl's malloc is not as it was"
