@@ -3,7 +3,7 @@
 
     memory.py [PROGRAM]...    build/static/kmsplugin; of another architecture: its size alone
 
-idle       resident when it is ready; and after one call and its connection's end
+idle       resident when it is ready; and idle again, after calls and their connections' end
 peak       the highest of it (VmHWM) with 8 connections of 100 Encrypt requests each, all of them open at a time
 a connection    what 200 idle ones add, each after a call, by number
 start      from spawn to the first Status answered: median of 100, beside the whole life of an empty static program.
@@ -16,6 +16,7 @@ import platform
 import subprocess
 import sys
 import tempfile
+import time
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.dirname(HERE))
@@ -26,6 +27,7 @@ from hyperframe.frame import DataFrame, HeadersFrame, SettingsFrame
 
 ROUNDS = 100
 CONNECTIONS, STREAMS, IDLE = 8, 100, 200
+TIDY_SECONDS = 1.5      # by then the server has given back what it kept
 
 
 def status(server, name):
@@ -61,6 +63,7 @@ def idle(program):
         assert raw.works()
     with Raw(server.path) as raw:   # served, so the one before is closed
         assert raw.works()
+    time.sleep(TIDY_SECONDS)
     used = status(server, 'VmRSS')
     server.stop()
     return ready, used
