@@ -2986,8 +2986,8 @@ static void notify(int fd, const char *state) {
  * in a turn blocks. Without traffic and deadlines the loop sleeps for good.
  *
  * What is due next has a timer, which stays set from turn to turn. A time-out of
- * epoll_wait's would be set up and taken back in each, and that takes the kernel
- * about as long as all else that it does for a request.
+ * epoll_wait's would be set up and taken back in each: a tenth of the time that a
+ * client waits for an answer.
  */
 
 static void server_clock(struct server *s) {
