@@ -28,7 +28,8 @@ suite() {
 }
 
 # shape MACHINE CLASS DATA: the program is of that kind; is one file that needs no other; has no relocation by name
-# (musl's start does none); and is hardened: no page is both written and executed, what is relocated is read-only then.
+# (musl's start does none); is hardened: no page is both written and executed, what is relocated is read-only then; and
+# keeps to 192 KiB.
 shape() {
     readelf -W -h -l -d -r "$program" >"$tmp/elf"
     grep -E 'Machine:|Class:|Data:|Type:|LOAD|GNU_|NEEDED|FLAGS' "$tmp/elf" || :
@@ -42,7 +43,9 @@ shape() {
     grep -qE 'GNU_STACK .* RW ' "$tmp/elf" || return 1
     grep -q GNU_RELRO "$tmp/elf" || return 1
     grep -q 'FLAGS_1.*NOW' "$tmp/elf" || return 1
-    ! grep -E 'LOAD .* RWE ' "$tmp/elf"
+    grep -E 'LOAD .* RWE ' "$tmp/elf" && return 1
+    wc -c <"$program"
+    [ "$(wc -c <"$program")" -le $((192 * 1024)) ]
 }
 
 # What a server says of the AES code that it has chosen for this machine.
