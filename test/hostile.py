@@ -179,7 +179,7 @@ class Meter:
         print('ready', flush=True)
         body = message(field(1, b'0123456789abcdef') + field(2, b'meter'))
         worst, calls, again, wrong, raw = 0.0, 0, 0, '', None
-        while not stop and not wrong:
+        while (calls == 0 or not stop) and not wrong:
             if raw is not None and calls % 8 == 7:
                 raw.close()
                 raw = None

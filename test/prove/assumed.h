@@ -3,6 +3,12 @@
 /*@ assigns \nothing; ensures \false; */
 void die_usage(const char *format, ...);
 
+/* These have proofs of their own. */
+/*@ requires \valid_read(name + (0 .. len - 1)); assigns \result \from name[0 .. len - 1]; ensures 0 <= \result <= 1; */
+static bool is_name(const uint8_t *name, size_t len);
+/*@ requires \valid_read(value + (0 .. len - 1)); assigns \result \from value[0 .. len - 1]; ensures 0 <= \result <= 1; */
+static bool is_value(const uint8_t *value, size_t len);
+
 /* memchr as the standard has it, so that Eva tells its results apart. */
 #define memchr find
 static void *find(const void *bytes, int c, size_t len) {

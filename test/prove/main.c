@@ -120,6 +120,21 @@ void prove_decimal(void) {
     timeout_parse(text);
 }
 
+void prove_name(void) {
+    MAKE(18);
+    is_name(bytes, len);
+}
+
+void prove_value(void) {
+    enum { MOST = 10 }; /* more than the eight that are read at a time */
+    static uint8_t bytes[MOST];
+    //@ loop unroll 11;
+    for (size_t len = 0; len <= MOST; len++) {
+        Frama_C_make_unknown((char *)bytes, MOST);
+        is_value(bytes + MOST - len, len);
+    }
+}
+
 /* One field of a head or of trailers, in whatever state the request is: any name and value that are not too long. */
 void prove_request_field(void) {
     enum { NAME_MOST = 18, VALUE_MOST = 40 };

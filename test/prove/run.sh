@@ -19,6 +19,7 @@ PROOF_SECONDS=300
 level() {
     case $1 in
     prove_percent | prove_text_value) echo 400 ;;
+    prove_name) echo 30 ;;
     *) echo 8000 ;;
     esac
 }
@@ -60,7 +61,9 @@ END
 # Functions whose results Eva keeps apart; one that has a proof of its own; where not even an unsigned number may wrap.
 more() {
     case $1 in
-    prove_field) echo -eva-split-return-function varint_next:full,field_next:full ;;
+    prove_field) echo -eva-split-return-function varint_long:full,varint_next:full,field_next:full ;;
+    prove_utf8 | prove_value) echo -eva-split-return-function printable_run:full ;;
+    prove_request_field) echo -eva-use-spec is_name,is_value ;;
     prove_stored) echo -eva-split-return-function find:full -eva-use-spec value_open_v1 ;;
     prove_timeout | prove_content_length | prove_decimal | prove_prefix) echo -warn-unsigned-overflow ;;
     esac
