@@ -18,8 +18,8 @@ import uuid
 
 LICENSES = {'musl': 'MIT', 'nghttp2': 'MIT', 'protobuf-c': 'BSD-2-Clause', 'bearssl': 'MIT'}
 CHANGES = {
-    'musl': 'relocations (deploy/musl-relr.patch, deploy/musl-relro.patch), free() and assert() (deploy/static-libs.sh), and on x86_64 memcpy,'
-            ' memmove, memset and memcmp (deploy/string.c)',
+    'musl': 'relocations (deploy/musl-relr.patch, deploy/musl-relro.patch), free() and assert() (deploy/static-libs.sh),'
+            ' and on x86_64 memcpy, memmove, memset and memcmp (deploy/string.c)',
     'nghttp2': 'options and callbacks of sessions are constants (deploy/nghttp2-fixed.sed)',
 }
 

@@ -24,7 +24,8 @@ level() {
     esac
 }
 
-FUNCTIONS='text_char text_bytes text_value hex_encode in_range base64_decode printable_eight printable_run utf8_check varint_long varint_next field_next is_space
+FUNCTIONS='text_char text_bytes text_value hex_encode in_range base64_decode printable_eight printable_run utf8_check
+    varint_long varint_next field_next is_space
     sealed_shaped grpc_prefix_write grpc_prefix_len grpc_timeout_us percent_encode field_name is_name is_value is_grpc
     request_content_length request_path request_known request_init request_other request_field request_head_end decimal
     timeout_parse value_fail value_open_v1 value_open'
