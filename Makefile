@@ -102,13 +102,14 @@ STATIC_LD = -flto-partition=one -static-pie -Wl,--gc-sections -Wl,--exclude-libs
 	-T $(if $(filter x86_64,$(ARCH)),deploy/x86_64.ld,build/static/$(ARCH)/lib/packed.ld)
 # What runs often, as `make profile` recorded it: the compiler makes that fast and the rest small. The record is committed,
 # so that the same bytes come out anywhere. A function changed since is built as if there were none; make gate notices.
-# The -fno-... leave out what a profile turns on and copies loops for, max-inline-insns-auto (15) lets a little more be
-# inlined where that pays, and libcall leaves out what it makes of short copies: rep movs, which is slow to start.
+# The -fno-... leave out what a profile turns on and copies loops and ends of functions for, and code-hoisting, which is a
+# loss here; max-inline-insns-auto (15) lets a little more be inlined where that pays, and libcall leaves out what the
+# compiler makes of short copies: rep movs, which is slow to start.
 PROFILE = $(if $(wildcard deploy/profile/$(ARCH)),-fprofile-use=$(CURDIR)/deploy/profile/$(ARCH) \
 	-fprofile-prefix-path=$(CURDIR) -Wno-missing-profile -Wno-coverage-mismatch \
 	$(if $(filter x86_64,$(ARCH)),-mstringop-strategy=libcall) \
-	--param=max-inline-insns-auto=20 -fno-unroll-loops -fno-peel-loops -fno-unswitch-loops -fno-tree-loop-vectorize \
-	-fno-tree-slp-vectorize -fno-reorder-blocks-and-partition)
+	--param=max-inline-insns-auto=20 -fno-tracer -fno-code-hoisting -fno-unroll-loops -fno-peel-loops \
+	-fno-unswitch-loops -fno-tree-loop-vectorize -fno-tree-slp-vectorize -fno-reorder-blocks-and-partition)
 static: $(STATIC)
 $(STATIC): $(SOURCES) $(HEADERS) deploy/x86_64.ld build/static/$(ARCH)/lib/libbearssl.a
 	build/static/$(ARCH)/bin/cc $(STD) $(WARN) $(STATIC_FLAGS) $(PROFILE) -o $@ $(SOURCES) $(STATIC_LD) -Wl,-Map=$@.map $(LIBS)

@@ -150,7 +150,7 @@ enum {
     HEAP_CLASS0_BYTES = 64,
     HEAP_KEEP_BYTES = 1024 * 1024,      /* kept at most, and only under load (TIDY_AFTER_MS) */
     RANDOM_BYTES = 170 * NONCE_BYTES,   /* one getrandom(2) for 170 nonces */
-    STACK_WIPE_BYTES = 8 * 1024,        /* deeper than BearSSL ever was below the loop */
+    STACK_WIPE_BYTES = 5 * 1024,        /* half as deep again as BearSSL was below the loop in any build */
 
     /* Rescue. */
     RESCUE_INPUT_MAX = 64 * 1024 * 1024, /* etcd refuses values over 1.5 MiB by default */
@@ -302,6 +302,7 @@ enum field_name {
     FIELD_CONTENT_LENGTH,
     FIELD_TIMEOUT,
     FIELD_TE,
+    FIELD_USER_AGENT, /* means nothing, but comes with every request, so its name needs no look */
     FIELD_FORBIDDEN, /* RFC 9113 8.2.2: means something on an HTTP/1 connection only */
     FIELD_OTHER,
 };
@@ -344,6 +345,7 @@ struct stream {
     uint8_t prefix[GRPC_PREFIX_BYTES];
     size_t prefix_len;
     uint8_t *body; /* the message; a buffer of the connection */
+    const uint8_t *borrowed; /* or where the server read all of it: see stream_keep */
     size_t body_len, body_cap;
     uint8_t *reply; /* the DATA to send; a buffer of the connection */
     size_t reply_sent, reply_len;
@@ -1115,10 +1117,38 @@ static bool block_is_zero(const uint8_t block[BLOCK_BYTES]) {
     return (half[0] | half[1]) == 0;
 }
 
+/* How many bytes that many fill up with whole blocks. */
+static size_t whole_blocks(size_t len) {
+    return (len + BLOCK_BYTES - 1) / BLOCK_BYTES * BLOCK_BYTES;
+}
+
 /*
- * AES-GCM (NIST SP 800-38D) in place over data. With `seal`, encrypts and writes the
- * tag; else checks the tag in constant time, and leaves zeros when it is wrong.
- * key_len is 16, 24 or 32. Returns 0, or -1 for a wrong tag.
+ * GHASH as a GCM tag takes it (NIST SP 800-38D 7.1, step 5): of associated data, of
+ * ciphertext, each filled up to whole blocks, and of their lengths. BearSSL's is at its
+ * best in one run, so what is short, as all data keys are, is put together first.
+ */
+static void gcm_hash(const struct suite *suite, const uint8_t h[BLOCK_BYTES], const uint8_t *aad, size_t aad_len,
+                     const uint8_t *ciphertext, size_t len, uint8_t hash[BLOCK_BYTES]) {
+    const uint64_t lengths[2] = {big_endian(8 * (uint64_t)aad_len), big_endian(8 * (uint64_t)len)};
+    uint8_t run[8 * BLOCK_BYTES] = {0};
+    size_t text_at = whole_blocks(aad_len), lengths_at = text_at + whole_blocks(len);
+    memset(hash, 0, BLOCK_BYTES);
+    if (lengths_at + sizeof lengths <= sizeof run) {
+        memcpy(run, aad, aad_len);
+        memcpy(run + text_at, ciphertext, len);
+        memcpy(run + lengths_at, lengths, sizeof lengths);
+        suite->ghash(hash, h, run, lengths_at + sizeof lengths);
+    } else {
+        suite->ghash(hash, h, aad, aad_len);
+        suite->ghash(hash, h, ciphertext, len);
+        suite->ghash(hash, h, lengths, sizeof lengths);
+    }
+}
+
+/*
+ * AES-GCM (NIST SP 800-38D) of len bytes; key_len is 16, 24 or 32. To seal puts the tag
+ * behind the ciphertext; to open takes it from there and compares in constant time.
+ * Returns 0, or -1 for a wrong tag, with zeros in `out`. `in` and `out` lie apart.
  *
  * BearSSL's CTR takes whole blocks, and four of them about as fast as one. The key stream
  * begins with the tag's mask, so that a run over four yields the mask and what
@@ -1126,39 +1156,33 @@ static bool block_is_zero(const uint8_t block[BLOCK_BYTES]) {
  */
 static int gcm_crypt(const struct suite *suite, bool seal, const uint8_t *key, size_t key_len,
                      const uint8_t nonce[12], const uint8_t *aad, size_t aad_len,
-                     uint8_t *data, size_t len, uint8_t tag[TAG_BYTES]) {
+                     const uint8_t *in, size_t len, uint8_t *out) {
     br_aes_gen_ctrcbc_keys aes;
     struct {
         uint8_t h[BLOCK_BYTES], hash[BLOCK_BYTES], mask[BLOCK_BYTES], counter[BLOCK_BYTES], run[4 * BLOCK_BYTES];
     } w = {.counter[BLOCK_BYTES - 1] = 1};
     const uint8_t zero[BLOCK_BYTES] = {0};
-    const uint64_t lengths[2] = {big_endian(8 * (uint64_t)aad_len), big_endian(8 * (uint64_t)len)};
     int result = 0;
     suite->aes->init(&aes.vtable, key, key_len);
     aes_block(&aes, zero, w.h);
     memcpy(w.counter, nonce, 12);
 
-    suite->ghash(w.hash, w.h, aad, aad_len);
-    if (!seal)
-        suite->ghash(w.hash, w.h, data, len);
     for (size_t done = 0, skip = BLOCK_BYTES; skip > 0 || done < len; skip = 0) {
         size_t room = sizeof w.run - skip, n = len - done < room ? len - done : room;
-        memcpy(w.run + skip, data + done, n);
+        if (n > 0)
+            memcpy(w.run + skip, in + done, n);
         aes.vtable->ctr(&aes.vtable, w.counter, w.run, sizeof w.run);
         if (skip > 0)
             memcpy(w.mask, w.run, BLOCK_BYTES);
-        memcpy(data + done, w.run + skip, n);
+        memcpy(out + done, w.run + skip, n);
         done += n;
     }
-    if (seal)
-        suite->ghash(w.hash, w.h, data, len);
-    suite->ghash(w.hash, w.h, lengths, sizeof lengths);
-
+    gcm_hash(suite, w.h, aad, aad_len, seal ? out : in, len, w.hash);
     block_xor(w.hash, w.mask);
-    if (seal)
-        memcpy(tag, w.hash, TAG_BYTES);
-    if (!seal && !block_is_zero(block_xor(w.hash, tag))) {
-        wipe(data, len);
+    if (seal) {
+        memcpy(out + len, w.hash, TAG_BYTES);
+    } else if (!block_is_zero(block_xor(w.hash, in + len))) {
+        wipe(out, len);
         result = -1;
     }
     wipe(&aes, sizeof aes);
@@ -1166,10 +1190,10 @@ static int gcm_crypt(const struct suite *suite, bool seal, const uint8_t *key, s
     return result;
 }
 
-/* XAES-256-GCM in place over data, as gcm_crypt. */
+/* XAES-256-GCM, as gcm_crypt. */
 static int xaes_crypt(const struct suite *suite, bool seal, const struct kek *kek,
                       const uint8_t nonce[NONCE_BYTES], const uint8_t *aad, size_t aad_len,
-                      uint8_t *data, size_t len, uint8_t tag[TAG_BYTES]) {
+                      const uint8_t *in, size_t len, uint8_t *out) {
     uint8_t key[KEK_BYTES];
     for (uint8_t half = 0; half < 2; half++) {
         uint8_t *block = key + half * BLOCK_BYTES;
@@ -1178,7 +1202,7 @@ static int xaes_crypt(const struct suite *suite, bool seal, const struct kek *ke
         memcpy(block + sizeof counter, nonce, 12);
         aes_block(&kek->aes, kek->k1, block);
     }
-    int result = gcm_crypt(suite, seal, key, sizeof key, nonce + 12, aad, aad_len, data, len, tag);
+    int result = gcm_crypt(suite, seal, key, sizeof key, nonce + 12, aad, aad_len, in, len, out);
     wipe(key, sizeof key);
     return result;
 }
@@ -1230,15 +1254,13 @@ static void sealed_aad(const uint8_t *sealed, enum api api, uint8_t aad[HEADER_B
  */
 static int seal(const struct ring *ring, struct random *random, enum api api,
                 const uint8_t *plaintext, size_t len, uint8_t *out) {
-    uint8_t *nonce = out + HEADER_BYTES, *data = nonce + NONCE_BYTES, aad[HEADER_BYTES + 1];
+    uint8_t *nonce = out + HEADER_BYTES, aad[HEADER_BYTES + 1];
     out[0] = SEALED_FORMAT;
     memcpy(out + 1, ring->keks[0].fingerprint, FINGERPRINT_BYTES);
     if (random_nonce(random, nonce) < 0)
         return -1;
-    if (len > 0)
-        memcpy(data, plaintext, len);
     sealed_aad(out, api, aad);
-    xaes_crypt(&ring->suite, true, &ring->keks[0], nonce, aad, sizeof aad, data, len, data + len);
+    xaes_crypt(&ring->suite, true, &ring->keks[0], nonce, aad, sizeof aad, plaintext, len, nonce + NONCE_BYTES);
     return 0;
 }
 
@@ -1255,13 +1277,12 @@ static enum opened open_sealed(const struct ring *ring, enum api api, const uint
     const struct kek *kek = ring_find(ring, sealed + 1);
     if (!kek)
         return OPEN_UNKNOWN_KEY;
-    const uint8_t *nonce = sealed + HEADER_BYTES, *data = nonce + NONCE_BYTES;
-    size_t n = len - SEALED_OVERHEAD;
-    uint8_t aad[HEADER_BYTES + 1], tag[TAG_BYTES];
+    const uint8_t *nonce = sealed + HEADER_BYTES;
+    uint8_t aad[HEADER_BYTES + 1];
     sealed_aad(sealed, api, aad);
-    memcpy(out, data, n);
-    memcpy(tag, data + n, TAG_BYTES);
-    return xaes_crypt(&ring->suite, false, kek, nonce, aad, sizeof aad, out, n, tag) < 0 ? OPEN_FORGED : OPENED;
+    len -= SEALED_OVERHEAD;
+    int rv = xaes_crypt(&ring->suite, false, kek, nonce, aad, sizeof aad, nonce + NONCE_BYTES, len, out);
+    return rv < 0 ? OPEN_FORGED : OPENED;
 }
 
 /*
@@ -1281,14 +1302,15 @@ static void sealing_self_test(const struct suite *suite) {
     const uint8_t *nonce = (const uint8_t *)"ABCDEFGHIJKLMNOPQRSTUVWX";
     for (size_t i = 0; i < sizeof vectors / sizeof *vectors; i++) {
         struct kek kek;
-        uint8_t key[KEK_BYTES], data[12 + TAG_BYTES] = "XAES-256-GCM";
+        uint8_t key[KEK_BYTES], text[12] = "XAES-256-GCM", data[sizeof text + TAG_BYTES], opened[sizeof text];
         const uint8_t *aad = (const uint8_t *)vectors[i].aad;
+        size_t aad_len = strlen(vectors[i].aad), len = sizeof text;
         memset(key, vectors[i].key, sizeof key);
         kek_init(&kek, suite, key);
-        xaes_crypt(suite, true, &kek, nonce, aad, strlen(vectors[i].aad), data, 12, data + 12);
+        xaes_crypt(suite, true, &kek, nonce, aad, aad_len, text, len, data);
         bool sealed = memcmp(data, vectors[i].sealed, sizeof data) == 0;
         data[0] ^= 1;
-        bool forged = xaes_crypt(suite, false, &kek, nonce, aad, strlen(vectors[i].aad), data, 12, data + 12) == 0;
+        bool forged = xaes_crypt(suite, false, &kek, nonce, aad, aad_len, data, len, opened) == 0;
         bool named = i > 0 || strcmp(kek.key_id, "fad1e91a654dbf1fdec047c069af5acd") == 0;
         if (!sealed || forged || !named)
             die("self-test failed: this machine's %s code computes wrong answers", suite->name);
@@ -1848,7 +1870,8 @@ static enum field_name field_name(const uint8_t *name, size_t len) {
                : IS(name, len, "upgrade") ? FIELD_FORBIDDEN
                                           : FIELD_OTHER;
     case 10:
-        return IS(name, len, ":authority") ? FIELD_AUTHORITY
+        return IS(name, len, ":authority")   ? FIELD_AUTHORITY
+               : IS(name, len, "user-agent") ? FIELD_USER_AGENT
                : IS(name, len, "connection") || IS(name, len, "keep-alive") ? FIELD_FORBIDDEN
                                                                             : FIELD_OTHER;
     case 12:
@@ -1955,6 +1978,9 @@ static enum verdict request_known(struct request *r, enum field_name name, const
         usual = IS(value, len, "trailers");
         sound = usual || (len == 8 && strncasecmp((const char *)value, "trailers", 8) == 0);
         again = false; /* a list may come in parts */
+        break;
+    case FIELD_USER_AGENT:
+        again = false;
         break;
     default: /* FIELD_FORBIDDEN: of HTTP/1 connections */
         return MALFORMED;
@@ -2314,7 +2340,8 @@ static struct stream *stream_find(struct conn *c, int32_t id) {
 static int on_begin_headers(nghttp2_session *session, const nghttp2_frame *frame, void *conn) {
     if (frame->headers.cat != NGHTTP2_HCAT_REQUEST)
         return 0; /* trailers */
-    struct stream *s = stream_new(conn, frame->hd.stream_id);
+    struct conn *c = conn;
+    struct stream *s = c->recent = stream_new(c, frame->hd.stream_id);
     if (!s)
         return NGHTTP2_ERR_CALLBACK_FAILURE;
     return callback_result(nghttp2_session_set_stream_user_data(session, s->id, s));
@@ -2366,11 +2393,14 @@ static int stream_prefix_end(struct stream *s) {
     if (len > MESSAGE_MAX)
         return stream_fail(s, GRPC_RESOURCE_EXHAUSTED, "the message is over 65536 bytes");
     s->body_cap = len;
-    return len == 0 || (s->body = buffer_new(s->conn, len)) ? 0 : NGHTTP2_ERR_NOMEM;
+    return 0;
 }
 
-/* Takes a piece of a request's body. */
-static int stream_append(struct stream *s, const uint8_t *data, size_t len) {
+/*
+ * Takes a piece of a request's body; `last` if its frame ends the stream. A message that is
+ * whole in a last frame stays where it was read: all but always the frame's end comes next.
+ */
+static int stream_append(struct stream *s, const uint8_t *data, size_t len, bool last) {
     if (s->prefix_len < GRPC_PREFIX_BYTES) {
         size_t missing = GRPC_PREFIX_BYTES - s->prefix_len, n = len < missing ? len : missing;
         memcpy(s->prefix + s->prefix_len, data, n);
@@ -2385,16 +2415,29 @@ static int stream_append(struct stream *s, const uint8_t *data, size_t len) {
     }
     if (len > s->body_cap - s->body_len)
         return stream_fail(s, GRPC_INTERNAL, "more than one message in a unary call");
-    if (len > 0)
+    if (last && len > 0 && len == s->body_cap) {
+        s->borrowed = data;
+    } else if (len > 0) {
+        if (!s->body && !(s->body = buffer_new(s->conn, s->body_cap)))
+            return NGHTTP2_ERR_NOMEM;
         memcpy(s->body + s->body_len, data, len);
+    }
     s->body_len += len;
     return 0;
+}
+
+/* Copies a message that is borrowed from the server's input, before that is wiped. 0, or -1 without memory. */
+static int stream_keep(struct stream *s) {
+    s->body = buffer_new(s->conn, s->body_len);
+    if (s->body)
+        memcpy(s->body, s->borrowed, s->body_len);
+    s->borrowed = NULL;
+    return s->body ? 0 : -1;
 }
 
 static int on_data_chunk_recv(nghttp2_session *session, uint8_t flags, int32_t id, const uint8_t *data, size_t len,
                               void *conn) {
     (void)session;
-    (void)flags;
     struct conn *c = conn;
     struct stream *s = stream_find(c, id);
     int rv = 0;
@@ -2404,7 +2447,7 @@ static int on_data_chunk_recv(nghttp2_session *session, uint8_t flags, int32_t i
         if (s->received > s->request.content_length)
             rv = stream_reset(s, NGHTTP2_PROTOCOL_ERROR);
         else if (s->request.method == METHOD_POST)
-            rv = stream_append(s, data, len);
+            rv = stream_append(s, data, len, flags & NGHTTP2_FLAG_END_STREAM);
     }
     return callback_result(rv);
 }
@@ -2422,9 +2465,11 @@ static int stream_end(struct stream *s) {
     if (s->prefix_len < GRPC_PREFIX_BYTES || s->body_len < s->body_cap)
         return stream_fail(s, GRPC_INTERNAL, "the message is missing or incomplete");
     /* never NULL, not even for no bytes */
-    kms_call(kms, s->request.rpc, s->body ? s->body : s->prefix, s->body_len, &a);
+    const uint8_t *message = s->borrowed ? s->borrowed : s->body ? s->body : s->prefix;
+    kms_call(kms, s->request.rpc, message, s->body_len, &a);
     buffer_free(s->conn, s->body);
     s->body = NULL;
+    s->borrowed = NULL;
     int rv = stream_answer(s, &a);
     kms_done(kms);
     return rv;
@@ -2482,8 +2527,9 @@ static int on_send_data(nghttp2_session *session, nghttp2_frame *frame, const ui
                         nghttp2_data_source *source, void *conn) {
     (void)session;
     (void)frame;
-    struct stream *s = source->ptr;
-    int rv = out_append(((struct conn *)conn)->server, head, 9, s->reply + s->reply_sent, len);
+    struct conn *c = conn;
+    struct stream *s = c->recent = source->ptr; /* its trailers come next */
+    int rv = out_append(c->server, head, 9, s->reply + s->reply_sent, len);
     if (rv == 0)
         s->reply_sent += len;
     return rv;
@@ -2631,6 +2677,8 @@ static int conn_read(struct conn *c) {
         return -1;
     c->idle_since_ms = s->now_ms;
     ssize_t used = nghttp2_session_mem_recv(c->session, s->in, (size_t)n);
+    if (used >= 0 && c->recent && c->recent->borrowed && stream_keep(c->recent) < 0)
+        used = -1;
     wipe(s->in, (size_t)n);
     return used < 0 ? -1 : conn_flush(c);
 }
@@ -3825,15 +3873,12 @@ static void value_open_data(struct value *v, const struct ring *ring, const uint
         value_fail(v, VALUE_BROKEN, "it is cut short, or its data key has no AES length");
     } else {
         const uint8_t *nonce = data + info_len, *ciphertext = nonce + GCM_NONCE_BYTES;
-        uint8_t tag[TAG_BYTES];
         v->len = len - info_len - GCM_NONCE_BYTES - TAG_BYTES;
         v->object = malloc(v->len + 1);
         if (!v->object)
             die("out of memory");
-        memcpy(v->object, ciphertext, v->len);
-        memcpy(tag, ciphertext + v->len, TAG_BYTES);
         v->state = VALUE_OPENED;
-        if (gcm_crypt(&ring->suite, false, aes_key, aes_len, nonce, key, key_len, v->object, v->len, tag) < 0) {
+        if (gcm_crypt(&ring->suite, false, aes_key, aes_len, nonce, key, key_len, ciphertext, v->len, v->object) < 0) {
             free(v->object);
             v->object = NULL;
             value_fail(v, VALUE_BROKEN,

@@ -21,6 +21,7 @@ CHANGES = {
     'musl': 'relocations (deploy/musl-relr.patch, deploy/musl-relro.patch), free() and assert() (deploy/static-libs.sh),'
             ' and on x86_64 memcpy, memmove, memset and memcmp (deploy/string.c)',
     'nghttp2': 'options and callbacks of sessions are constants (deploy/nghttp2-fixed.sed)',
+    'bearssl': 'no EAX and CCM with AES (deploy/static-libs.sh)',
 }
 
 

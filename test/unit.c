@@ -1011,7 +1011,8 @@ static void xaes_known_answers(void) {
         size_t v = i / count, aad_len = strlen(xaes_vectors[v].aad);
         const uint8_t *aad = (const uint8_t *)xaes_vectors[v].aad;
         const uint8_t zero[BLOCK_BYTES] = {0};
-        uint8_t key[KEK_BYTES], out[2 * BLOCK_BYTES] = {0}, data[12 + TAG_BYTES] = "XAES-256-GCM";
+        const uint8_t *plain = (const uint8_t *)"XAES-256-GCM";
+        uint8_t key[KEK_BYTES], out[2 * BLOCK_BYTES] = {0}, sealed[12 + TAG_BYTES], opened[12];
         struct kek kek;
         row("vector %zu, %s", v + 1, suite->name);
         memset(key, xaes_vectors[v].key, sizeof key);
@@ -1026,10 +1027,10 @@ static void xaes_known_answers(void) {
             aes_block(&kek.aes, kek.k1, out + half * BLOCK_BYTES);
         }
         CHECK(hex_is(out, sizeof out, xaes_vectors[v].kx));
-        CHECK(xaes_crypt(suite, true, &kek, nonce, aad, aad_len, data, 12, data + 12) == 0);
-        CHECK(hex_is(data, sizeof data, xaes_vectors[v].sealed));
-        CHECK(xaes_crypt(suite, false, &kek, nonce, aad, aad_len, data, 12, data + 12) == 0);
-        CHECK(memcmp(data, "XAES-256-GCM", 12) == 0);
+        CHECK(xaes_crypt(suite, true, &kek, nonce, aad, aad_len, plain, 12, sealed) == 0);
+        CHECK(hex_is(sealed, sizeof sealed, xaes_vectors[v].sealed));
+        CHECK(xaes_crypt(suite, false, &kek, nonce, aad, aad_len, sealed, 12, opened) == 0);
+        CHECK(memcmp(opened, plain, 12) == 0);
     }
 }
 
@@ -1052,9 +1053,8 @@ static bool xaes_accumulated(unsigned long iterations, const char *want) {
         for (size_t s = 0; s < count; s++) {
             struct kek kek;
             uint8_t sealed[255 + TAG_BYTES];
-            memcpy(sealed, plain, len);
             kek_init(&kek, &suites[s], key);
-            xaes_crypt(&suites[s], true, &kek, nonce, aad, aad_len, sealed, len, sealed + len);
+            xaes_crypt(&suites[s], true, &kek, nonce, aad, aad_len, plain, len, sealed);
             if (s == 0)
                 memcpy(first, sealed, len + (size_t)TAG_BYTES);
             row("iteration %lu, %s", i, suites[s].name);
@@ -1121,24 +1121,21 @@ static void gcm_known_answers(void) {
     for (size_t i = 0; i < count * LEN(gcm_vectors); i++) {
         const struct suite *suite = &suites[i % count];
         size_t v = i / count;
-        uint8_t key[32], nonce[12], aad[32], plain[64], sealed[64], data[64], tag[TAG_BYTES];
+        uint8_t key[32], nonce[12], aad[32], plain[64], sealed[64 + TAG_BYTES], data[64];
         size_t key_len = unhex(gcm_vectors[v].key, key), aad_len = unhex(gcm_vectors[v].aad, aad);
         size_t len = unhex(gcm_vectors[v].plain, plain);
         unhex(gcm_vectors[v].nonce, nonce);
-        memcpy(data, plain, len);
         row("%s, %s", gcm_vectors[v].name, suite->name);
-        CHECK(gcm_crypt(suite, true, key, key_len, nonce, aad, aad_len, data, len, tag) == 0);
-        CHECK(hex_is(data, len, gcm_vectors[v].sealed));
-        CHECK(hex_is(tag, sizeof tag, gcm_vectors[v].tag));
-        memcpy(sealed, data, len);
-        CHECK(gcm_crypt(suite, false, key, key_len, nonce, aad, aad_len, data, len, tag) == 0);
+        CHECK(gcm_crypt(suite, true, key, key_len, nonce, aad, aad_len, plain, len, sealed) == 0);
+        CHECK(hex_is(sealed, len, gcm_vectors[v].sealed));
+        CHECK(hex_is(sealed + len, TAG_BYTES, gcm_vectors[v].tag));
+        CHECK(gcm_crypt(suite, false, key, key_len, nonce, aad, aad_len, sealed, len, data) == 0);
         CHECK(memcmp(data, plain, len) == 0);
         for (unsigned bit = 0; bit < 8 * TAG_BYTES; bit++) {
-            memcpy(data, sealed, len);
-            tag[bit / 8] ^= (uint8_t)(1 << bit % 8);
-            CHECK(gcm_crypt(suite, false, key, key_len, nonce, aad, aad_len, data, len, tag) == -1);
+            sealed[len + bit / 8] ^= (uint8_t)(1 << bit % 8);
+            CHECK(gcm_crypt(suite, false, key, key_len, nonce, aad, aad_len, sealed, len, data) == -1);
             CHECK(all_zero(data, len)); /* no plaintext without its tag */
-            tag[bit / 8] ^= (uint8_t)(1 << bit % 8);
+            sealed[len + bit / 8] ^= (uint8_t)(1 << bit % 8);
         }
     }
 }
@@ -1149,7 +1146,7 @@ static void gcm_as_bearssl(void) {
     size_t count = suites_all(suites);
     for (size_t i = 0; i < count * 300; i++) {
         const struct suite *suite = &suites[i % count];
-        uint8_t bytes[32 + 12 + 40 + 300], data[300], want[300], tag[TAG_BYTES], want_tag[TAG_BYTES];
+        uint8_t bytes[32 + 12 + 40 + 300], sealed[300 + TAG_BYTES], opened[300], want[300 + TAG_BYTES];
         const uint8_t *key = bytes, *nonce = bytes + 32, *aad = bytes + 44;
         size_t len = i / count, aad_len = len % 41;
         br_aes_ct_ctr_keys aes;
@@ -1157,7 +1154,6 @@ static void gcm_as_bearssl(void) {
         for (size_t b = 0; b < sizeof bytes; b++)
             bytes[b] = (uint8_t)(131 * b + 7 * i + (b * i >> 3));
         row("%zu bytes, %zu of associated data, %s", len, aad_len, suite->name);
-        memcpy(data, bytes + 84, len);
         memcpy(want, bytes + 84, len);
         br_aes_ct_ctr_init(&aes, key, 32);
         br_gcm_init(&gcm, &aes.vtable, br_ghash_ctmul);
@@ -1165,11 +1161,11 @@ static void gcm_as_bearssl(void) {
         br_gcm_aad_inject(&gcm, aad, aad_len);
         br_gcm_flip(&gcm);
         br_gcm_run(&gcm, 1, want, len);
-        br_gcm_get_tag(&gcm, want_tag);
-        CHECK(gcm_crypt(suite, true, key, 32, nonce, aad, aad_len, data, len, tag) == 0);
-        CHECK(memcmp(data, want, len) == 0 && memcmp(tag, want_tag, TAG_BYTES) == 0);
-        CHECK(gcm_crypt(suite, false, key, 32, nonce, aad, aad_len, data, len, tag) == 0);
-        CHECK(memcmp(data, bytes + 84, len) == 0);
+        br_gcm_get_tag(&gcm, want + len);
+        CHECK(gcm_crypt(suite, true, key, 32, nonce, aad, aad_len, bytes + 84, len, sealed) == 0);
+        CHECK(memcmp(sealed, want, len + TAG_BYTES) == 0);
+        CHECK(gcm_crypt(suite, false, key, 32, nonce, aad, aad_len, sealed, len, opened) == 0);
+        CHECK(memcmp(opened, bytes + 84, len) == 0);
     }
 }
 
@@ -1295,7 +1291,7 @@ static void seal_layout(void) {
     for (unsigned api = API_V1; api <= API_V2; api++) {
         struct ring *ring = ring_of(5, 1);
         static struct random random;
-        uint8_t sealed[11 + SEALED_OVERHEAD], aad[18], data[11], tag[16];
+        uint8_t sealed[11 + SEALED_OVERHEAD], aad[18], data[11];
         row("API %u", api);
         CHECK(SEALED_OVERHEAD == 57);
         CHECK(seal(ring, &random, (enum api)api, (const uint8_t *)"hello world", 11, sealed) == 0);
@@ -1303,9 +1299,7 @@ static void seal_layout(void) {
         CHECK(hex_is(sealed + 1, 16, ring->keks[0].key_id));
         memcpy(aad, sealed, 17);
         aad[17] = (uint8_t)api;
-        memcpy(data, sealed + 41, 11);
-        memcpy(tag, sealed + 52, 16);
-        CHECK(xaes_crypt(&ring->suite, false, &ring->keks[0], sealed + 17, aad, 18, data, 11, tag) == 0);
+        CHECK(xaes_crypt(&ring->suite, false, &ring->keks[0], sealed + 17, aad, 18, sealed + 41, 11, data) == 0);
         CHECK(memcmp(data, "hello world", 11) == 0);
         ring_free(ring);
     }
@@ -2949,13 +2943,13 @@ static void dialogue_init(struct server *s) {
 static ssize_t peer_read_body(nghttp2_session *session, int32_t id, uint8_t *buf, size_t cap, uint32_t *flags,
                               nghttp2_data_source *source, void *user) {
     (void)session;
-    (void)id;
     (void)user;
     struct exchange *x = source->ptr;
     size_t n = x->body_len - x->sent < cap ? x->body_len - x->sent : cap;
+    bool apart = id / 2 % 3 == 1 && n > 0; /* every third stream ends with a frame of its own */
     memcpy(buf, x->body + x->sent, n);
     x->sent += n;
-    if (x->sent == x->body_len)
+    if (x->sent == x->body_len && !apart)
         *flags |= NGHTTP2_DATA_FLAG_EOF;
     return (ssize_t)n;
 }
@@ -3007,6 +3001,16 @@ static int peer_on_close(nghttp2_session *session, int32_t id, uint32_t error, v
     return 0;
 }
 
+/* Every other message is followed by padding, in the same frame (RFC 9113 6.1). */
+static ssize_t peer_padding(nghttp2_session *session, const nghttp2_frame *frame, size_t max, void *user) {
+    enum { PADDING = 20 };
+    (void)session;
+    (void)user;
+    const nghttp2_frame_hd *hd = &frame->hd;
+    bool padded = hd->type == NGHTTP2_DATA && hd->stream_id / 2 % 2 == 1 && hd->length + PADDING <= max;
+    return (ssize_t)(hd->length + (padded ? PADDING : 0));
+}
+
 /* A client that has the whole dialogue to say. */
 static nghttp2_session *peer_new(void) {
     nghttp2_session_callbacks *callbacks;
@@ -3015,6 +3019,7 @@ static nghttp2_session *peer_new(void) {
     nghttp2_session_callbacks_set_on_header_callback(callbacks, peer_on_header);
     nghttp2_session_callbacks_set_on_data_chunk_recv_callback(callbacks, peer_on_data);
     nghttp2_session_callbacks_set_on_stream_close_callback(callbacks, peer_on_close);
+    nghttp2_session_callbacks_set_select_padding_callback(callbacks, peer_padding);
     CHECK(nghttp2_session_client_new(&session, callbacks, NULL) == 0);
     nghttp2_session_callbacks_del(callbacks);
     CHECK(nghttp2_submit_settings(session, NGHTTP2_FLAG_NONE, NULL, 0) == 0);
@@ -3157,6 +3162,57 @@ static void session_whole(void) {
           s->metrics.requests[RPC_UNKNOWN][GRPC_UNIMPLEMENTED] == 1);
     session_server_free(s);
 }
+
+#ifndef __SANITIZE_ADDRESS__ /* which has larger frames */
+enum { STACK_PAINTED = 64 * 1024, STACK_PAINT = 0xa5 };
+
+__attribute__((noinline))
+static void stack_paint(void) {
+    uint8_t below[STACK_PAINTED];
+    memset(below, STACK_PAINT, sizeof below);
+    __asm__ volatile("" : : "r"(below) : "memory");
+}
+
+/* How much of the stack was written since, below the caller. */
+__attribute__((noinline))
+static size_t stack_depth(void) {
+    static size_t untouched; /* static: nothing may be written where it reads */
+    uint8_t below[STACK_PAINTED];
+    __asm__ volatile("" : "=m"(below)); /* whatever is there */
+    for (untouched = 0; untouched < sizeof below && below[untouched] == STACK_PAINT;)
+        untouched++;
+    return sizeof below - untouched;
+}
+
+/* What a turn leaves on the stack, stack_wipe reaches, with every suite. */
+static void session_stack_depth(void) {
+    struct suite suites[5];
+    size_t count = suites_all(suites);
+    for (size_t i = 0; i < count; i++) {
+        struct server *s = session_server();
+        int fd;
+        s->kms.ring->suite = suites[i];
+        for (size_t k = 0; k < s->kms.ring->count; k++) {
+            uint8_t key[KEK_BYTES] = {(uint8_t)k};
+            kek_init(&s->kms.ring->keks[k], &suites[i], key);
+        }
+        dialogue_init(s);
+        nghttp2_session *peer = peer_new();
+        size_t len = peer_say(peer, said, sizeof said);
+        struct conn *c = session_open(s, &fd);
+        CHECK(c && write(fd, said, len) == (ssize_t)len);
+        stack_paint();
+        conn_ready(c, EPOLLIN);
+        size_t depth = stack_depth();
+        row("%s: %zu bytes deep", suites[i].name, depth);
+        CHECK(s->metrics.requests[V2_ENCRYPT][GRPC_OK] == 1 && s->metrics.requests[V2_DECRYPT][GRPC_OK] == 1);
+        CHECK(depth > 512 && depth <= STACK_WIPE_BYTES);
+        nghttp2_session_del(peer);
+        session_close(s, c, fd);
+        session_server_free(s);
+    }
+}
+#endif
 
 static void session_split_everywhere(void) {
     struct server *s = session_server();
@@ -3583,6 +3639,7 @@ struct stored {
 static size_t stored_make(const struct stored *o, const struct ring *ring, uint8_t *out) {
     static struct random random;
     uint8_t dek[64], sealed[64 + SEALED_OVERHEAD], info[33], key[32], data[400];
+    const uint8_t *object = (const uint8_t *)o->object, *etcd_key = (const uint8_t *)o->etcd_key;
     size_t len = strlen(o->object), at = o->type == 1 ? 32 : 0, key_len = o->type == 1 ? 32 : o->dek_len;
     prng_fill(dek, o->dek_len);
     prng_fill(data, at + 12);
@@ -3598,9 +3655,8 @@ static size_t stored_make(const struct stored *o, const struct ring *ring, uint8
         br_hmac_update(&hc, info, 33);
         br_hmac_out(&hc, key);
     }
-    memcpy(data + at + 12, o->object, len);
-    CHECK(gcm_crypt(&ring->suite, true, key, key_len > 32 ? 32 : key_len, data + at, (const uint8_t *)o->etcd_key,
-                    strlen(o->etcd_key), data + at + 12, len, data + at + 12 + len) == 0);
+    CHECK(gcm_crypt(&ring->suite, true, key, key_len > 32 ? 32 : key_len, data + at, etcd_key, strlen(o->etcd_key),
+                    object, len, data + at + 12) == 0);
     size_t data_len = at + 12 + len + TAG_BYTES, sealed_len = o->dek_len + SEALED_OVERHEAD, n = 15 + 6;
     memcpy(out, o->api == API_V2 ? "k8s:enc:kms:v2:vault:" : "k8s:enc:kms:v1:vault:", n);
     if (o->api == API_V1) {
@@ -4063,7 +4119,11 @@ static const struct {
     TEST(metrics_lines), TEST(metrics_fit), TEST(grpc_timeouts), TEST(percent_encoding), TEST(grpc_code_names),
     TEST(head_rules), TEST(head_bytes), TEST(head_values), TEST(trailer_rules), TEST(head_size),
     TEST(endpoints_good), TEST(endpoints_bad), TEST(endpoint_names_of_sockets),
-    TEST(session_whole), TEST(session_split_everywhere), TEST(session_slow_reader), TEST(session_metrics),
+    TEST(session_whole), TEST(session_split_everywhere),
+#ifndef __SANITIZE_ADDRESS__
+    TEST(session_stack_depth),
+#endif
+    TEST(session_slow_reader), TEST(session_metrics),
     TEST(session_large_head), TEST(session_deadlines), TEST(session_timer), TEST(session_random_bytes),
     TEST(session_without_memory),
     TEST(session_idlest), TEST(session_without_memory_for_a_queue),

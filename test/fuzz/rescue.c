@@ -66,11 +66,8 @@ static size_t value_make(unsigned what, const uint8_t *object, size_t len, uint8
         hmac_sha256(dek, sizeof dek, info, sizeof info, key, sizeof key);
     memcpy(data, info, info_len);
     memset(data + info_len, 0x33, GCM_NONCE_BYTES);
-    uint8_t *text = data + info_len + GCM_NONCE_BYTES;
-    if (len > 0)
-        memcpy(text, object, len);
     gcm_crypt(&ring->suite, true, key, sizeof key, data + info_len, (const uint8_t *)etcd_key, sizeof etcd_key - 1,
-              text, len, text + len);
+              object, len, data + info_len + GCM_NONCE_BYTES);
     size_t data_len = info_len + GCM_NONCE_BYTES + len + TAG_BYTES;
     if (what == 4) {
         memcpy(value, "k8s:enc:kms:v1:n:", 17);
