@@ -150,7 +150,7 @@ enum {
     HEAP_CLASS0_BYTES = 64,
     HEAP_KEEP_BYTES = 1024 * 1024,      /* kept at most, and only under load (TIDY_AFTER_MS) */
     RANDOM_BYTES = 170 * NONCE_BYTES,   /* one getrandom(2) for 170 nonces */
-    STACK_WIPE_BYTES = 5 * 1024,        /* half as deep again as BearSSL was below the loop in any build */
+    STACK_WIPE_BYTES = 6 * 1024,        /* a turn was 4,384 bytes deep at most (s390x) */
 
     /* Rescue. */
     RESCUE_INPUT_MAX = 64 * 1024 * 1024, /* etcd refuses values over 1.5 MiB by default */

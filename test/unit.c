@@ -3164,7 +3164,7 @@ static void session_whole(void) {
 }
 
 #ifndef __SANITIZE_ADDRESS__ /* which has larger frames */
-enum { STACK_PAINTED = 64 * 1024, STACK_PAINT = 0xa5 };
+enum { STACK_PAINTED = 64 * 1024, STACK_READ = 32 * 1024, STACK_PAINT = 0xa5 };
 
 __attribute__((noinline))
 static void stack_paint(void) {
@@ -3177,7 +3177,7 @@ static void stack_paint(void) {
 __attribute__((noinline))
 static size_t stack_depth(void) {
     static size_t untouched; /* static: nothing may be written where it reads */
-    uint8_t below[STACK_PAINTED];
+    uint8_t below[STACK_READ];
     __asm__ volatile("" : "=m"(below)); /* whatever is there */
     for (untouched = 0; untouched < sizeof below && below[untouched] == STACK_PAINT;)
         untouched++;
