@@ -375,7 +375,7 @@ struct conn {
     struct conn *next;
     struct server *server;
     nghttp2_session *session;
-    struct stream *streams, *recent; /* recent: the one that stream_find found last, or NULL */
+    struct stream *streams, *recent; /* recent: the one that the last callback was for, or NULL */
     bool closed; /* descriptor and session are gone, the struct goes at the end of the turn */
     bool greeted; /* the client's SETTINGS have come */
     bool writing; /* epoll waits for room to write, and for nothing else */
@@ -1117,7 +1117,7 @@ static bool block_is_zero(const uint8_t block[BLOCK_BYTES]) {
     return (half[0] | half[1]) == 0;
 }
 
-/* How many bytes that many fill up with whole blocks. */
+/* A length rounded up to whole blocks. */
 static size_t whole_blocks(size_t len) {
     return (len + BLOCK_BYTES - 1) / BLOCK_BYTES * BLOCK_BYTES;
 }
@@ -1134,7 +1134,8 @@ static void gcm_hash(const struct suite *suite, const uint8_t h[BLOCK_BYTES], co
     size_t text_at = whole_blocks(aad_len), lengths_at = text_at + whole_blocks(len);
     memset(hash, 0, BLOCK_BYTES);
     if (lengths_at + sizeof lengths <= sizeof run) {
-        memcpy(run, aad, aad_len);
+        if (aad_len > 0)
+            memcpy(run, aad, aad_len);
         memcpy(run + text_at, ciphertext, len);
         memcpy(run + lengths_at, lengths, sizeof lengths);
         suite->ghash(hash, h, run, lengths_at + sizeof lengths);
@@ -1980,8 +1981,7 @@ static enum verdict request_known(struct request *r, enum field_name name, const
         again = false; /* a list may come in parts */
         break;
     case FIELD_USER_AGENT:
-        again = false;
-        break;
+        return UNUSUAL;
     default: /* FIELD_FORBIDDEN: of HTTP/1 connections */
         return MALFORMED;
     }
@@ -2383,7 +2383,7 @@ static int stream_head_end(struct stream *s) {
     return 0;
 }
 
-/* The prefix is there: room for the message, or an answer if there is nothing to wait for. */
+/* The prefix is there: the message's length, or an answer if there is nothing to wait for. */
 static int stream_prefix_end(struct stream *s) {
     size_t len = grpc_prefix_len(s->prefix);
     if (s->prefix[0] == 1)
@@ -2456,6 +2456,8 @@ static int on_data_chunk_recv(nghttp2_session *session, uint8_t flags, int32_t i
 static int stream_end(struct stream *s) {
     struct kms *kms = &s->conn->server->kms;
     struct answer a;
+    const uint8_t *message = s->borrowed ? s->borrowed : s->body ? s->body : s->prefix; /* never NULL */
+    s->borrowed = NULL;
     if (s->state != STREAM_BODY)
         return 0; /* answered early */
     if (s->request.content_length != UINT64_MAX && s->request.content_length != s->received)
@@ -2464,12 +2466,9 @@ static int stream_end(struct stream *s) {
         return stream_metrics(s);
     if (s->prefix_len < GRPC_PREFIX_BYTES || s->body_len < s->body_cap)
         return stream_fail(s, GRPC_INTERNAL, "the message is missing or incomplete");
-    /* never NULL, not even for no bytes */
-    const uint8_t *message = s->borrowed ? s->borrowed : s->body ? s->body : s->prefix;
     kms_call(kms, s->request.rpc, message, s->body_len, &a);
     buffer_free(s->conn, s->body);
     s->body = NULL;
-    s->borrowed = NULL;
     int rv = stream_answer(s, &a);
     kms_done(kms);
     return rv;

@@ -211,11 +211,14 @@ cp "$protobuf_c/protobuf-c/protobuf-c.h" "$OUT/include/protobuf-c"
 (cd "$SRC" && echo protobuf-c-*/protobuf-c/protobuf-c.c) | build_library protobuf-c
 
 # BearSSL: all but public keys and TLS, without the two halves of CTR+CBC-MAC that only EAX and CCM call (3.5 KB), and
-# small, as its authors build it, but for AES-NI's code, which expands and loads three keys a message. Without LTO: constant-time code relies on a compiler that does not see across files; nor with a
-# profile, for the same reason. Without calls of memcpy where AES-NI's code copies round keys into registers.
+# small, as its authors build it, but for AES-NI's code, which expands and loads three keys a message. Without LTO:
+# constant-time code relies on a compiler that does not see across files; nor with a profile, for the same reason. Without
+# calls of memcpy where AES-NI's code copies round keys into registers.
 cp "$bearssl"/inc/*.h "$OUT/include"
 cp -R "$bearssl" "$OUT/obj/fixed"
-sed -i 's/&br_aes_[a-z0-9]*_ctrcbc_\(en\|de\)crypt/0/' "$OUT/obj/fixed/${bearssl##*/}"/src/symcipher/aes_*_ctrcbc.c
+fixed=$OUT/obj/fixed/${bearssl##*/}/src/symcipher
+sed -i 's/&br_aes_[a-z0-9]*_ctrcbc_\(en\|de\)crypt/0/' "$fixed"/aes_*_ctrcbc.c
+if grep -q '&br_aes_.*_ctrcbc_..crypt' "$fixed"/*.c; then die "BearSSL is not as it was"; fi
 build_bearssl() {
 	FROM=$OUT/obj/fixed build_library bearssl "$@" -fno-lto -fno-profile-generate -fno-profile-use \
 		-fno-tree-loop-distribute-patterns -Isrc/"${bearssl##*/}"/src

@@ -158,7 +158,7 @@ static void server_check(size_t heap_base, size_t buffered_base, size_t streams_
         for (struct stream *s = c->streams; s; s = s->next) {
             streams++;
             unread += s->reply_len;
-            HOLDS(s->body_len <= s->body_cap && s->reply_sent <= s->reply_len);
+            HOLDS(!s->borrowed && s->body_len <= s->body_cap && s->reply_sent <= s->reply_len);
         }
         HOLDS(c->unread == unread);
     }
