@@ -87,6 +87,7 @@ MACHINE := $(shell uname -m)
 ARCH ?= $(MACHINE)
 ARCH_DIR = $(addsuffix /,$(filter-out $(MACHINE),$(ARCH)))
 STATIC = build/static/$(ARCH_DIR)kmsplugin
+# Nothing is aligned but, on x86_64, functions: 1.5 KB that fit in, for 2 % of CPU.
 # -O2 where that keeps it within 192 KiB, else -Os. aarch64 has room to inline functions of some 12 instructions, which
 # gives the speed back. s390x has none: no tables to jump by (8 bytes an entry), and of the instructions of z196, which
 # Debian builds for, the choice that suits z13, the oldest machine that Go, so Kubernetes, runs on.
@@ -96,7 +97,7 @@ STATIC_FLAGS = $(or $(SMALL_$(ARCH)),-O2) -flto -fPIE \
 	-ffunction-sections -fdata-sections \
 	-fno-asynchronous-unwind-tables -fno-unwind-tables \
 	-fstack-protector-strong \
-	-falign-functions=1 -falign-jumps=1 -falign-loops=1 -falign-labels=1
+	-falign-functions=$(if $(filter x86_64,$(ARCH)),16,1) -falign-jumps=1 -falign-loops=1 -falign-labels=1
 # exclude-libs: s390x' linker else leaves relocations by name, which musl's static-pie start does not do.
 STATIC_LD = -flto-partition=one -static-pie -Wl,--gc-sections -Wl,--exclude-libs,ALL -Wl,-z,relro,-z,now -Wl,-z,noexecstack -Wl,--build-id=none -s \
 	-T $(if $(filter x86_64,$(ARCH)),deploy/x86_64.ld,build/static/$(ARCH)/lib/packed.ld)
