@@ -3066,6 +3066,14 @@ static size_t peer_say(nghttp2_session *session, uint8_t *out, size_t cap) {
     return len;
 }
 
+/* What a client that has the whole dialogue to say says at first. */
+static size_t peer_first_words(uint8_t *out, size_t cap) {
+    nghttp2_session *peer = peer_new();
+    size_t len = peer_say(peer, out, cap);
+    nghttp2_session_del(peer);
+    return len;
+}
+
 static void exchange_check(const struct exchange *x, const struct server *s) {
     static const uint8_t none[1] = {0};
     CHECK(x->closed && x->error == (x->http ? NGHTTP2_NO_ERROR : NGHTTP2_PROTOCOL_ERROR));
@@ -3208,8 +3216,7 @@ static void session_stack_depth(void) {
         }
         dialogue_init(s);
         session_dialogue(s, sizeof said); /* the dynamic linker's stack is not ours: it has done its work now */
-        nghttp2_session *peer = peer_new();
-        size_t len = peer_say(peer, said, sizeof said);
+        size_t len = peer_first_words(said, sizeof said);
         struct conn *c = session_open(s, &fd);
         CHECK(c && write(fd, said, len) == (ssize_t)len);
         stack_paint();
@@ -3218,7 +3225,6 @@ static void session_stack_depth(void) {
         row("%s: %zu bytes deep", suites[i].name, depth);
         CHECK(s->metrics.requests[V2_ENCRYPT][GRPC_OK] == 2 && s->metrics.requests[V2_DECRYPT][GRPC_OK] == 2);
         CHECK(depth > 512 && depth <= STACK_WIPE_BYTES);
-        nghttp2_session_del(peer);
         session_close(s, c, fd);
         session_server_free(s);
     }
@@ -3244,9 +3250,9 @@ struct recording {
 static void recording_index(struct recording *r) {
     size_t at = 24; /* the preface */
     r->frame_count = 0;
-    while (at + 9 <= r->len && r->frame_count + 1 < LEN(r->frames)) {
+    while (at + FRAME_HEAD <= r->len && r->frame_count + 1 < LEN(r->frames)) {
         r->frames[r->frame_count++] = at;
-        at += 9 + ((size_t)r->bytes[at] << 16 | (size_t)r->bytes[at + 1] << 8 | r->bytes[at + 2]);
+        at += FRAME_HEAD + ((size_t)r->bytes[at] << 16 | (size_t)r->bytes[at + 1] << 8 | r->bytes[at + 2]);
     }
     r->frames[r->frame_count] = r->len;
 }
@@ -3267,9 +3273,7 @@ static void recording_make(struct recording *r) {
         "00000a000900000041" "04" "0000000000" "00000000", /* padded DATA on a stream that is not there */
         "000008070000000000" "0000000000000000", /* GOAWAY */
     };
-    nghttp2_session *peer = peer_new();
-    r->len = peer_say(peer, r->bytes, sizeof r->bytes);
-    nghttp2_session_del(peer);
+    r->len = peer_first_words(r->bytes, sizeof r->bytes);
     for (size_t i = 0; i < LEN(frames); i++)
         r->len += unhex(frames[i], r->bytes + r->len);
     recording_index(r);
@@ -3353,25 +3357,26 @@ static void session_random_bytes(void) {
 
 /* A message whose padding has not come has to be kept. Where that fails the connection ends. */
 static void session_without_memory_to_keep(void) {
+    static struct recording r;
     struct server *s = session_server();
-    dialogue_init(s);
-    nghttp2_session *peer = peer_new();
-    size_t len = peer_say(peer, said, sizeof said), at = 24 /* the preface */, n = 0;
+    size_t f = 0, start, end;
     int fd;
-    nghttp2_session_del(peer);
-    for (;; at += n) {
-        CHECK(at + FRAME_HEAD < len);
-        n = FRAME_HEAD + ((size_t)said[at + 1] << 8 | said[at + 2]);
-        bool padded = said[at + 3] == NGHTTP2_DATA && said[at + 4] == (NGHTTP2_FLAG_END_STREAM | NGHTTP2_FLAG_PADDED);
-        if (padded && n > FRAME_HEAD + 1 + GRPC_PREFIX_BYTES + PADDING)
+    dialogue_init(s);
+    recording_make(&r);
+    for (;; f++) {
+        CHECK(f < r.frame_count);
+        const uint8_t *frame = r.bytes + (start = r.frames[f]);
+        end = r.frames[f + 1];
+        bool padded = frame[3] == NGHTTP2_DATA && frame[4] == (NGHTTP2_FLAG_END_STREAM | NGHTTP2_FLAG_PADDED);
+        if (padded && end - start > FRAME_HEAD + 1 + GRPC_PREFIX_BYTES + PADDING)
             break;
     }
     struct conn *c = session_open(s, &fd);
     CHECK(c);
-    session_feed(c, fd, said, at, NULL);
+    session_feed(c, fd, r.bytes, start, NULL);
     CHECK(!c->closed);
     s->buffered += BUFFERED_MAX;
-    session_feed(c, fd, said + at, n - 1, NULL);
+    session_feed(c, fd, r.bytes + start, end - 1 - start, NULL);
     CHECK(c->closed);
     s->buffered -= BUFFERED_MAX;
     session_close(s, NULL, fd);
@@ -3382,9 +3387,7 @@ static void session_without_memory_to_keep(void) {
 static void session_without_memory(void) {
     struct server *s = session_server();
     dialogue_init(s);
-    nghttp2_session *peer = peer_new();
-    size_t len = peer_say(peer, said, sizeof said), ended = 0, lived = 0;
-    nghttp2_session_del(peer);
+    size_t len = peer_first_words(said, sizeof said), ended = 0, lived = 0;
     const struct {
         const char *name;
         size_t *counter, max, most, step;

@@ -17,14 +17,23 @@ void prove_base64(void) {
     //@ assert n >= -1 && n <= MOST / 4 * 3;
 }
 
-void prove_utf8(void) {
-    enum { MOST = 10 }; /* more than the eight that are read at a time */
+/* Up to ten bytes at the end of an array: more than the eight that are read at a time. */
+static void at_every_length(void (*judge)(const uint8_t *, size_t)) {
+    enum { MOST = 10 };
     static uint8_t bytes[MOST];
     //@ loop unroll 11;
     for (size_t len = 0; len <= MOST; len++) {
         Frama_C_make_unknown((char *)bytes, MOST);
-        utf8_check(bytes + MOST - len, len);
+        judge(bytes + MOST - len, len);
     }
+}
+
+static void judge_utf8(const uint8_t *s, size_t len) {
+    utf8_check(s, len);
+}
+
+void prove_utf8(void) {
+    at_every_length(judge_utf8);
 }
 
 void prove_prefix(void) {
@@ -125,14 +134,12 @@ void prove_name(void) {
     is_name(bytes, len);
 }
 
+static void judge_value(const uint8_t *value, size_t len) {
+    is_value(value, len);
+}
+
 void prove_value(void) {
-    enum { MOST = 10 }; /* more than the eight that are read at a time */
-    static uint8_t bytes[MOST];
-    //@ loop unroll 11;
-    for (size_t len = 0; len <= MOST; len++) {
-        Frama_C_make_unknown((char *)bytes, MOST);
-        is_value(bytes + MOST - len, len);
-    }
+    at_every_length(judge_value);
 }
 
 /* One field of a head or of trailers, in whatever state the request is: any name and value that are not too long. */
