@@ -29,7 +29,6 @@ HARDEN_LD = -pie -Wl,-z,relro,-z,now -Wl,-z,noexecstack -Wl,--as-needed
 ifneq (,$(filter x86_64% i686%,$(shell $(CC) -dumpmachine)))
 HARDEN_CC += -fcf-protection
 endif
-SANITIZE = -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer
 
 SOURCES = kmsplugin.c kms.pb-c.c
 HEADERS = kms.pb-c.h Makefile
@@ -37,36 +36,21 @@ UNITS = $(wildcard deploy/systemd/*.service deploy/systemd/*.socket deploy/syste
 
 all: kmsplugin
 
-help:
+# Grouped; test/test.mk adds its own targets.
+help::
 	@echo 'make                build ./kmsplugin'
 	@echo 'make run            build it and serve on a socket under /tmp'
+	@echo 'make install        PREFIX=$(PREFIX), DESTDIR=$(DESTDIR)'
+	@echo 'make uninstall, make clean'
+	@echo 'make proto          generate kms.pb-c.[ch] from kms.proto'
+	@echo
+	@echo 'Release:'
 	@echo 'make static         build/static/kmsplugin, on musl; needs dpkg-dev'
 	@echo 'make profile        deploy/profile, which make static builds by: after a change of what is hot; needs h2load'
-	@echo 'make size           what makes it up, from the link map'
 	@echo 'make image          build/image/kmsplugin.tar, an OCI image of it; needs buildah and zopfli'
 	@echo 'make dist           build/$(DIST).tar.gz'
 	@echo 'make sbom           build/sbom/, a CycloneDX document'
 	@echo 'make deb            build/deb/, a Debian package on Debian'\''s libraries; needs debhelper'
-	@echo 'make test           quick tests, with Debian packages only'
-	@echo 'make test-kube      tests with Kubernetes'\'' clients, kube-apiserver and etcd (Go, some 7 minutes)'
-	@echo 'make test-cluster   the same at length: more Secrets, longer outages (some 20 minutes)'
-	@echo 'make test-hostile   peers that mean harm, and what others notice of it (root)'
-	@echo 'make soak           SOAK_SECONDS=1800 of load, restarts and hostile peers (root)'
-	@echo 'make test-deploy    the files of deploy/ and the guide, under a real systemd (root)'
-	@echo 'make test-inject    every call that can fail does, one at a time'
-	@echo 'make test-ct        nothing depends on a secret but what may; needs valgrind'
-	@echo 'make fuzz           fuzzers, FUZZ_SECONDS=60 each; needs clang'
-	@echo 'make bench-memory   bytes, memory and start time of the release build'
-	@echo 'make test-arch      the release build on five architectures, under qemu-user'
-	@echo 'make test-release   image, tarball, reproducibility, SBOM, Debian package (root)'
-	@echo 'make gate           instructions an Encrypt takes in the release build, against a limit (valgrind, h2load)'
-	@echo 'make bench          the release build beside a Go plugin, into build/bench (Go, h2load; 5 minutes, QUICK=1: 1)'
-	@echo 'make bench-doc      what make bench found, into doc/'
-	@echo 'make prove          no undefined behaviour in the byte parsers; needs Frama-C'
-	@echo 'make lint           static analysis of C and shell'
-	@echo 'make install        PREFIX=$(PREFIX), DESTDIR=$(DESTDIR)'
-	@echo 'make uninstall, make clean'
-	@echo 'make proto          generate kms.pb-c.[ch] from kms.proto'
 
 kmsplugin: $(SOURCES) $(HEADERS)
 	$(CC) $(STD) $(WARN) $(HARDEN_CC) $(CPPFLAGS) $(CFLAGS) -o $@ $(SOURCES) $(HARDEN_LD) $(LDFLAGS) $(LIBS)
@@ -120,14 +104,6 @@ build/static/$(ARCH)/lib/libbearssl.a: deploy/static-libs.sh deploy/string.c $(w
 profile:
 	deploy/profile.sh deploy/profile/$(ARCH)
 
-# The unit tests as that build would have them.
-UNIT_STATIC = build/static/$(ARCH_DIR)unit
-$(UNIT_STATIC): test/unit.c test/responses.h $(SOURCES) $(HEADERS) deploy/x86_64.ld build/static/$(ARCH)/lib/libbearssl.a
-	build/static/$(ARCH)/bin/cc $(STD) $(WARN) -I. $(STATIC_FLAGS) -o $@ test/unit.c kms.pb-c.c $(STATIC_LD) $(LIBS)
-
-size: $(STATIC)
-	test/size.py $(STATIC)
-
 # What a release is made of: an OCI image, a tarball, a bill of materials, a Debian package.
 image: build/image/$(ARCH_DIR)kmsplugin.tar
 build/image/$(ARCH_DIR)kmsplugin.tar: $(STATIC) deploy/Dockerfile deploy/image.sh
@@ -158,122 +134,6 @@ deb: dist
 proto:
 	$(PROTOC_C) --c_out=. kms.proto
 
-# Tests. Unit tests include kmsplugin.c, so they are built as it is.
-build/unit: test/unit.c test/responses.h $(SOURCES) $(HEADERS)
-	@mkdir -p build
-	$(CC) $(STD) $(WARN) -I. $(CPPFLAGS) $(CFLAGS) -o $@ test/unit.c kms.pb-c.c $(LDFLAGS) $(LIBS)
-
-build/unit-asan: test/unit.c test/responses.h $(SOURCES) $(HEADERS)
-	@mkdir -p build
-	$(CC) $(STD) $(WARN) -I. $(CPPFLAGS) $(SANITIZE) -o $@ test/unit.c kms.pb-c.c $(LDFLAGS) $(LIBS)
-
-build/sandbox: test/sandbox.c $(SOURCES) $(HEADERS)
-	@mkdir -p build
-	$(CC) $(STD) $(WARN) -I. $(CPPFLAGS) $(CFLAGS) -o $@ test/sandbox.c kms.pb-c.c $(LDFLAGS) $(LIBS)
-
-build/kmsplugin-asan: $(SOURCES) $(HEADERS)
-	@mkdir -p build
-	$(CC) $(STD) $(WARN) $(CPPFLAGS) $(SANITIZE) -o $@ $(SOURCES) $(LDFLAGS) $(LIBS)
-
-# Failures on demand: test/inject.c stands between the program, its libraries included, and libc.
-INJECTED = malloc calloc realloc mmap epoll_ctl getsockopt pread read write getrandom accept4 epoll_pwait poll
-build/kmsplugin-inject: test/inject.c $(SOURCES) $(HEADERS)
-	@mkdir -p build
-	$(CC) $(STD) $(WARN) $(CPPFLAGS) $(SANITIZE) -o $@ $(SOURCES) -Wno-missing-prototypes test/inject.c \
-		$(INJECTED:%=-Wl,--wrap=%) $(LDFLAGS) -Wl,-Bstatic $(LIBS) -Wl,-Bdynamic
-
-test-inject: build/kmsplugin-inject
-	/usr/bin/python3 test/inject.py
-
-# Constant time: the code as the two builds make it, under valgrind.
-build/ct: test/ct.c $(SOURCES) $(HEADERS)
-	@mkdir -p build
-	$(CC) $(STD) $(WARN) $(HARDEN_CC) -I. $(CPPFLAGS) $(CFLAGS) -o $@ test/ct.c kms.pb-c.c $(HARDEN_LD) $(LDFLAGS) $(LIBS)
-
-build/ct-static: test/ct.c $(SOURCES) $(HEADERS) deploy/x86_64.ld
-	build/static/$(ARCH)/bin/cc $(STD) $(STATIC_FLAGS) -g -I. -idirafter /usr/include -o $@ test/ct.c kms.pb-c.c \
-		$(filter-out -s,$(STATIC_LD)) $(LIBS)
-
-test-ct: build/ct $(if $(wildcard build/static/kmsplugin),build/ct-static)
-	test/ct.sh $^
-
-# Fuzzers, for clang's libFuzzer: FUZZ_SECONDS each. They include kmsplugin.c, too.
-FUZZERS = session kms parse rescue
-FUZZ_SECONDS ?= 60
-build/fuzz/%: test/fuzz/%.c test/fuzz/fuzz.h test/responses.h $(SOURCES) $(HEADERS)
-	@mkdir -p build/fuzz
-	clang $(STD) $(WARN) -I. $(CPPFLAGS) -O1 -g -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all \
-		-o $@ $< kms.pb-c.c $(LDFLAGS) $(LIBS)
-
-fuzz: $(FUZZERS:%=build/fuzz/%)
-	FUZZ_SECONDS=$(FUZZ_SECONDS) test/fuzz/run.sh $(FUZZERS)
-
-# The committed seeds anew: what clients say, and what fuzzing has found so far.
-fuzz-seeds: kmsplugin $(FUZZERS:%=build/fuzz/%)
-	rm -rf build/fuzz/seeds && /usr/bin/python3 test/fuzz/seeds.py build/fuzz/seeds
-	for f in $(FUZZERS); do rm -rf build/fuzz/merged && mkdir -p build/fuzz/merged build/fuzz/corpus/$$f && \
-		build/fuzz/$$f -set_cover_merge=1 -max_len=700 build/fuzz/merged build/fuzz/seeds/$$f build/fuzz/corpus/$$f && \
-		rm -rf test/fuzz/corpus/$$f && mkdir -p test/fuzz/corpus && mv build/fuzz/merged test/fuzz/corpus/$$f; done
-
-# No undefined behaviour in the byte parsers, for all inputs up to a length: Frama-C.
-prove:
-	test/prove/run.sh
-
-test: kmsplugin
-	./test.sh
-
-test-kube: kmsplugin
-	test/kube/cluster.sh short
-
-test-cluster: kmsplugin
-	test/kube/cluster.sh
-
-# Hostile peers: the static build, where there is one, gives memory back; root, for /proc.
-HOSTILE = ./kmsplugin $(wildcard build/static/kmsplugin)
-test-hostile: kmsplugin
-	for p in $(HOSTILE); do \
-		KMSPLUGIN=$$p /usr/bin/python3 test/hostile.py || exit 1; done
-
-# Half an hour of mixed load, restarts and hostile peers.
-SOAK_SECONDS ?= 1800
-soak: kmsplugin
-	/usr/bin/python3 test/soak.py $(SOAK_SECONDS)
-
-test-deploy: kmsplugin
-	test/deploy.sh
-
-bench-memory: $(STATIC)
-	/usr/bin/python3 test/bench/memory.py $(sort $(STATIC) $(wildcard build/static/*/kmsplugin))
-
-test-arch:
-	test/arch.sh
-
-test-release: kmsplugin
-	test/release.sh
-# Measurements, of the release build unless KMSPLUGIN=./kmsplugin or another asks for it.
-KMSPLUGIN ?= build/static/kmsplugin
-
-gate: $(KMSPLUGIN)
-	test/bench/gate.sh $(KMSPLUGIN)
-
-build/bench/%: test/bench/%.c Makefile
-	@mkdir -p build/bench
-	$(CC) -std=c11 $(WARN) -O2 -o $@ $< -lnghttp2
-
-bench: $(KMSPLUGIN) build/bench/floor build/bench/load
-	cd test/bench/go && go build -trimpath -o $(CURDIR)/build/bench/ ./peer ./client
-	test/bench/run.py $(KMSPLUGIN) build/bench
-
-bench-doc:
-	cp build/bench/bench.md build/bench/bench.svg doc/
-
-lint:
-	clang-tidy --quiet kmsplugin.c -- $(STD)
-	cppcheck --quiet --enable=warning,performance,portability --suppress=preprocessorErrorDirective --error-exitcode=1 $(subst -std=,--std=,$(STD)) kmsplugin.c
-	gcc $(STD) -O2 -fanalyzer -Werror -c -o /dev/null kmsplugin.c
-	scan-build --status-bugs -o build/scan clang $(STD) -c -o /dev/null kmsplugin.c >/dev/null
-	shellcheck -x $(wildcard *.sh test/*.sh test/*/*.sh deploy/*.sh) deploy/openrc/kmsplugin deploy/metrics/kmsplugin-textfile .ci/run
-
 install: kmsplugin
 	install -D -m 0755 kmsplugin $(DESTDIR)$(SBINDIR)/kmsplugin
 	install -D -m 0755 deploy/metrics/kmsplugin-textfile $(DESTDIR)$(SBINDIR)/kmsplugin-textfile
@@ -290,6 +150,7 @@ uninstall:
 clean:
 	rm -rf kmsplugin build
 
-
 .DELETE_ON_ERROR:
-.PHONY: all help run static profile proto fuzz fuzz-seeds test test-kube test-cluster test-deploy test-hostile test-inject test-ct lint install uninstall clean size image dist sbom deb bench-memory test-arch test-release gate bench bench-doc prove soak
+.PHONY: all help run static profile image dist sbom deb proto install uninstall clean
+
+include test/test.mk

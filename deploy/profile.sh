@@ -11,6 +11,7 @@ copy=build/profile
 rm -rf "$copy"
 mkdir -p "$copy/build" "$copy/deploy" "$copy/counts" "$folder"
 cp -R Makefile kmsplugin.c kms.pb-c.c kms.pb-c.h "$copy"
+mkdir "$copy/test" && cp test/test.mk "$copy/test"
 cp deploy/static-libs.sh deploy/string.c deploy/*.patch deploy/nghttp2-fixed.sed deploy/x86_64.ld "$copy/deploy"
 [ ! -d build/src ] || cp -R build/src "$copy/build"
 copy=$(cd "$copy" && pwd)

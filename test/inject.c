@@ -1,6 +1,6 @@
 /*
  * Calls that fail on demand: linked into the program in front of the C library by
- * ld's --wrap (see the Makefile), and told by the environment what to do.
+ * ld's --wrap (see test/test.mk), and told by the environment what to do.
  *
  *     INJECT=CALL:N[:ERRNO[:COUNT]]   the N-th CALL and the COUNT-1 after it fail with this
  *                                     errno (ENOMEM; 1); CALL is alloc or a name below

@@ -1,0 +1,156 @@
+# What only tests need. Included by the Makefile, whose variables it uses; paths are those of the top level.
+
+help::
+	@echo
+	@echo 'Tests:'
+	@echo 'make test           quick tests, with Debian packages only'
+	@echo 'make test-kube      with Kubernetes'\'' clients, kube-apiserver and etcd (Go, some 7 minutes)'
+	@echo 'make test-cluster   the same at length: more Secrets, longer outages (some 20 minutes)'
+	@echo 'make test-hostile   peers that mean harm, and what others notice of it (root)'
+	@echo 'make test-inject    every call that can fail does, one at a time'
+	@echo 'make test-ct        nothing depends on a secret but what may; needs valgrind'
+	@echo 'make test-deploy    the files of deploy/ and the guide, under a real systemd (root)'
+	@echo 'make test-arch      the release build on five architectures, under qemu-user'
+	@echo 'make test-release   image, tarball, reproducibility, SBOM, Debian package (root)'
+	@echo 'make soak           SOAK_SECONDS=1800 of load, restarts and hostile peers (root)'
+	@echo 'make fuzz           fuzzers, FUZZ_SECONDS=60 each; needs clang'
+	@echo 'make prove          no undefined behaviour in the byte parsers; needs Frama-C'
+	@echo 'make lint           static analysis of C and shell'
+	@echo
+	@echo 'Measurements of the release build:'
+	@echo 'make size           what makes it up, from the link map'
+	@echo 'make gate           instructions an Encrypt takes, against a limit (valgrind, h2load)'
+	@echo 'make bench          beside a Go plugin, into build/bench (Go, h2load; 5 minutes, QUICK=1: 1)'
+	@echo 'make bench-memory   bytes, memory and start time'
+	@echo 'make bench-doc      what make bench found, into doc/'
+
+SANITIZE = -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer
+TESTED = $(SOURCES) $(HEADERS) test/test.mk
+
+# Unit tests include kmsplugin.c, so they are built as it is.
+build/unit: test/unit.c test/responses.h $(TESTED)
+	@mkdir -p build
+	$(CC) $(STD) $(WARN) -I. $(CPPFLAGS) $(CFLAGS) -o $@ test/unit.c kms.pb-c.c $(LDFLAGS) $(LIBS)
+
+build/unit-asan: test/unit.c test/responses.h $(TESTED)
+	@mkdir -p build
+	$(CC) $(STD) $(WARN) -I. $(CPPFLAGS) $(SANITIZE) -o $@ test/unit.c kms.pb-c.c $(LDFLAGS) $(LIBS)
+
+# The unit tests as the release build would have them.
+UNIT_STATIC = build/static/$(ARCH_DIR)unit
+$(UNIT_STATIC): test/unit.c test/responses.h $(TESTED) deploy/x86_64.ld build/static/$(ARCH)/lib/libbearssl.a
+	build/static/$(ARCH)/bin/cc $(STD) $(WARN) -I. $(STATIC_FLAGS) -o $@ test/unit.c kms.pb-c.c $(STATIC_LD) $(LIBS)
+
+build/sandbox: test/sandbox.c $(TESTED)
+	@mkdir -p build
+	$(CC) $(STD) $(WARN) -I. $(CPPFLAGS) $(CFLAGS) -o $@ test/sandbox.c kms.pb-c.c $(LDFLAGS) $(LIBS)
+
+build/kmsplugin-asan: $(TESTED)
+	@mkdir -p build
+	$(CC) $(STD) $(WARN) $(CPPFLAGS) $(SANITIZE) -o $@ $(SOURCES) $(LDFLAGS) $(LIBS)
+
+# Failures on demand: test/inject.c stands between the program, its libraries included, and libc.
+INJECTED = malloc calloc realloc mmap epoll_ctl getsockopt pread read write getrandom accept4 epoll_pwait poll
+build/kmsplugin-inject: test/inject.c $(TESTED)
+	@mkdir -p build
+	$(CC) $(STD) $(WARN) $(CPPFLAGS) $(SANITIZE) -o $@ $(SOURCES) -Wno-missing-prototypes test/inject.c \
+		$(INJECTED:%=-Wl,--wrap=%) $(LDFLAGS) -Wl,-Bstatic $(LIBS) -Wl,-Bdynamic
+
+test-inject: build/kmsplugin-inject
+	/usr/bin/python3 test/inject.py
+
+# Constant time: the code as the two builds make it, under valgrind.
+build/ct: test/ct.c $(TESTED)
+	@mkdir -p build
+	$(CC) $(STD) $(WARN) $(HARDEN_CC) -I. $(CPPFLAGS) $(CFLAGS) -o $@ test/ct.c kms.pb-c.c $(HARDEN_LD) $(LDFLAGS) $(LIBS)
+
+build/ct-static: test/ct.c $(TESTED) deploy/x86_64.ld
+	build/static/$(ARCH)/bin/cc $(STD) $(STATIC_FLAGS) -g -I. -idirafter /usr/include -o $@ test/ct.c kms.pb-c.c \
+		$(filter-out -s,$(STATIC_LD)) $(LIBS)
+
+test-ct: build/ct $(if $(wildcard build/static/kmsplugin),build/ct-static)
+	test/ct.sh $^
+
+# Fuzzers, for clang's libFuzzer: FUZZ_SECONDS each. They include kmsplugin.c, too.
+FUZZERS = session kms parse rescue
+FUZZ_SECONDS ?= 60
+build/fuzz/%: test/fuzz/%.c test/fuzz/fuzz.h test/responses.h $(TESTED)
+	@mkdir -p build/fuzz
+	clang $(STD) $(WARN) -I. $(CPPFLAGS) -O1 -g -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all \
+		-o $@ $< kms.pb-c.c $(LDFLAGS) $(LIBS)
+
+fuzz: $(FUZZERS:%=build/fuzz/%)
+	FUZZ_SECONDS=$(FUZZ_SECONDS) test/fuzz/run.sh $(FUZZERS)
+
+# The committed seeds anew: what clients say, and what fuzzing has found so far.
+fuzz-seeds: kmsplugin $(FUZZERS:%=build/fuzz/%)
+	rm -rf build/fuzz/seeds && /usr/bin/python3 test/fuzz/seeds.py build/fuzz/seeds
+	for f in $(FUZZERS); do rm -rf build/fuzz/merged && mkdir -p build/fuzz/merged build/fuzz/corpus/$$f && \
+		build/fuzz/$$f -set_cover_merge=1 -max_len=700 build/fuzz/merged build/fuzz/seeds/$$f build/fuzz/corpus/$$f && \
+		rm -rf test/fuzz/corpus/$$f && mkdir -p test/fuzz/corpus && mv build/fuzz/merged test/fuzz/corpus/$$f; done
+
+# No undefined behaviour in the byte parsers, for all inputs up to a length: Frama-C.
+prove:
+	test/prove/run.sh
+
+test: kmsplugin
+	./test.sh
+
+test-kube: kmsplugin
+	test/kube/cluster.sh short
+
+test-cluster: kmsplugin
+	test/kube/cluster.sh
+
+# Hostile peers: the static build, where there is one, gives memory back; root, for /proc.
+HOSTILE = ./kmsplugin $(wildcard build/static/kmsplugin)
+test-hostile: kmsplugin
+	for p in $(HOSTILE); do \
+		KMSPLUGIN=$$p /usr/bin/python3 test/hostile.py || exit 1; done
+
+# Half an hour of mixed load, restarts and hostile peers.
+SOAK_SECONDS ?= 1800
+soak: kmsplugin
+	/usr/bin/python3 test/soak.py $(SOAK_SECONDS)
+
+test-deploy: kmsplugin
+	test/deploy.sh
+
+size: $(STATIC)
+	test/size.py $(STATIC)
+
+bench-memory: $(STATIC)
+	/usr/bin/python3 test/bench/memory.py $(sort $(STATIC) $(wildcard build/static/*/kmsplugin))
+
+test-arch:
+	test/arch.sh
+
+test-release: kmsplugin
+	test/release.sh
+
+# Measurements, of the release build unless KMSPLUGIN=./kmsplugin or another asks for it.
+KMSPLUGIN ?= build/static/kmsplugin
+
+gate: $(KMSPLUGIN)
+	test/bench/gate.sh $(KMSPLUGIN)
+
+build/bench/%: test/bench/%.c test/test.mk
+	@mkdir -p build/bench
+	$(CC) -std=c11 $(WARN) -O2 -o $@ $< -lnghttp2
+
+bench: $(KMSPLUGIN) build/bench/floor build/bench/load
+	cd test/bench/go && go build -trimpath -o $(CURDIR)/build/bench/ ./peer ./client
+	test/bench/run.py $(KMSPLUGIN) build/bench
+
+bench-doc:
+	cp build/bench/bench.md build/bench/bench.svg doc/
+
+lint:
+	clang-tidy --quiet kmsplugin.c -- $(STD)
+	cppcheck --quiet --enable=warning,performance,portability --suppress=preprocessorErrorDirective --error-exitcode=1 $(subst -std=,--std=,$(STD)) kmsplugin.c
+	gcc $(STD) -O2 -fanalyzer -Werror -c -o /dev/null kmsplugin.c
+	scan-build --status-bugs -o build/scan clang $(STD) -c -o /dev/null kmsplugin.c >/dev/null
+	shellcheck -x $(wildcard *.sh test/*.sh test/*/*.sh deploy/*.sh) deploy/openrc/kmsplugin deploy/metrics/kmsplugin-textfile .ci/run
+
+.PHONY: test test-kube test-cluster test-hostile test-inject test-ct test-deploy test-arch test-release soak fuzz fuzz-seeds \
+	prove lint size gate bench bench-memory bench-doc
