@@ -17,7 +17,6 @@ import unittest
 
 os.environ.setdefault('GRPC_VERBOSITY', 'NONE')
 import grpc
-from grpc_tools import protoc
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 BINARY = os.path.abspath(os.environ.get('KMSPLUGIN', os.path.join(ROOT, 'kmsplugin')))
@@ -34,8 +33,7 @@ os.chmod(TMP, 0o755)
 atexit.register(shutil.rmtree, TMP, ignore_errors=True)
 
 sys.dont_write_bytecode = True
-if protoc.main(['protoc', '-I' + ROOT, '--python_out=' + TMP, os.path.join(ROOT, 'kms.proto')]):
-    sys.exit('protoc failed on kms.proto')
+subprocess.run(['protoc', '-I' + ROOT, '--python_out=' + TMP, os.path.join(ROOT, 'kms.proto')], check=True)
 sys.path.append(TMP)
 kms = importlib.import_module('kms_pb2')
 

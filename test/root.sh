@@ -39,15 +39,20 @@ run() {
     root=$1
     shift
     [ -x "$root/usr/bin/env" ] || die "$root is no root: root.sh SUITE $root makes one"
+    # pivot_root and not chroot, in which no user namespace can be made. The shell stays as process 1.
     # shellcheck disable=SC2016 # that is for the inner shell
     contained sh -euc '
-        root=$1
+        mount --bind "$1" "$1"
+        cd "$1"
         shift
-        mount -t proc proc "$root/proc"
-        mount -t devpts -o newinstance,ptmxmode=0666,mode=0620,gid=5 devpts "$root/dev/pts"
-        mount -t tmpfs -o mode=1777 tmpfs "$root/dev/shm"
-        mount -t tmpfs -o mode=1777 tmpfs "$root/tmp"
-        chroot "$root" "$@" || exit $?' sh "$root" env -i \
+        mount -t proc proc proc
+        mount -t devpts -o newinstance,ptmxmode=0666,mode=0620,gid=5 devpts dev/pts
+        mount -t tmpfs -o mode=1777 tmpfs dev/shm
+        mount -t tmpfs -o mode=1777 tmpfs tmp
+        pivot_root . mnt
+        cd /
+        umount -l /mnt
+        "$@" || exit $?' sh "$root" env -i \
         HOME=/root LANG=C.UTF-8 PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin DEBIAN_FRONTEND=noninteractive \
         ${http_proxy:+"http_proxy=$http_proxy"} ${https_proxy:+"https_proxy=$https_proxy"} ${no_proxy:+"no_proxy=$no_proxy"} "$@"
 }

@@ -1550,9 +1550,12 @@ static const char *unit_path(const char *name) {
 }
 
 static void file_write(const char *name, const char *text, size_t len, mode_t mode) {
-    int fd = open(unit_path(name), O_WRONLY | O_CREAT | O_TRUNC, 0600);
-    if (fd < 0 || write(fd, text, len) != (ssize_t)len || fchmod(fd, mode) < 0)
+    unlink(unit_path(name)); // one of mode 0400 would not open
+    int fd = open(unit_path(name), O_WRONLY | O_CREAT | O_EXCL, 0600);
+    if (fd < 0 || write(fd, text, len) != (ssize_t)len || fchmod(fd, mode) < 0) {
+        perror(unit_path(name));
         abort();
+    }
     close(fd);
 }
 
