@@ -36,11 +36,14 @@
  * it to nghttp2 as HEADERS, DATA and trailers. When all that was read has been
  * dealt with, conn_flush sends everything, 64 KiB a system call.
  */
-#define _GNU_SOURCE /* accept4, struct ucred, environ */
+#define _GNU_SOURCE          /* accept4, struct ucred, environ */
+#define _FILE_OFFSET_BITS 64 /* on 32-bit machines: inodes of large file systems, */
+#define _TIME_BITS 64        /* and times after 2038 */
 #include <bearssl.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <limits.h>
+#include <link.h>
 #include <linux/audit.h>
 #include <linux/capability.h>
 #include <linux/filter.h>
@@ -63,12 +66,10 @@
 #include <sys/signalfd.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
-#ifndef STATX_BASIC_STATS /* musl before 1.2.5 */
-#include <linux/stat.h>
-#endif
 #include <sys/syscall.h>
 #include <sys/timerfd.h>
 #include <sys/un.h>
+#include <sys/wait.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -204,6 +205,8 @@ struct kek {
 /* The configured KEKs. The first seals, all open. Lives in pages of its own. */
 struct ring {
     struct suite suite;
+    int unlocked; /* the error of mlock(2), or 0 */
+    bool unforked; /* a forked child does not have it */
     size_t count;
     struct kek keks[KEK_MAX];
     char text[KEK_TEXT_MAX + 1]; /* KMS_KEK, or the file; wiped once parsed */
@@ -366,7 +369,7 @@ struct listener {
     struct sockaddr_un address;
     socklen_t address_len;
     bool made; /* the file is ours to remove, as long as it is this one: */
-    struct statx file;
+    struct stat file;
 };
 
 /* One peer. Owned by the server's list; freed by server_reap alone. */
@@ -551,6 +554,14 @@ static void text_add(struct text *t, const char *format, ...) {
     va_end(args);
 }
 
+/* A C string of the bytes, cut at cap - 1. */
+static void copy_text(char *out, size_t cap, const uint8_t *value, size_t len) {
+    if (len > cap - 1)
+        len = cap - 1;
+    memcpy(out, value, len);
+    out[len] = '\0';
+}
+
 /* Writes all of it, or as much as the descriptor takes. 0, or -1 with errno. */
 static int write_all(int fd, const void *bytes, size_t len) {
     const uint8_t *at = bytes;
@@ -564,11 +575,6 @@ static int write_all(int fd, const void *bytes, size_t len) {
         len -= (size_t)n;
     }
     return 0;
-}
-
-/* What lies at a path, links not followed; of an empty path, what fd is. One system call, on every machine and libc. */
-static int file_stat(int fd, const char *path, struct statx *st) {
-    return (int)syscall(SYS_statx, fd, path, AT_SYMLINK_NOFOLLOW | AT_EMPTY_PATH, STATX_BASIC_STATS, st);
 }
 
 /* From now on a peer that has gone is but an error of write(2). */
@@ -1300,12 +1306,12 @@ static void sealing_self_test(const struct suite *suite) {
         {0x03, "c2sp.org/XAES-256-GCM", "\x98\x6e\xc1\x83\x25\x93\xdf\x54\x43\xa1\x79\x43\x7f\xd0\x83\xbf"
                                         "\x3f\xdb\x41\xab\xd7\x40\xa2\x1f\x71\xeb\x76\x9d"},
     };
-    const uint8_t *nonce = (const uint8_t *)"ABCDEFGHIJKLMNOPQRSTUVWX";
+    static const uint8_t text[] = "XAES-256-GCM", nonce[] = "ABCDEFGHIJKLMNOPQRSTUVWX"; /* without their NULs */
     for (size_t i = 0; i < sizeof vectors / sizeof *vectors; i++) {
         struct kek kek;
-        uint8_t key[KEK_BYTES], text[12] = "XAES-256-GCM", data[sizeof text + TAG_BYTES], opened[sizeof text];
+        uint8_t key[KEK_BYTES], data[sizeof text - 1 + TAG_BYTES], opened[sizeof text - 1];
         const uint8_t *aad = (const uint8_t *)vectors[i].aad;
-        size_t aad_len = strlen(vectors[i].aad), len = sizeof text;
+        size_t aad_len = strlen(vectors[i].aad), len = sizeof text - 1;
         memset(key, vectors[i].key, sizeof key);
         kek_init(&kek, suite, key);
         xaes_crypt(suite, true, &kek, nonce, aad, aad_len, text, len, data);
@@ -1347,20 +1353,28 @@ static bool environment_take(char *text, size_t cap) {
     return found;
 }
 
-/* Pages for a ring: locked, left out of core files, wiped by ring_free. */
+/*
+ * Pages for a ring, which ring_free wipes: locked, left out of core files and of a
+ * forked child, and between two pages that nobody can touch. That they are locked is
+ * best effort (RLIMIT_MEMLOCK may be 0), and so is all else but the fence.
+ */
 static struct ring *ring_new(void) {
-    struct ring *ring = mmap(NULL, sizeof *ring, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    if (ring == MAP_FAILED)
+    size_t page = (size_t)getpagesize(), size = (sizeof(struct ring) + page - 1) / page * page;
+    uint8_t *fence = mmap(NULL, page + size + page, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (fence == MAP_FAILED || mprotect(fence + page, size, PROT_READ | PROT_WRITE) < 0)
         die("no memory for keys: %s", strerror(errno));
-    mlock(ring, sizeof *ring); /* best effort: RLIMIT_MEMLOCK may be 0 */
-    madvise(ring, sizeof *ring, MADV_DONTDUMP);
+    struct ring *ring = (struct ring *)(void *)(fence + page);
+    ring->unlocked = mlock(ring, size) < 0 ? errno : 0;
+    ring->unforked = madvise(ring, size, MADV_DONTFORK) == 0;
+    madvise(ring, size, MADV_DONTDUMP);
     ring->suite = suite_choose();
     return ring;
 }
 
 static void ring_free(struct ring *ring) {
+    size_t page = (size_t)getpagesize(), size = (sizeof *ring + page - 1) / page * page;
     wipe(ring, sizeof *ring);
-    munmap(ring, sizeof *ring);
+    munmap((uint8_t *)ring - page, page + size + page);
 }
 
 /* What is wrong with a key's bytes, or NULL. */
@@ -1425,23 +1439,28 @@ static void ring_parse(struct ring *ring, const char *source, const char *text, 
 /* Reads a key file into `text`. Judged on the descriptor, so that no swap helps. */
 static size_t key_file_read(const char *path, char *text, size_t cap) {
     int fd = open(path, O_RDONLY | O_CLOEXEC | O_NOCTTY | O_NONBLOCK);
-    struct statx st;
-    if (fd < 0 || file_stat(fd, "", &st) < 0)
-        die("KMS_KEK_FILE %s: %s", path, strerror(errno));
-    if (!S_ISREG(st.stx_mode))
+    struct stat st;
+    if (fd < 0)
+        die("KMS_KEK_FILE %s: open: %s", path, strerror(errno));
+    if (fstat(fd, &st) < 0)
+        die("KMS_KEK_FILE %s: stat: %s", path, strerror(errno));
+    if (!S_ISREG(st.st_mode))
         die("KMS_KEK_FILE %s: not a regular file", path);
-    if (st.stx_mode & (S_IRWXO | S_IWGRP))
+    if (st.st_uid != 0 && st.st_uid != geteuid())
+        die("KMS_KEK_FILE %s: belongs to uid %u: it has to be root's, or that of our own uid %u", path, st.st_uid,
+            geteuid());
+    if (st.st_mode & (S_IRWXO | S_IWGRP))
         die("KMS_KEK_FILE %s: mode %c%c%c%c lets others read it or its group write it", path, '0',
-            '0' + (int)(st.stx_mode >> 6 & 7), '0' + (int)(st.stx_mode >> 3 & 7), '0' + (int)(st.stx_mode & 7));
+            '0' + (int)(st.st_mode >> 6 & 7), '0' + (int)(st.st_mode >> 3 & 7), '0' + (int)(st.st_mode & 7));
     size_t len = 0;
     ssize_t n;
     while ((n = read(fd, text + len, cap - len)) != 0) {
         if (n < 0 && errno == EINTR)
             continue;
         if (n < 0)
-            die("KMS_KEK_FILE %s: %s", path, strerror(errno));
+            die("KMS_KEK_FILE %s: read: %s", path, strerror(errno));
         if ((len += (size_t)n) == cap)
-            die("KMS_KEK_FILE %s: larger than 4096 bytes", path);
+            die("KMS_KEK_FILE %s: larger than %d bytes", path, KEK_TEXT_MAX);
     }
     close(fd);
     return len;
@@ -2807,45 +2826,85 @@ static const char *endpoint_name(const struct sockaddr_un *address, socklen_t le
 
 enum { ENDPOINT_NAME_BYTES = sizeof "unix:///@" + sizeof((struct sockaddr_un *)0)->sun_path };
 
-/* Dies if someone other than root and ourselves can put something else in the place of what is at `path`. */
-static void owner_check(const char *path) {
-    struct statx st;
-    if (file_stat(AT_FDCWD, path, &st) < 0)
-        die("%s: %s", path, strerror(errno));
-    if (st.stx_uid != 0 && st.stx_uid != geteuid())
-        die("%s: belongs to uid %u, who could replace the socket", path, st.stx_uid);
-    if (S_ISDIR(st.stx_mode) && (st.stx_mode & (S_IWGRP | S_IWOTH)) && !(st.stx_mode & S_ISVTX))
-        die("%s: others may write there, and could replace the socket", path);
+/*
+ * Dies if someone other than root and ourselves can rename what lies in a directory, or
+ * what a link stands for. Sticky directories pass: there only an owner can rename a file,
+ * and whatever comes next on the way has its own owner looked at.
+ */
+static void owner_check(const char *path, const struct stat *st) {
+    if (st->st_uid != 0 && st->st_uid != geteuid())
+        die("%s: belongs to uid %u, who could put another socket in the place of ours: choose another directory", path,
+            st->st_uid);
+    if (S_ISDIR(st->st_mode) && (st->st_mode & (S_IWGRP | S_IWOTH)) && !(st->st_mode & S_ISVTX))
+        die("%s: others may rename what lies there, and put another socket in the place of ours: "
+            "chmod go-w, or choose another directory", path);
 }
 
-/* Checks every directory and link on the way to the last component of an absolute path, but not that one itself. */
-static void way_check(const char *path) {
-    char prefix[PATH_MAX];
-    owner_check("/");
-    for (const char *slash = strchr(path + 1, '/'); slash; slash = strchr(slash + 1, '/')) {
-        memcpy(prefix, path, (size_t)(slash - path));
-        prefix[slash - path] = '\0';
-        owner_check(prefix);
-    }
+/* Takes the last name from a path; of "/" nothing. */
+static void path_up(char *path) {
+    char *slash = strrchr(path, '/');
+    slash[slash == path ? 1 : 0] = '\0';
+}
+
+/* Puts "first/second" into `out`. False if it does not fit. */
+static bool path_join(char out[PATH_MAX], const char *first, const char *second) {
+    struct text t = {.buf = out, .cap = PATH_MAX};
+    text_add(&t, "%s%s%s", first, first[0] && first[strlen(first) - 1] == '/' ? "" : "/", second);
+    if (t.len == t.cap)
+        return false;
+    out[t.len] = '\0';
+    return true;
 }
 
 /*
- * Refuses a directory in which someone other than root and ourselves can rename
- * files, be it by a right on a directory above: who swaps the socket receives the
- * next data key. In a sticky directory only owners can rename. The path is judged
- * as kube-apiserver will walk it, and once more with its links resolved.
+ * Walks to the directory of a socket as the kernel would, name by name and through
+ * links, and dies where someone other than root and ourselves could rename the next
+ * name: who swaps the socket receives the next data key. `at` is where the walk has
+ * come, without links, and `rest` is what is still to go.
  */
 static void directory_check(const char *path) {
-    char parent[PATH_MAX], real[PATH_MAX];
-    const char *slash = strrchr(path, '/');
-    size_t len = slash == path ? 1 : (size_t)(slash - path);
-    memcpy(parent, path, len);
-    parent[len] = '\0';
-    if (chdir(parent) < 0 || !getcwd(real, sizeof real) || chdir("/") < 0) /* realpath(3), but by the kernel */
-        die("%s: the directory of the socket: %s", parent, strerror(errno));
-    way_check(path);
-    way_check(real); /* down to the directory, but without it */
-    owner_check(real);
+    enum { LINKS_MAX = 40 }; /* as the kernel follows */
+    char at[PATH_MAX] = "/", rest[PATH_MAX], next[PATH_MAX], target[PATH_MAX];
+    struct stat st;
+    if (lstat(at, &st) < 0)
+        die("/: stat: %s", strerror(errno));
+    owner_check(at, &st);
+    copy_text(rest, sizeof rest, (const uint8_t *)path, strlen(path));
+    path_up(rest);
+    for (int links = 0;;) {
+        char *name = rest + strspn(rest, "/"), *end = name + strcspn(name, "/");
+        if (name == end)
+            break;
+        bool last = *end == '\0';
+        *end = '\0';
+        if (strcmp(name, "..") == 0) {
+            path_up(at);
+        } else if (strcmp(name, ".") != 0) {
+            if (!path_join(next, at, name) || lstat(next, &st) < 0)
+                die("%s: the directory of the socket: %s: %s", path, next, strerror(errno));
+            owner_check(next, &st);
+            ssize_t n = S_ISLNK(st.st_mode) ? readlink(next, target, sizeof target - 1) : 0;
+            if (n < 0 || links > LINKS_MAX)
+                die("%s: the directory of the socket: %s: %s", path, next, strerror(n < 0 ? errno : ELOOP));
+            if (S_ISLNK(st.st_mode)) {
+                target[n] = '\0';
+                links++;
+                if (target[0] == '/')
+                    at[1] = '\0';
+                if (!path_join(next, target, last ? "" : end + 1))
+                    die("%s: the directory of the socket: %s", path, strerror(ENAMETOOLONG));
+                memcpy(rest, next, sizeof rest);
+                continue;
+            }
+            memcpy(at, next, sizeof at);
+        }
+        memmove(rest, last ? end : end + 1, strlen(last ? end : end + 1) + 1);
+    }
+    if (lstat(at, &st) < 0 || !S_ISDIR(st.st_mode))
+        die("%s: the directory of the socket: %s: %s", path, at, strerror(ENOTDIR));
+    if (st.st_mode & (S_IWGRP | S_IWOTH))
+        die("%s: others may write there, and could take the socket's place between two starts: chmod go-w, "
+            "choose another directory, or in a sidecar's emptyDir an abstract socket (unix:///@name)", at);
 }
 
 /* A socket of ours, close-on-exec and non-blocking; dies without. */
@@ -2856,16 +2915,16 @@ static int socket_new(void) {
     return fd;
 }
 
-/* Whether connecting is refused, as when nobody listens any more. */
-static bool socket_refuses(const struct sockaddr_un *address, socklen_t len) {
+/* What connect(2) says: 0 if somebody listens, ECONNREFUSED if nobody does any more, EAGAIN if the queue is full. */
+static int socket_try(const struct sockaddr_un *address, socklen_t len) {
     int fd = socket_new();
-    bool refused = connect(fd, (const struct sockaddr *)address, len) < 0 && errno == ECONNREFUSED;
+    int error = connect(fd, (const struct sockaddr *)address, len) < 0 ? errno : 0;
     close(fd);
-    return refused;
+    return error;
 }
 
-static bool same_file(const struct statx *a, const struct statx *b) {
-    return a->stx_ino == b->stx_ino && a->stx_dev_major == b->stx_dev_major && a->stx_dev_minor == b->stx_dev_minor;
+static bool same_file(const struct stat *a, const struct stat *b) {
+    return a->st_ino == b->st_ino && a->st_dev == b->st_dev;
 }
 
 /*
@@ -2875,22 +2934,30 @@ static bool same_file(const struct statx *a, const struct statx *b) {
  */
 static void socket_clear(const struct sockaddr_un *address, socklen_t len) {
     const char *path = address->sun_path;
-    struct statx before, after;
-    if (file_stat(AT_FDCWD, path, &before) < 0) {
+    struct stat before, after;
+    if (lstat(path, &before) < 0) {
         if (errno != ENOENT)
-            die("%s: %s", path, strerror(errno));
+            die("%s: stat: %s", path, strerror(errno));
         return;
     }
-    if (!S_ISSOCK(before.stx_mode))
+    if (!S_ISSOCK(before.st_mode))
         die("%s: exists and is not a socket; remove it, or choose another path", path);
     const struct timespec wait = {.tv_nsec = STALE_RETRY_MS * 1000000L};
-    if (!socket_refuses(address, len) || nanosleep(&wait, NULL) < 0 || !socket_refuses(address, len))
-        die("%s: another process is listening there", path);
-    if (file_stat(AT_FDCWD, path, &after) < 0 || !same_file(&before, &after) || /* inodes are used again: */
-        after.stx_ctime.tv_sec != before.stx_ctime.tv_sec || after.stx_ctime.tv_nsec != before.stx_ctime.tv_nsec)
+    for (int look = 0; look < 2; look++) {
+        int error = socket_try(address, len);
+        if (error == 0 || error == EAGAIN)
+            die("%s: another process is listening there", path);
+        if (error != ECONNREFUSED)
+            die("%s: a socket of uid %u is there, and whether anybody listens on it cannot be told: connect: %s; "
+                "if nobody does, remove it", path, before.st_uid, strerror(error));
+        if (look == 0)
+            nanosleep(&wait, NULL);
+    }
+    if (lstat(path, &after) < 0 || !same_file(&before, &after) || /* inodes are used again: */
+        after.st_ctim.tv_sec != before.st_ctim.tv_sec || after.st_ctim.tv_nsec != before.st_ctim.tv_nsec)
         die("%s: another process is starting there", path);
     if (unlink(path) < 0)
-        die("%s: cannot remove the stale socket: %s", path, strerror(errno));
+        die("%s: cannot remove the stale socket of uid %u: unlink: %s", path, before.st_uid, strerror(errno));
 }
 
 /* Sees to it that an endpoint can be bound, or dies. */
@@ -2902,28 +2969,40 @@ static void listener_prepare(struct listener *l, const char *endpoint) {
     socket_clear(&l->address, l->address_len);
 }
 
+/* A step of listener_open, and what helps when it fails. */
+struct listen_step {
+    const char *call, *hint;
+};
+
 /*
  * Binds and listens. A file never has a wider mode than asked for: it is made with
- * none, given its group, then its mode, and only then listened on. 0, or -1 with errno.
+ * none, given its group, then its mode, and only then listened on. NULL; or, with
+ * errno, the step that failed.
  */
-static int listener_open(struct listener *l, const struct serve_options *options) {
+static const struct listen_step *listener_open(struct listener *l, const struct serve_options *options) {
+    static const struct listen_step bind_file = {"bind", "our user has to be able to write to the socket's directory"},
+        bind_name = {"bind", "an abstract name is free when no other process has it"},
+        stat_file = {"stat", "the new socket has to stay where it is"},
+        chown_file = {"chown", "--group takes root with CAP_CHOWN, or a member of that group (in a pod: runAsGroup)"},
+        chmod_file = {"chmod", "--mode takes a file system that keeps modes"},
+        listen_on = {"listen", "the kernel takes no peers for this socket"};
     const char *path = l->address.sun_path;
     mode_t mask = umask(0777);
     l->source = (struct source){SOURCE_LISTENER, socket_new()};
     int rv = bind(l->source.fd, (struct sockaddr *)&l->address, l->address_len);
     umask(mask);
     if (rv < 0)
-        return -1;
+        return path[0] != '\0' ? &bind_file : &bind_name;
     if (path[0] != '\0') {
-        if (file_stat(AT_FDCWD, path, &l->file) < 0)
-            return -1;
+        if (lstat(path, &l->file) < 0)
+            return &stat_file;
         l->made = true;
         if (options->has_group && lchown(path, (uid_t)-1, options->group) < 0)
-            return -1;
+            return &chown_file;
         if (chmod(path, options->mode) < 0)
-            return -1;
+            return &chmod_file;
     }
-    return listen(l->source.fd, BACKLOG);
+    return listen(l->source.fd, BACKLOG) < 0 ? &listen_on : NULL;
 }
 
 /* Takes over a socket that systemd has opened: listening, stream, AF_UNIX. */
@@ -2942,11 +3021,16 @@ static void listener_inherit(struct listener *l, int fd) {
         die("LISTEN_FDS: descriptor %d: %s", fd, strerror(errno));
 }
 
-/* Removes the file of a socket that we made, unless it has been replaced since. */
+/* Removes a file, unless it has been replaced since. */
+static void file_remove(const char *path, const struct stat *file) {
+    struct stat st;
+    if (lstat(path, &st) == 0 && same_file(&st, file))
+        unlinkat(AT_FDCWD, path, 0);
+}
+
 static void listener_close(struct listener *l) {
-    struct statx st;
-    if (l->made && file_stat(AT_FDCWD, l->address.sun_path, &st) == 0 && same_file(&st, &l->file))
-        unlinkat(AT_FDCWD, l->address.sun_path, 0);
+    if (l->made)
+        file_remove(l->address.sun_path, &l->file);
     close(l->source.fd);
 }
 
@@ -2974,7 +3058,11 @@ static long long decimal(const char *s, long long max) {
 static void listeners_open(struct server *s) {
     enum { FIRST_INHERITED = 3 };
     const char *pid = getenv("LISTEN_PID"), *fds = getenv("LISTEN_FDS");
-    if (pid && fds && decimal(pid, INT_MAX) == getpid()) {
+    bool ours = pid && fds && decimal(pid, INT_MAX) == getpid();
+    if (fds && !ours)
+        log_line(LOG_WARN, "msg=\"LISTEN_FDS is not taken: LISTEN_PID is another process, which has to exec this one\" "
+                 "listen_pid=%s pid=%d", pid ? pid : "", (int)getpid());
+    if (ours) {
         long long n = decimal(fds, INT_MAX);
         if (n < 0 || n > LISTENERS_MAX)
             die("LISTEN_FDS: not a number from 0 to %d", LISTENERS_MAX);
@@ -2993,11 +3081,12 @@ static void listeners_open(struct server *s) {
     for (size_t i = 0; i < count; i++)
         listener_prepare(&s->listeners[s->listener_count + i], endpoints[i]);
     for (size_t i = 0; i < count; i++) {
-        if (listener_open(&s->listeners[s->listener_count++], s->options) == 0)
+        const struct listen_step *failed = listener_open(&s->listeners[s->listener_count++], s->options);
+        if (!failed)
             continue;
         int error = errno;
         listeners_close(s);
-        die("%s: %s", endpoints[i], strerror(error));
+        die("%s: %s: %s; %s", endpoints[i], failed->call, strerror(error), failed->hint);
     }
 }
 
@@ -3011,8 +3100,11 @@ static int notify_open(void) {
     memcpy(address.sun_path, path, len);
     if (path[0] == '@')
         address.sun_path[0] = '\0';
-    int fd = socket(AF_UNIX, SOCK_DGRAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
+    int fd = socket(AF_UNIX, SOCK_DGRAM | SOCK_CLOEXEC, 0);
     socklen_t address_len = (socklen_t)(offsetof(struct sockaddr_un, sun_path) + len);
+    const struct timeval patience = {.tv_sec = 1}; /* a manager that is busy would else miss READY=1 */
+    if (fd >= 0)
+        setsockopt(fd, SOL_SOCKET, SO_SNDTIMEO, &patience, sizeof patience);
     if (fd >= 0 && connect(fd, (struct sockaddr *)&address, address_len) < 0) {
         close(fd);
         return -1;
@@ -3036,6 +3128,16 @@ static void notify(int fd, const char *state) {
  * epoll_wait's would be set up and taken back in each: a tenth of the time that a
  * client waits for an answer.
  */
+
+/* Clocks and waiting are in every turn: dies if the kernel has them not, or a container runtime of old refuses them. */
+static void clocks_check(void) {
+    struct timespec now = {0, 0};
+    if (clock_gettime(CLOCK_MONOTONIC, &now) < 0 || clock_gettime(CLOCK_REALTIME, &now) < 0)
+        die("clock_gettime: %s", strerror(errno));
+    now = (struct timespec){0, 0};
+    if (ppoll(NULL, 0, &now, NULL) < 0)
+        die("ppoll: %s", strerror(errno));
+}
 
 static void server_clock(struct server *s) {
     s->now_us = (uint64_t)monotonic_us();
@@ -3070,7 +3172,7 @@ static void server_accept_from(struct server *s, bool on) {
     }
 }
 
-/* Our own descriptors are used up: a peer gives way. The machine's are, or its memory: a little patience. */
+/* Our own descriptors are used up: a peer gives way. The machine's are, or its memory, or whatever: a little patience. */
 static void server_accept_failed(struct server *s, int error) {
     if (error == EMFILE && (server_evict_idle(s, UNMAPPED_UID) || server_shed(s, NULL)))
         return;
@@ -3099,14 +3201,15 @@ static void server_admit(struct server *s, int fd) {
 static void listener_ready(struct server *s, struct listener *l) {
     for (int i = 0; i < ACCEPT_BURST; i++) {
         int fd = accept4(l->source.fd, NULL, NULL, SOCK_NONBLOCK | SOCK_CLOEXEC);
-        if (fd >= 0)
+        if (fd >= 0) {
             server_admit(s, fd);
-        else if (errno == EMFILE || errno == ENFILE || errno == ENOBUFS || errno == ENOMEM) {
+        } else if (errno == EAGAIN) {
+            return; /* nobody waits any more */
+        } else if (errno != EINTR && errno != ECONNABORTED) {
             if (i == 0) /* else it may be that nobody waits: accept4 looks for a descriptor first */
                 server_accept_failed(s, errno);
             return;
-        } else if (errno != EINTR && errno != ECONNABORTED)
-            return;
+        }
     }
 }
 
@@ -3174,17 +3277,13 @@ static void server_expire(struct server *s) {
     server_log_refused(s);
 }
 
-/* First signal: no new work; what has begun gets DRAIN_TIMEOUT_MS. Second: the end. */
-static void server_signal(struct server *s) {
-    struct signalfd_siginfo info;
-    if (read(s->signals.fd, &info, sizeof info) != sizeof info)
-        return;
+/* SIGTERM and SIGINT. The first: no new work; what has begun gets DRAIN_TIMEOUT_MS. The second: the end. */
+static void server_stop(struct server *s, unsigned signal) {
     if (s->drain_ms != INT64_MAX) {
         s->drain_ms = s->now_ms;
         return;
     }
-    log_line(LOG_INFO, "msg=stopping signal=%u connections=%zu streams=%zu", info.ssi_signo, s->conn_count,
-             s->stream_count);
+    log_line(LOG_INFO, "msg=stopping signal=%u connections=%zu streams=%zu", signal, s->conn_count, s->stream_count);
     notify(s->notify, "STOPPING=1");
     s->drain_ms = s->now_ms + DRAIN_TIMEOUT_MS;
     s->resume_accept_ms = INT64_MAX;
@@ -3193,6 +3292,17 @@ static void server_signal(struct server *s) {
     for (struct conn *c = s->conns; c; c = c->next)
         if (!c->closed && conn_goaway(c) < 0)
             conn_close(c, "drained");
+}
+
+static void server_signal(struct server *s) {
+    struct signalfd_siginfo info;
+    if (read(s->signals.fd, &info, sizeof info) != sizeof info)
+        return;
+    if (info.ssi_signo == SIGHUP)
+        log_line(LOG_INFO, "msg=\"nothing is read again, the KEKs stay as they are: restart to change them\" signal=%u",
+                 info.ssi_signo);
+    else
+        server_stop(s, info.ssi_signo);
 }
 
 /* Sets the timer for what is due next, unless it goes off before that anyway. */
@@ -3221,6 +3331,8 @@ static void server_run(struct server *s) {
     while (s->drain_ms == INT64_MAX || (s->conn_count > 0 && s->now_ms < s->drain_ms)) {
         server_set_timer(s);
         int n = epoll_pwait(s->epoll, events, EVENTS_MAX, -1, NULL);
+        if (n < 0 && errno != EINTR)
+            die("epoll_pwait: %s", strerror(errno));
         server_clock(s);
         s->share = n > TURN_BYTES / IN_BYTES ? (size_t)(TURN_BYTES / n) : IN_BYTES;
         for (int i = 0; i < n; i++) {
@@ -3263,7 +3375,45 @@ static void server_watch(struct server *s, struct source *source) {
         die("epoll_ctl: %s", strerror(errno));
 }
 
-/* A server with its sockets open, ready to accept; dies when something is missing. */
+/*
+ * Signals before there is a server: SIGTERM and SIGINT end the start at once, and would
+ * do so as process 1 of a container, where the default action is none. All others wait
+ * for signals_open, but for those of a terminal that stop a job.
+ */
+static void on_early_signal(int signal) {
+    (void)signal;
+    _exit(0);
+}
+
+static void signals_hold(void) {
+    sigset_t set;
+    static const int free[] = {SIGTSTP, SIGTTIN, SIGTTOU, SIGTERM, SIGINT};
+    const struct sigaction end = {.sa_handler = on_early_signal};
+    sigfillset(&set);
+    for (size_t i = 0; i < sizeof free / sizeof *free; i++)
+        sigdelset(&set, free[i]);
+    if (sigprocmask(SIG_SETMASK, &set, NULL) < 0 || sigaction(SIGTERM, &end, NULL) < 0 || sigaction(SIGINT, &end, NULL) < 0)
+        die("sigprocmask, sigaction: %s", strerror(errno));
+}
+
+/*
+ * Signals as events, from before there is a socket file that one could leave behind:
+ * SIGTERM, SIGINT and SIGHUP. No other but SIGKILL does anything.
+ */
+static int signals_open(void) {
+    sigset_t set;
+    sigemptyset(&set);
+    sigaddset(&set, SIGTERM);
+    sigaddset(&set, SIGINT);
+    sigaddset(&set, SIGHUP);
+    int fd = signalfd(-1, &set, SFD_CLOEXEC | SFD_NONBLOCK);
+    if (fd < 0)
+        die("signalfd: %s", strerror(errno));
+    sigprocmask(SIG_BLOCK, &set, NULL);
+    return fd;
+}
+
+/* A server without sockets; dies when something is missing. */
 static struct server *server_new(struct ring *ring, const struct serve_options *options) {
     struct server *s = calloc(1, sizeof *s);
     if (!s || kms_init(&s->kms, ring) < 0 || sessions_init(s) < 0)
@@ -3275,22 +3425,16 @@ static struct server *server_new(struct ring *ring, const struct serve_options *
     s->share = IN_BYTES;
     metrics_init(&s->metrics);
     server_clock(s);
-    /* Signals become events before there is a socket file that one could leave behind. */
-    sigset_t set;
-    sigemptyset(&set);
-    sigaddset(&set, SIGTERM);
-    sigaddset(&set, SIGINT);
-    sigprocmask(SIG_BLOCK, &set, NULL);
-    s->signals = (struct source){SOURCE_SIGNAL, signalfd(-1, &set, SFD_CLOEXEC | SFD_NONBLOCK)};
-    sigpipe_block();
+    s->notify = -1;
+    s->signals = (struct source){SOURCE_SIGNAL, signals_open()};
     s->timer = (struct source){SOURCE_TIMER, timerfd_create(CLOCK_MONOTONIC, TFD_CLOEXEC | TFD_NONBLOCK)};
+    if (s->timer.fd < 0)
+        die("timerfd_create: %s", strerror(errno));
     s->epoll = epoll_create1(EPOLL_CLOEXEC);
-    if (s->signals.fd < 0 || s->timer.fd < 0 || s->epoll < 0)
-        die("signalfd, timerfd, epoll: %s", strerror(errno));
+    if (s->epoll < 0)
+        die("epoll_create1: %s", strerror(errno));
     server_watch(s, &s->signals);
     server_watch(s, &s->timer);
-    s->notify = notify_open();
-    listeners_open(s);
     return s;
 }
 
@@ -3320,9 +3464,11 @@ static void server_free(struct server *s) {
 /* ------------------------------------------------------------- Confinement
  *
  * When everything is open, the process gives up what it no longer needs: new
- * privileges, its capabilities, and all system calls but the twenty of its
- * turns (seccomp(2)). No file can be opened any more, no socket made, no program
- * run, and no memory become executable; whoever tries is killed.
+ * privileges, its capabilities, and system calls (seccomp(2)). Of these there are three
+ * kinds. What a turn is made of is allowed. What would serve an attacker (a program, a
+ * process, a socket, a file to open, executable memory, another machine's calls) kills
+ * the process. Any other call fails with ENOSYS, as on an older kernel: it gives an
+ * attacker nothing, and a libc that tries it goes on without.
  */
 
 #if defined(__x86_64__)
@@ -3334,81 +3480,196 @@ static void server_free(struct server *s) {
 #elif defined(__riscv) && __riscv_xlen == 64
 #define THIS_ARCH AUDIT_ARCH_RISCV64
 #else
-#define THIS_ARCH 0 /* i386 and s390 make some calls through others: no list yet, seccomp_install says so */
+#define THIS_ARCH 0 /* i386 and s390x pass arguments of mmap in memory, where a filter cannot look: no seccomp there */
 #endif
 
-/* 32-bit machines have calls of their own for 64-bit times and offsets. */
-#ifdef SYS_mmap2
+/* A call that not every machine or libc has. */
+#define NO_CALL (-1)
+#ifdef SYS_mmap2 /* 32-bit machines have calls of their own for 64-bit times and offsets, and libcs try one after the other */
 #define SYS_MMAP SYS_mmap2
 #else
 #define SYS_MMAP SYS_mmap
 #endif
-#if defined(SYS_clock_gettime64) && defined(SYS_ppoll_time64)
-#define SYS_CLOCK_GETTIME SYS_clock_gettime64
-#define SYS_PPOLL SYS_ppoll_time64
-#else
-#define SYS_CLOCK_GETTIME SYS_clock_gettime
-#define SYS_PPOLL SYS_ppoll
-#endif
-#ifdef SYS_timerfd_settime32 /* musl's name; musl tries the old call first, glibc the new one */
-#define SYS_TIMERFD_SETTIME SYS_timerfd_settime32
-#else
-#define SYS_TIMERFD_SETTIME SYS_timerfd_settime
-#endif
 
-#define LOAD(field) BPF_STMT(BPF_LD | BPF_W | BPF_ABS, offsetof(struct seccomp_data, field))
-#define RETURN(action) BPF_STMT(BPF_RET | BPF_K, (action))
-#define ALLOW(call) BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, (call), 0, 1), RETURN(SECCOMP_RET_ALLOW)
-/* The protection is the third argument of mmap and mprotect; its low word comes first or last. */
-#if __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__
-#define LOAD_PROTECTION LOAD(args[2])
-#else
-#define LOAD_PROTECTION BPF_STMT(BPF_LD | BPF_W | BPF_ABS, offsetof(struct seccomp_data, args[2]) + 4)
-#endif
-#define ALLOW_UNLESS_EXEC(call)                                                                   \
-    BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, (call), 0, 4), LOAD_PROTECTION,                           \
-        BPF_JUMP(BPF_JMP | BPF_JSET | BPF_K, PROT_EXEC, 0, 1), RETURN(SECCOMP_RET_KILL_PROCESS), \
-        RETURN(SECCOMP_RET_ALLOW)
+struct filter {
+    struct sock_filter code[512];
+    unsigned short len;
+};
 
-/* Installs the allow-list. 0, or -1 with errno. */
-static int seccomp_install(void) {
+static void filter_add(struct filter *f, uint16_t code, uint8_t if_true, uint8_t if_false, uint32_t k) {
+    f->code[f->len++] = (struct sock_filter){code, if_true, if_false, k};
+}
+
+static void filter_load(struct filter *f, size_t offset) {
+    filter_add(f, BPF_LD | BPF_W | BPF_ABS, 0, 0, (uint32_t)offset);
+}
+
+static void filter_return(struct filter *f, uint32_t action) {
+    filter_add(f, BPF_RET | BPF_K, 0, 0, action);
+}
+
+/* What becomes of each of these calls. */
+static void filter_calls(struct filter *f, const int *calls, size_t count, uint32_t action) {
+    for (size_t i = 0; i < count; i++) {
+        if (calls[i] == NO_CALL)
+            continue;
+        filter_add(f, BPF_JMP | BPF_JEQ | BPF_K, 0, 1, (uint32_t)calls[i]);
+        filter_return(f, action);
+    }
+}
+
+/* mmap and mprotect, allowed unless the third argument has PROT_EXEC; its low word comes first or last. */
+static void filter_memory(struct filter *f, int call, uint32_t deadly) {
+    const size_t low = __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__ ? 0 : 4;
+    filter_add(f, BPF_JMP | BPF_JEQ | BPF_K, 0, 4, (uint32_t)call);
+    filter_load(f, offsetof(struct seccomp_data, args[2]) + low);
+    filter_add(f, BPF_JMP | BPF_JSET | BPF_K, 0, 1, PROT_EXEC);
+    filter_return(f, deadly);
+    filter_return(f, SECCOMP_RET_ALLOW);
+}
+
+/* What a turn, a log line and the end are made of, with each libc and on each machine; often used ones first. */
+static void filter_allow(struct filter *f) {
+    const int calls[] = {
+        SYS_epoll_pwait, SYS_read, SYS_write, SYS_getrandom, SYS_epoll_ctl, SYS_accept4, SYS_getsockopt, SYS_close,
+        SYS_rt_sigprocmask, /* glibc's getrandom, from 2.41 on */
+        SYS_madvise, SYS_munmap, SYS_brk, SYS_exit_group, SYS_unlinkat,
+        SYS_pread64, /* metrics_resident */
+#ifdef SYS_clock_gettime /* where the vDSO has no clock */
+        SYS_clock_gettime,
+#endif
+#ifdef SYS_clock_gettime32
+        SYS_clock_gettime32,
+#endif
+#ifdef SYS_clock_gettime64
+        SYS_clock_gettime64,
+#endif
+#ifdef SYS_timerfd_settime
+        SYS_timerfd_settime,
+#endif
+#ifdef SYS_timerfd_settime32
+        SYS_timerfd_settime32,
+#endif
+#ifdef SYS_timerfd_settime64
+        SYS_timerfd_settime64,
+#endif
+#ifdef SYS_ppoll /* log_line */
+        SYS_ppoll,
+#endif
+#ifdef SYS_ppoll_time64
+        SYS_ppoll_time64,
+#endif
+#ifdef SYS_lstat /* listener_close */
+        SYS_lstat,
+#endif
+#ifdef SYS_newfstatat
+        SYS_newfstatat,
+#endif
+#ifdef SYS_fstatat64
+        SYS_fstatat64,
+#endif
+#ifdef SYS_statx
+        SYS_statx,
+#endif
+    };
+    filter_calls(f, calls, sizeof calls / sizeof *calls, SECCOMP_RET_ALLOW);
+}
+
+/* What gives an attacker something that the process does not have. */
+static void filter_kill(struct filter *f, uint32_t deadly) {
+    const int calls[] = {
+        /* programs and processes */
+        SYS_execve, SYS_execveat, SYS_clone, SYS_ptrace, SYS_process_vm_readv, SYS_process_vm_writev, SYS_kill, SYS_tkill,
+        SYS_tgkill, SYS_rt_sigqueueinfo, SYS_rt_tgsigqueueinfo, SYS_unshare, SYS_setns, SYS_kcmp,
+#ifdef SYS_fork
+        SYS_fork, SYS_vfork,
+#endif
+#ifdef SYS_clone3
+        SYS_clone3,
+#endif
+#ifdef SYS_pidfd_getfd
+        SYS_pidfd_open, SYS_pidfd_getfd, SYS_pidfd_send_signal,
+#endif
+#ifdef SYS_process_madvise
+        SYS_process_madvise,
+#endif
+        /* sockets */
+        SYS_socket, SYS_socketpair, SYS_connect, SYS_bind, SYS_listen, SYS_sendto, SYS_sendmsg, SYS_sendmmsg, SYS_recvmsg,
+        SYS_recvmmsg,
+        /* files */
+        SYS_openat, SYS_open_by_handle_at, SYS_memfd_create, SYS_linkat, SYS_symlinkat, SYS_mkdirat, SYS_mknodat,
+        SYS_renameat2, SYS_fchmod, SYS_fchmodat, SYS_fchown, SYS_fchownat, SYS_truncate, SYS_ftruncate, SYS_chroot,
+        SYS_pivot_root, SYS_mount, SYS_umount2, SYS_setxattr, SYS_fsetxattr, SYS_lsetxattr,
+#ifdef SYS_renameat
+        SYS_renameat,
+#endif
+#ifdef SYS_open
+        SYS_open, SYS_creat, SYS_link, SYS_symlink, SYS_unlink, SYS_rename, SYS_mkdir, SYS_rmdir, SYS_mknod, SYS_chmod,
+        SYS_chown, SYS_lchown,
+#endif
+#ifdef SYS_openat2
+        SYS_openat2,
+#endif
+#ifdef SYS_open_tree
+        SYS_open_tree, SYS_move_mount, SYS_fsopen, SYS_fsmount,
+#endif
+        /* executable memory: see filter_memory for mmap and mprotect */
+        SYS_shmat, SYS_remap_file_pages, SYS_personality,
+#ifdef SYS_pkey_mprotect
+        SYS_pkey_mprotect,
+#endif
+#ifdef SYS_userfaultfd
+        SYS_userfaultfd,
+#endif
+        /* another user */
+        SYS_setuid, SYS_setgid, SYS_setreuid, SYS_setregid, SYS_setresuid, SYS_setresgid, SYS_setgroups, SYS_setfsuid,
+        SYS_setfsgid, SYS_capset,
+#ifdef SYS_setuid32
+        SYS_setuid32, SYS_setgid32, SYS_setreuid32, SYS_setregid32, SYS_setresuid32, SYS_setresgid32, SYS_setgroups32,
+        SYS_setfsuid32, SYS_setfsgid32,
+#endif
+        /* the kernel's own */
+        SYS_bpf, SYS_perf_event_open, SYS_add_key, SYS_request_key, SYS_keyctl, SYS_init_module, SYS_finit_module,
+        SYS_delete_module, SYS_kexec_load, SYS_reboot,
+#ifdef SYS_kexec_file_load
+        SYS_kexec_file_load,
+#endif
+#ifdef SYS_iopl
+        SYS_iopl, SYS_ioperm, SYS_modify_ldt,
+#endif
+#ifdef SYS_io_uring_setup
+        SYS_io_uring_setup, SYS_io_uring_enter, SYS_io_uring_register,
+#endif
+    };
+    filter_calls(f, calls, sizeof calls / sizeof *calls, deadly);
+}
+
+/*
+ * Installs the filter: `deadly` is what becomes of an attacker's calls, `other` of those
+ * that are in neither list. 0, or -1 with errno.
+ */
+static int seccomp_install(uint32_t deadly, uint32_t other) {
     if (THIS_ARCH == 0) {
         errno = ENOSYS;
         return -1;
     }
-    static struct sock_filter filter[] = {
-        LOAD(arch),
-        BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, THIS_ARCH, 1, 0),
-        RETURN(SECCOMP_RET_KILL_PROCESS),
-        LOAD(nr),
-        ALLOW(SYS_epoll_pwait), /* the loop */
-        ALLOW(SYS_TIMERFD_SETTIME),
-#ifdef SYS_timerfd_settime64
-        ALLOW(SYS_timerfd_settime64),
+    struct filter f = {.len = 0};
+    filter_load(&f, offsetof(struct seccomp_data, arch));
+    filter_add(&f, BPF_JMP | BPF_JEQ | BPF_K, 1, 0, THIS_ARCH);
+    filter_return(&f, deadly);
+    filter_load(&f, offsetof(struct seccomp_data, nr));
+#ifdef __x86_64__
+    enum { X32 = 0x40000000 }; /* its calls are x86-64's by number, but for this bit */
+    filter_add(&f, BPF_JMP | BPF_JGE | BPF_K, 0, 1, X32);
+    filter_return(&f, deadly);
 #endif
-        ALLOW(SYS_epoll_ctl),
-        ALLOW(SYS_accept4),
-        ALLOW(SYS_getsockopt),
-        ALLOW(SYS_read),
-        ALLOW(SYS_write),
-        ALLOW(SYS_close),
-        ALLOW(SYS_CLOCK_GETTIME), /* where the vDSO has no clock */
-        ALLOW(SYS_getrandom),
-        ALLOW(SYS_PPOLL),   /* log_line */
-        ALLOW(SYS_pread64), /* metrics_resident */
-        ALLOW(SYS_brk),     /* malloc */
-        ALLOW(SYS_munmap),
-        ALLOW(SYS_madvise),
-        ALLOW_UNLESS_EXEC(SYS_MMAP),
-        LOAD(nr),
-        ALLOW_UNLESS_EXEC(SYS_mprotect),
-        LOAD(nr),
-        ALLOW(SYS_statx), /* listener_close */
-        ALLOW(SYS_unlinkat),
-        ALLOW(SYS_exit_group),
-        RETURN(SECCOMP_RET_KILL_PROCESS),
-    };
-    const struct sock_fprog program = {.len = sizeof filter / sizeof *filter, .filter = filter};
+    filter_allow(&f);
+    filter_kill(&f, deadly);
+    filter_memory(&f, SYS_MMAP, deadly);
+    filter_load(&f, offsetof(struct seccomp_data, nr));
+    filter_memory(&f, SYS_mprotect, deadly);
+    filter_return(&f, other);
+    const struct sock_fprog program = {.len = f.len, .filter = f.code};
     return prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, &program);
 }
 
@@ -3427,20 +3688,24 @@ static int privileges_freeze(void) {
     return prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0);
 }
 
-/* Confines the process. Returns NULL, or with errno the feature that is required and lacking. */
-static const char *confine(enum sandbox sandbox) {
+static int seccomp_enforce(void) {
+    return seccomp_install(SECCOMP_RET_KILL_PROCESS, SECCOMP_RET_ERRNO | ENOSYS);
+}
+
+/* Confines the process, with the filter or without. Returns NULL, or with errno the feature that is required and lacking. */
+static const char *confine(enum sandbox sandbox, bool filtered) {
     static const struct {
         const char *feature;
         int (*step)(void);
     } steps[] = {
         {"no_new_privs", privileges_freeze},
         {"capabilities", capabilities_drop},
-        {"seccomp", seccomp_install},
+        {"seccomp", seccomp_enforce},
     };
     if (sandbox == SANDBOX_OFF)
         return NULL;
     for (size_t i = 0; i < sizeof steps / sizeof *steps; i++) {
-        if (steps[i].step() == 0)
+        if ((steps[i].step == seccomp_enforce && !filtered) || steps[i].step() == 0)
             continue;
         if (sandbox == SANDBOX_REQUIRE)
             return steps[i].feature;
@@ -3501,13 +3766,6 @@ static ssize_t client_read_request(nghttp2_session *session, int32_t id, uint8_t
     return (ssize_t)left;
 }
 
-static void copy_text(char *out, size_t cap, const uint8_t *value, size_t len) {
-    if (len > cap - 1)
-        len = cap - 1;
-    memcpy(out, value, len);
-    out[len] = '\0';
-}
-
 static int client_on_header(nghttp2_session *session, const nghttp2_frame *frame, const uint8_t *name, size_t name_len,
                             const uint8_t *value, size_t len, uint8_t flags, void *client) {
     (void)session;
@@ -3546,8 +3804,11 @@ static int client_on_stream_close(nghttp2_session *session, int32_t id, uint32_t
 static int client_wait(struct client *c, short events) {
     struct pollfd p = {.fd = c->fd, .events = events};
     int64_t left = c->deadline_ms - monotonic_us() / 1000;
-    int n = left > 0 ? poll(&p, 1, (int)left) : 0;
-    return n > 0 || (n < 0 && errno == EINTR) ? 0 : client_fail(c, "no answer in time");
+    const struct timespec wait = {.tv_sec = left / 1000, .tv_nsec = left % 1000 * 1000000};
+    int n = left > 0 ? ppoll(&p, 1, &wait, NULL) : 0;
+    if (n < 0 && errno != EINTR)
+        return client_fail(c, "ppoll: %s", strerror(errno));
+    return n != 0 ? 0 : client_fail(c, "no answer in time");
 }
 
 static int client_open(struct client *c, const struct sockaddr_un *address, socklen_t len) {
@@ -3797,6 +4058,227 @@ static int probe(const char *endpoint, int64_t timeout_ms) {
     nghttp2_session_del(p.client.session);
     close(p.client.fd);
     return 0;
+}
+
+/* --------------------------------------------------------------- Rehearsal
+ *
+ * Another libc, kernel, emulator or container runtime may make system calls that the
+ * filter does not know, or refuse some that a server needs. That is found out before
+ * READY=1, where it costs nobody a Secret: a forked child, which has none of the KEKs,
+ * confines itself and does all that a server may come to do, and a second child probes
+ * it. What they came through is then done in earnest.
+ */
+
+/* How a rehearsal went; RUINED: it could not be held. */
+enum rehearsal { WELL, BADLY, RUINED };
+
+enum { REHEARSAL_SECONDS = 10, REHEARSAL_PROBE_MS = 2000 }; /* it takes one or two milliseconds */
+
+static const char forbidden[] = "system call %d is needed here, and is not one that the filter allows";
+
+static void on_forbidden_call(int signal, siginfo_t *info, void *context) {
+    (void)signal;
+    (void)context;
+    die(forbidden, info->si_syscall);
+}
+
+/* Dies if a call has failed that a server does not look at when it makes it. */
+static void must(const char *call, int result) {
+    if (result < 0)
+        die("%s: %s", call, strerror(errno));
+}
+
+/* What a server may come to do, but a probe does not make it do. */
+static void server_warm_up(struct server *s) {
+    void *blocks[BUFFERED_MAX / MESSAGE_MAX];
+    for (size_t size = HEAP_CLASS0_BYTES; size <= BUFFERED_MAX; size *= 16) { /* what malloc asks the kernel for */
+        size_t count = 0;
+        while (count < sizeof blocks / sizeof *blocks && count * size <= BUFFERED_MAX)
+            blocks[count++] = heap_new(&s->heap, size);
+        while (count > 0)
+            if (blocks[--count])
+                heap_free(&s->heap, blocks[count]);
+    }
+    heap_tidy(&s->heap);
+    struct text t = {.buf = arena_new(&s->kms.arena, 2 * ARENA_KEEP_BYTES), .cap = METRICS_BYTES};
+    metrics_write(&s->metrics, s->kms.ring->keks[0].key_id, s->conn_count, &t);
+    must("pread", s->metrics.statm < 0 || metrics_resident(&s->metrics) > 0 ? 0 : -1);
+    arena_reset(&s->kms.arena);
+    must("mprotect", mprotect(s->kms.arena.base, ARENA_BYTES, PROT_READ | PROT_WRITE));
+    must("madvise", madvise(s->kms.arena.base, ARENA_BYTES, MADV_DONTNEED));
+    void *page = mmap(NULL, (size_t)getpagesize(), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    must("mmap", page == MAP_FAILED ? -1 : 0);
+    must("munmap", munmap(page, (size_t)getpagesize()));
+    must("close", close(STDIN_FILENO));
+    must("accept4", accept4(s->epoll, NULL, NULL, 0) < 0 && errno == ENOTSOCK ? 0 : -1);
+    int type;
+    socklen_t len = sizeof type;
+    must("getsockopt", getsockopt(s->listeners[0].source.fd, SOL_SOCKET, SO_TYPE, &type, &len));
+    struct stat st;
+    must("lstat", lstat("/", &st));
+    file_remove("/", &st); /* as if it were a socket: no directory is removed so */
+    must("unlinkat", errno == ENOSYS ? -1 : 0);
+    clocks_check();
+    s->refused_unlogged = 1;
+    server_log_refused(s);
+    server_accept_from(s, false);
+    server_accept_from(s, true);
+}
+
+/* The child that serves, under a KEK of its own. `other` is what the filter does with a call that is in neither list. */
+static void rehearse_server(const struct serve_options *asked, int listener, bool filtered, uint32_t other) {
+    const struct sigaction tell = {.sa_sigaction = on_forbidden_call, .sa_flags = SA_SIGINFO};
+    struct serve_options options = *asked;
+    uint8_t key[KEK_BYTES];
+    sigset_t set;
+    options.uids[0] = geteuid();
+    options.uid_count = 1;
+    log_level = LOG_DEBUG;
+    struct ring *ring = ring_new();
+    if (random_fill(key, sizeof key) < 0)
+        die("getrandom: %s", strerror(errno));
+    kek_init(&ring->keks[ring->count++], &ring->suite, key);
+    struct server *s = server_new(ring, &options);
+    s->listeners[s->listener_count++].source = (struct source){SOURCE_LISTENER, listener};
+    sigemptyset(&set);
+    sigaddset(&set, SIGSYS);
+    sigaddset(&set, SIGALRM);
+    if (sigaction(SIGSYS, &tell, NULL) < 0 || sigprocmask(SIG_UNBLOCK, &set, NULL) < 0)
+        die("sigaction, sigprocmask: %s", strerror(errno));
+    if (filtered) {
+        privileges_freeze();
+        capabilities_drop();
+        if (seccomp_install(SECCOMP_RET_TRAP, other) < 0)
+            die("seccomp: %s", strerror(errno));
+    }
+    server_watch(s, &s->listeners[0].source);
+    server_warm_up(s);
+    server_run(s);
+    server_free(s);
+}
+
+/* Reads what the children said, to its end; the first sentence of one that failed goes to `why`, without our name. */
+static void rehearsal_read(int fd, char *why, size_t cap) {
+    static const char mark[] = "kmsplugin: ";
+    char line[LOG_LINE_MAX], c;
+    size_t len = 0;
+    why[0] = '\0';
+    while (read(fd, &c, 1) == 1) {
+        if (c != '\n' && len < sizeof line)
+            line[len++] = c;
+        if (c == '\n' && len >= sizeof mark && memcmp(line, mark, sizeof mark - 1) == 0 && !why[0])
+            copy_text(why, cap, (uint8_t *)line + sizeof mark - 1, len - (sizeof mark - 1));
+        if (c == '\n')
+            len = 0;
+    }
+}
+
+/* Waits for a child and gives its wait status, 0 if it ended well; -1 with errno if it cannot be waited for. */
+static int child_wait(pid_t pid) {
+    int status = 0;
+    while (waitpid(pid, &status, 0) < 0)
+        if (errno != EINTR)
+            return -1;
+    return status;
+}
+
+/* Makes a child's output go to `words`, and its life end in bounded time. */
+static void child_begin(int words) {
+    must("dup2", dup2(words, STDOUT_FILENO));
+    must("dup2", dup2(words, STDERR_FILENO));
+    alarm(REHEARSAL_SECONDS);
+}
+
+/* A rehearsal that could not be held, for want of a call that has set errno. */
+static enum rehearsal rehearsal_ruined(const char *call, char *why, size_t cap) {
+    struct text t = {.buf = why, .cap = cap - 1};
+    text_add(&t, "no rehearsal could be held: %s: %s", call, strerror(errno));
+    why[t.len] = '\0';
+    return RUINED;
+}
+
+/* A listening socket of an abstract name that the kernel chooses, and a pipe. NULL, or with errno the call that failed. */
+static const char *rehearsal_open(int listener, struct sockaddr_un *address, socklen_t *len, int words[2]) {
+    *address = (struct sockaddr_un){.sun_family = AF_UNIX};
+    *len = sizeof *address;
+    return bind(listener, (struct sockaddr *)address, sizeof address->sun_family) < 0 ? "bind"
+           : listen(listener, 1) < 0                                                  ? "listen"
+           : getsockname(listener, (struct sockaddr *)address, len) < 0               ? "getsockname"
+           : pipe2(words, O_CLOEXEC) < 0                                              ? "pipe2"
+                                                                                      : NULL;
+}
+
+/* One rehearsal; if it did not go well, `why` has the reason. */
+static enum rehearsal rehearse(const struct serve_options *options, bool filtered, uint32_t other, char *why, size_t cap) {
+    enum rehearsal went = WELL;
+    struct sockaddr_un address;
+    socklen_t len;
+    char endpoint[ENDPOINT_NAME_BYTES];
+    int words[2], listener = socket_new();
+    const char *lost = rehearsal_open(listener, &address, &len, words);
+    if (lost) {
+        went = rehearsal_ruined(lost, why, cap);
+        close(listener);
+        return went;
+    }
+    pid_t server = fork();
+    if (server == 0) {
+        child_begin(words[1]);
+        rehearse_server(options, listener, filtered, other);
+        _exit(0);
+    }
+    pid_t client = server > 0 ? fork() : -1;
+    if (client == 0) {
+        close(listener);
+        child_begin(words[1]);
+        _exit(probe(endpoint_name(&address, len, endpoint, sizeof endpoint), REHEARSAL_PROBE_MS));
+    }
+    if (client < 0)
+        went = rehearsal_ruined("fork", why, cap);
+    close(listener);
+    close(words[1]);
+    int probed = went == WELL ? child_wait(client) : -1, served = -1;
+    if (went == WELL && probed < 0)
+        went = rehearsal_ruined("waitpid", why, cap);
+    if (server > 0 && kill(server, probed == 0 ? SIGTERM : SIGKILL) < 0)
+        went = rehearsal_ruined("kill", why, cap); /* it ends by its alarm */
+    else if (server > 0)
+        served = child_wait(server);
+    if (went == WELL)
+        rehearsal_read(words[0], why, cap);
+    close(words[0]);
+    if (went != WELL || (probed == 0 && served == 0))
+        return went;
+    struct text t = {.buf = why, .cap = cap - 1};
+    bool named = strncmp(why, forbidden, 12) == 0; /* "system call " */
+    if (WIFSIGNALED(served) && WTERMSIG(served) == SIGSYS && !named)
+        text_add(&t, forbidden, (int)SYS_write); /* which is why on_forbidden_call could not say so */
+    else if (!why[0])
+        text_add(&t, "a rehearsal did not come to its end");
+    if (t.len > 0)
+        why[t.len] = '\0';
+    return BADLY;
+}
+
+/* Whether a server can work here with the filter. Dies if it has to, and cannot; or if it cannot even without. */
+static bool serve_rehearse(const struct serve_options *options, const struct ring *ring) {
+    char why[LOG_LINE_MAX] = "madvise knows no MADV_DONTFORK: a rehearsal would have the KEKs", other[LOG_LINE_MAX];
+    enum rehearsal went = RUINED;
+    if (options->sandbox != SANDBOX_OFF) {
+        if (ring->unforked)
+            went = rehearse(options, true, SECCOMP_RET_ERRNO | ENOSYS, why, sizeof why);
+        if (went == WELL)
+            return true;
+        if (went == BADLY && rehearse(options, true, SECCOMP_RET_TRAP, other, sizeof other) == BADLY)
+            memcpy(why, other, sizeof why); /* which call it was */
+        if (options->sandbox == SANDBOX_REQUIRE)
+            die("--sandbox require: seccomp: %s", why);
+    }
+    if (ring->unforked && rehearse(options, false, 0, other, sizeof other) == BADLY)
+        die("cannot serve here: %s", other);
+    if (options->sandbox != SANDBOX_OFF)
+        log_line(LOG_WARN, "msg=\"the sandbox lacks a feature\" feature=seccomp error=%s", why);
+    return false;
 }
 
 /* ------------------------------------------------------------------ Rescue
@@ -4480,6 +4962,16 @@ static enum verb options_parse(struct options *o, int argc, char **argv) {
 
 /* -------------------------------------------------------------------- Main */
 
+/*
+ * Standard descriptors that are closed, so that no file or socket of ours comes to be
+ * one of them. /dev/null, the wrong way round: using it still is an error, and is told.
+ */
+static void descriptors_open(void) {
+    for (int fd = STDIN_FILENO; fd <= STDERR_FILENO; fd++)
+        if (fcntl(fd, F_GETFD) < 0 && errno == EBADF && open("/dev/null", fd == STDIN_FILENO ? O_WRONLY : O_RDONLY) != fd)
+            exit(1); /* nobody to tell */
+}
+
 /* Keeps this process's memory out of core files and debuggers. */
 static void dump_protect(void) {
     const struct rlimit none = {0, 0};
@@ -4499,17 +4991,57 @@ static void serve_announce(const struct server *s, const struct listener *l) {
              ring->keks[0].key_id, ring->count, ring->suite.name);
 }
 
+/*
+ * Waits until the kernel has entropy, which early in a boot it may not: from then on
+ * getrandom(2) never blocks, in no turn. A call that blocks is what makes the kernel gather
+ * some. SIGTERM ends it (on_early_signal).
+ */
+static void random_wait(void) {
+    const struct timespec pause = {.tv_nsec = ACCEPT_PAUSE_MS * 1000000L};
+    uint8_t byte;
+    if (getrandom(&byte, 1, GRND_NONBLOCK) == 1)
+        return;
+    if (errno == EAGAIN)
+        log_line(LOG_WARN, "msg=\"waiting for the kernel to have random numbers\"");
+    while (getrandom(&byte, 1, 0) != 1) {
+        if (errno != EAGAIN && errno != EINTR)
+            die("getrandom: %s", strerror(errno));
+        nanosleep(&pause, NULL);
+    }
+}
+
+/* A seal and an open before anybody is told that we are ready. False, and the reason in `a`, when they fail. */
+static bool kms_try(struct kms *kms, struct answer *a) {
+    kms_call(kms, V2_STATUS, (const uint8_t *)"", 0, a);
+    kms_done(kms);
+    return a->code == GRPC_OK;
+}
+
 static int serve(struct serve_options *options) {
+    struct answer first;
+    signals_hold();
+    clocks_check();
     if (options->uid_count == 0)
         options_allow_default(options);
     struct ring *ring = ring_load();
+    if (ring->unlocked)
+        log_line(LOG_WARN, "msg=\"the page of the KEKs cannot be locked, and could be swapped out\" mlock=%s",
+                 strerror(ring->unlocked));
     sealing_self_test(&ring->suite);
+    random_wait();
+    bool filtered = serve_rehearse(options, ring);
     struct server *s = server_new(ring, options);
-    const char *lacking = confine(options->sandbox);
+    s->notify = notify_open();
+    listeners_open(s);
+    const char *lacking = confine(options->sandbox, filtered);
     if (lacking) {
         int error = errno;
         listeners_close(s);
         die("--sandbox require: %s: %s", lacking, strerror(error));
+    }
+    if (!kms_try(&s->kms, &first)) {
+        listeners_close(s);
+        die("a first Status fails: %s", first.message);
     }
     for (size_t i = 0; i < s->listener_count; i++) {
         server_watch(s, &s->listeners[i].source);
@@ -4563,6 +5095,7 @@ static int with_ring(enum verb verb, const struct options *o) {
 
 int main(int argc, char **argv) {
     struct options options;
+    descriptors_open();
     dump_protect();
     enum verb verb = options_parse(&options, argc, argv);
     switch (verb) {

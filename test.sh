@@ -41,6 +41,7 @@ fi
 if require build/sandbox make -s build/sandbox; then
     suite sandbox build/sandbox
 fi
+check build/without make -s build/without
 suite server env KMSPLUGIN="$KMSPLUGIN" "$PYTHON" test/run.py
 if require build/kmsplugin-asan make -s build/kmsplugin-asan; then
     suite 'server, sanitized' env KMSPLUGIN=build/kmsplugin-asan KMSPLUGIN_SANITIZED=1 \

@@ -45,6 +45,10 @@ build/sandbox: test/sandbox.c $(TESTED)
 	@mkdir -p build
 	$(CC) $(STD) $(WARN) -I. $(CPPFLAGS) $(CFLAGS) -o $@ test/sandbox.c kms.pb-c.c $(LDFLAGS) $(LIBS)
 
+build/without: test/without.c $(TESTED)
+	@mkdir -p build
+	$(CC) $(STD) $(WARN) -I. $(CPPFLAGS) $(CFLAGS) -o $@ test/without.c kms.pb-c.c $(LDFLAGS) $(LIBS)
+
 build/kmsplugin-asan: $(TESTED)
 	@mkdir -p build
 	$(CC) $(STD) $(WARN) $(CPPFLAGS) $(SANITIZE) -o $@ $(SOURCES) $(LDFLAGS) $(LIBS)

@@ -146,6 +146,20 @@ class File(KeyCase):
         os.chmod(self.path, 0o644)
         self.assert_refused(env=self.env)
 
+    @needs_root
+    def test_owner(self):
+        """Root's or our own user's: who else owns it could change it under us."""
+        for uid, reader, good in ((0, 0, True), (STRANGER, 0, False), (STRANGER, STRANGER, True), (0, STRANGER, True),
+                                  (STRANGER + 1, STRANGER, False)):
+            with self.subTest(uid=uid, reader=reader):
+                os.chown(self.path, uid, STRANGER)
+                os.chmod(self.path, 0o640)
+                done = run('keyid', kek=None, env=self.env, wrapper=as_user(reader), binary=public_binary())
+                self.assertEqual(done.returncode, 0 if good else 1, done.stderr)
+                if not good:
+                    self.assertIn(f'belongs to uid {uid}', done.stderr)
+                    self.assertEqual(done.stdout, b'')
+
     def test_not_a_file(self):
         fifo = os.path.join(fresh_dir(), 'fifo')
         os.mkfifo(fifo, 0o600)

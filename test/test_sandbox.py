@@ -1,9 +1,15 @@
 """What a running server has given up, as the kernel tells it. test/sandbox.c tries the calls themselves."""
+import os
 import re
+import signal
 import subprocess
+import sys
 import unittest
 
-from plugin import BINARY, EMULATED, SANITIZED, Case, needs_root
+import grpc
+
+from plugin import BINARY, EMULATED, KEK, ROOT, SANITIZED, STRANGER, WAIT, Case, as_user, fresh_dir, needs_root
+from raw import Raw
 
 
 @needs_root     # its directory in /proc is root's
@@ -48,3 +54,59 @@ class Sandbox(Case):
         _, state = self.state('--sandbox', 'off')
         self.assertEqual((state['NoNewPrivs'], state['Seccomp']), ('0', '0'))
         self.assertNotEqual(int(state['CapEff'], 16), 0)
+
+
+WITHOUT = os.environ.get('KMSPLUGIN_WITHOUT', os.path.join(ROOT, 'build', 'without'))
+
+
+@unittest.skipIf(SANITIZED, 'sanitizers need system calls')
+@unittest.skipIf(EMULATED, 'the emulator has no seccomp')
+class Unforeseen(Case):
+    """Each call that the filter allows is left out of it in turn (test/without.c), as if this libc's were one that
+    nobody has foreseen: it serves without the filter and says which call that was, or does without the call."""
+
+    def live(self, server):
+        """All that a server may come to do; dies, if at all, here."""
+        rpc = self.client(server)
+        sealed = rpc.encrypt(b'k' * 32)
+        self.assertEqual(rpc.decrypt(sealed.ciphertext, sealed.key_id), b'k' * 32)
+        self.assertEqual(rpc.decrypt_v1(rpc.encrypt_v1(b'k' * 32)), b'k' * 32)
+        self.assertEqual(rpc.status().healthz, 'ok')
+        with Raw(server.path) as raw:
+            self.assertIn(b'kmsplugin_connections 2', raw.get('/metrics').data)
+        with self.assertRaises(grpc.RpcError):
+            rpc.decrypt(b'x', sealed.key_id)
+        if os.geteuid() == 0:
+            subprocess.run([*as_user(STRANGER), sys.executable, '-c', 'import socket, sys\n'
+                            's = socket.socket(socket.AF_UNIX)\ns.connect(sys.argv[1])\ns.recv(1)', server.path],
+                           stderr=subprocess.DEVNULL, timeout=WAIT, check=False)
+            server.wait_log('msg=refused')
+        server.signal(signal.SIGHUP)
+        server.wait_log('signal=1')
+        server.stop()
+        self.assertFalse(os.path.lexists(server.path))
+
+    def test_each_call_left_out(self):
+        numbers = subprocess.run([WITHOUT], capture_output=True, timeout=WAIT, check=True).stdout.split()
+        self.assertGreater(len(numbers), 18)
+        noticed = 0
+        for number in [n.decode() for n in numbers]:
+            with self.subTest(call=number):
+                mode = ('--mode', '0666', '--log-level', 'debug')
+                server = self.start(*mode, binary=WITHOUT, env={'WITHOUT': number})
+                lacking = re.search('level=warn msg="the sandbox lacks a feature" feature=seccomp error="(.*)"', server.log())
+                state = server.proc('status').decode()
+                self.assertIn(f'Seccomp:\t{0 if lacking else 2}', state)
+                if lacking:
+                    noticed += 1
+                    self.assertIn(f'system call {number} is needed', lacking[1])
+                self.live(server)
+                if not lacking:
+                    server = self.start(*mode, '--sandbox', 'require', binary=WITHOUT, env={'WITHOUT': number})
+                    self.live(server)
+                else:
+                    line = self.dies('serve', '--listen', 'unix://' + fresh_dir() + '/kms.sock', '--sandbox',
+                                     'require', kek=KEK, binary=WITHOUT, env={'WITHOUT': number})
+                    self.assertIn(f'--sandbox require: seccomp: system call {number} is needed', line)
+        self.assertGreater(noticed, 12)
+        print(f'# {len(numbers)} calls left out in turn: {noticed} noticed before READY, no death after it')

@@ -158,10 +158,10 @@ class Files(Case):
 
     def test_parent_directory(self):
         """Whoever may rename files there could put a socket of his own in place of ours."""
-        cases = [(0o777, 0, 0, False), (0o757, 0, 0, False), (0o1777, 0, 0, True),
+        cases = [(0o777, 0, 0, False), (0o757, 0, 0, False), (0o1777, 0, 0, False),
                  (0o755, 0, 0, True), (0o700, 0, 0, True)]
         if os.geteuid() == 0:
-            cases += [(0o775, 0, STRANGER, False), (0o1775, 0, STRANGER, True),
+            cases += [(0o775, 0, STRANGER, False), (0o1775, 0, STRANGER, False),
                       (0o755, STRANGER, 0, False), (0o1777, STRANGER, 0, False),
                       (0o755, 0, STRANGER, True), (0o700, STRANGER, STRANGER, False)]
         for mode, uid, gid, good in cases:
@@ -177,6 +177,41 @@ class Files(Case):
                     line = self.dies('serve', '--listen', 'unix://' + path, kek=KEK)
                     self.assertIn(directory, line)
                     self.assertEqual(os.listdir(directory), [])
+
+    def test_sticky_directories_on_the_way_are_taken(self):
+        """/tmp, for one: there nobody but its owner can rename what comes next."""
+        top = fresh_dir()
+        os.chmod(top, 0o1777)
+        os.mkdir(top + '/ours', 0o700)
+        self.start(path=top + '/ours/kms.sock').stop()
+
+    def test_every_hop_of_a_link_is_looked_at(self):
+        """a -> b/hop -> c: who can rename the hop decides where the socket is."""
+        top = fresh_dir()
+        for name in ('b', 'c', 'd'):
+            os.mkdir(f'{top}/{name}', 0o755)
+        os.symlink('b/../b/hop', top + '/a')
+        os.symlink(top + '/c', top + '/b/hop')
+        endpoint = f'unix://{top}/a/kms.sock'
+        self.start(path=top + '/a/kms.sock').stop()
+        os.chmod(top + '/b', 0o777)
+        self.assertIn(top + '/b', self.dies('serve', '--listen', endpoint, kek=KEK))
+        if os.geteuid() == 0:
+            os.chmod(top + '/b', 0o1777)
+            self.start(path=top + '/a/kms.sock').stop()
+            os.lchown(top + '/b/hop', STRANGER, STRANGER)
+            self.assertIn(top + '/b/hop', self.dies('serve', '--listen', endpoint, kek=KEK))
+        os.unlink(top + '/b/hop')
+        os.symlink('../a', top + '/b/hop')
+        self.assertIn('Too many levels of symbolic links', self.dies('serve', '--listen', endpoint, kek=KEK))
+        os.chmod(top + '/b', 0o755)
+        os.unlink(top + '/b/hop')
+        os.symlink('nowhere', top + '/b/hop')
+        self.assertIn('No such file', self.dies('serve', '--listen', endpoint, kek=KEK))
+        os.unlink(top + '/b/hop')
+        with open(top + '/b/hop', 'wb'):
+            pass
+        self.assertIn('Not a directory', self.dies('serve', '--listen', endpoint, kek=KEK))
 
     def test_several(self):
         paths, name = [fresh_dir() + '/kms.sock' for _ in range(2)], fresh_name()

@@ -1217,7 +1217,9 @@ static void key_ids(void) {
     }
 }
 
-static void body_keyid(const void *ring) {
+static void body_keyid(const void *keys) {
+    struct ring *ring = ring_new(); /* here: a child has none of its parent's */
+    ring_parse(ring, "test", keys, strlen(keys));
     keyid(ring);
 }
 
@@ -1229,11 +1231,34 @@ static void keyid_prints_hashes(void) {
         "sha256:34d519c98d6af272ccb316fdd8e37853bd3169902422433b6da75e7e143b67c8\n"
         "0779863873c3f6576cc25424c8a33e60 "
         "sha256:cb870923ae1bb0401668e42500691598e6e544be2480ba6c2e2a4b140b1d2de3\n";
-    struct ring *ring = ring_new();
-    ring_parse(ring, "test", keys, sizeof keys - 1);
-    const struct child *c = child_run(body_keyid, ring);
+    const struct child *c = child_run(body_keyid, keys);
     CHECK(c->code == CHILD_RETURNED && c->err[0] == '\0');
     CHECK(strcmp(c->out, want) == 0);
+}
+
+/* What fork(2) leaves of a ring's pages: nothing; of what lies on either side: nothing that can be read. */
+static void body_look(const void *ring) {
+    size_t page = (size_t)getpagesize();
+    int pipe_fds[2];
+    bool ours = pipe(pipe_fds) == 0;
+    for (int at = -1; at <= 0; at++)
+        ours = ours && write(pipe_fds[1], (const char *)ring + at * (long)page, 1) < 0 && errno == EFAULT;
+    if (!ours)
+        die("it can be read");
+}
+
+static void a_ring_is_fenced_and_not_forked(void) {
+    struct ring *ring = ring_new();
+    size_t page = (size_t)getpagesize(), size = (sizeof *ring + page - 1) / page * page;
+    int pipe_fds[2];
+    CHECK(ring->unforked);
+    CHECK(child_run(body_look, ring)->code == CHILD_RETURNED);
+    CHECK(pipe(pipe_fds) == 0);
+    CHECK(write(pipe_fds[1], ring, 1) == 1);
+    CHECK(write(pipe_fds[1], (char *)ring - 1, 1) < 0 && errno == EFAULT);
+    CHECK(write(pipe_fds[1], (char *)ring + size, 1) < 0 && errno == EFAULT);
+    close(pipe_fds[0]);
+    close(pipe_fds[1]);
     ring_free(ring);
 }
 
@@ -4153,7 +4178,8 @@ static const struct {
     TEST(strings_of_messages),
     TEST(heap_classes), TEST(heap_accounts), TEST(heap_wipes), TEST(heap_keeps_no_more_than_its_share), TEST(arena),
     TEST(xaes_known_answers), TEST(xaes_10000_iterations), TEST(xaes_1000000_iterations), TEST(gcm_known_answers),
-    TEST(gcm_as_bearssl), TEST(hmac_known_answers), TEST(key_ids), TEST(keyid_prints_hashes), TEST(self_test), TEST(seal_roundtrip),
+    TEST(gcm_as_bearssl), TEST(hmac_known_answers), TEST(key_ids), TEST(keyid_prints_hashes),
+    TEST(a_ring_is_fenced_and_not_forked), TEST(self_test), TEST(seal_roundtrip),
     TEST(seal_layout), TEST(seal_tampered), TEST(seal_rotation), TEST(nonces),
     TEST(ring_forms), TEST(ring_takes_16_keys), TEST(ring_add_refusals), TEST(ring_holds_no_text),
     TEST(key_file_modes), TEST(key_file_kinds), TEST(environment), TEST(environment_too_long), TEST(ring_load_sources),

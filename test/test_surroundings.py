@@ -1,0 +1,232 @@
+"""A machine that is not as one would have it: calls that the kernel lacks or a container runtime forbids, signals,
+closed descriptors, sockets that others have left. The server serves, or says in one line why it cannot."""
+import errno
+import os
+import platform
+import re
+import signal
+import subprocess
+import sys
+import time
+import unittest
+
+from plugin import (BINARY, EMULATED, KEK, ROOT, SANITIZED, STRANGER, WAIT, Case, as_user, environment, fresh_dir,
+                    key_id, needs_root, public_binary, run, text, until)
+from raw import Raw
+
+# Becomes the program, with a filter of system calls: number NUMBER is answered with error ERROR.
+DENY = r'''
+import ctypes, os, struct, sys
+number, error = int(sys.argv[1]), int(sys.argv[2])
+LOAD, EQUAL, RETURN, ERROR, ALLOW = 0x20, 0x15, 0x06, 0x50000, 0x7fff0000
+code = [(LOAD, 0, 0, 0), (EQUAL, 0, 1, number), (RETURN, 0, 0, ERROR | error), (RETURN, 0, 0, ALLOW)]
+code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *line) for line in code))
+class Program(ctypes.Structure):
+    _fields_ = [("len", ctypes.c_ushort), ("code", ctypes.c_void_p)]
+libc = ctypes.CDLL(None, use_errno=True)
+NO_NEW_PRIVS, SECCOMP, FILTER = 38, 22, 2
+if libc.prctl(NO_NEW_PRIVS, 1, 0, 0, 0) or libc.prctl(SECCOMP, FILTER, ctypes.byref(Program(4, ctypes.addressof(code)))):
+    sys.exit(os.strerror(ctypes.get_errno()))
+os.execv(sys.argv[3], sys.argv[3:])
+'''
+
+# x86-64's numbers. What happens without: None, it serves and warns of nothing; a warning's words; or with '!' the one
+# line that it ends with.
+CALLS = {
+    'prctl': (157, 'feature=seccomp'), 'prlimit64': (302, None), 'getrlimit': (97, None), 'fstat': (5, None),
+    'lstat': (6, None), 'statx': (332, None), 'mlock': (149, 'cannot be locked'), 'madvise': (28, 'MADV_DONTFORK'),
+    'getrandom': (318, '!getrandom: '), 'clock_gettime': (228, None), 'ppoll': (271, '!ppoll: '),
+    'rt_sigprocmask': (14, '!sigprocmask, sigaction: '), 'rt_sigaction': (13, '!sigprocmask, sigaction: '),
+    'socket': (41, '!socket: '), 'bind': (49, '!bind: '), 'listen': (50, '!listen: '), 'getsockname': (51, 'getsockname: '),
+    'pipe2': (293, 'pipe2: '), 'clone': (56, 'fork: '), 'clone3': (435, None), 'wait4': (61, 'waitpid: '),
+    'kill': (62, 'kill: '), 'alarm': (37, None), 'epoll_create1': (291, '!epoll_create1: '),
+    'epoll_ctl': (233, '!epoll_ctl: '), 'epoll_pwait': (281, '!epoll_pwait: '), 'signalfd4': (289, '!signalfd: '),
+    'timerfd_create': (283, '!timerfd_create: '), 'timerfd_settime': (286, '!timerfd_settime: '), 'fcntl': (72, None),
+    'capset': (126, 'feature=capabilities'), 'chmod': (90, '!chmod: '), 'umask': (95, None), 'accept4': (288, '!accept4: '),
+    'getsockopt': (55, '!getsockopt: '), 'setsockopt': (54, None), 'connect': (42, '!connect: '), 'unlink': (87, None),
+    'getpid': (39, None), 'clock_nanosleep': (230, None), 'readlink': (89, None), 'seccomp': (317, None),
+    'rt_sigreturn': (15, None), 'poll': (7, None), 'getcwd': (79, None), 'gettid': (186, None),
+}
+ENTROPY = (318, errno.EAGAIN)
+
+x86_64_only = unittest.skipUnless(platform.machine() == 'x86_64' and not EMULATED, 'the numbers are those of x86-64')
+
+
+def denied(number, error):
+    return (sys.executable, '-c', DENY, str(number), str(error))
+
+
+class Kernel(Case):
+    def serves(self, server):
+        with Raw(server.path) as raw:
+            self.assertTrue(raw.works())
+        server.stop()
+        self.assertFalse(os.path.lexists(server.path))
+
+    @x86_64_only
+    @unittest.skipIf(SANITIZED, 'sanitizers need many of these calls')
+    def test_each_call_missing_or_forbidden(self):
+        for name, (number, expected) in CALLS.items():
+            for error in (errno.ENOSYS, errno.EPERM):
+                with self.subTest(call=name, error=errno.errorcode[error]):
+                    wrapper = denied(number, error)
+                    if expected is None or not expected.startswith('!'):
+                        server = self.start(wrapper=wrapper)
+                        warnings = [line for line in server.lines if 'level=warn' in line]
+                        if expected:
+                            self.assertIn(expected, '\n'.join(warnings))
+                            self.assertIn(os.strerror(error) if 'MADV' not in expected else '', '\n'.join(warnings))
+                        else:
+                            self.assertEqual(warnings, [])
+                        self.serves(server)
+                    else:
+                        endpoint = 'unix://' + fresh_dir() + '/kms.sock'
+                        done = run('serve', '--listen', endpoint, kek=KEK, wrapper=wrapper)
+                        self.assertEqual(done.returncode, 1, done.stderr)
+                        line = done.stderr.splitlines()[-1]
+                        self.assertTrue(line.startswith('kmsplugin: '), done.stderr)
+                        self.assertIn(expected[1:] + os.strerror(error), line)
+                        self.assertFalse(os.path.lexists(endpoint[len('unix://'):]))
+
+    @x86_64_only
+    def test_no_entropy_yet(self):
+        """It says that it waits, is not ready, and hears SIGTERM."""
+        path = fresh_dir() + '/kms.sock'
+        process = subprocess.Popen([*denied(*ENTROPY), BINARY, 'serve', '--listen', 'unix://' + path],
+                                   env=environment(KEK, None), stderr=subprocess.PIPE)
+        try:
+            line = process.stderr.readline()
+            self.assertIn(b'waiting for the kernel to have random numbers', line)
+            self.assertFalse(os.path.lexists(path))
+            process.send_signal(signal.SIGTERM)
+            rest = process.stderr.read()
+            self.assertEqual(process.wait(WAIT), 0)
+            self.assertNotIn(b'msg=ready', rest)
+        finally:
+            process.kill()
+            process.wait()
+            process.stderr.close()
+
+
+class Signals(Case):
+    def test_hangup_is_logged_and_changes_nothing(self):
+        server = self.start()
+        for count in (1, 2):
+            server.signal(signal.SIGHUP)
+            line = server.wait_log(r'signal=1\b', count)[-1].string
+            self.assertRegex(line, 'level=info msg=".*KEKs.*restart')
+        with Raw(server.path) as raw:
+            self.assertTrue(raw.works())
+
+    def test_no_other_signal_ends_it(self):
+        server = self.start()
+        ends = {signal.SIGKILL, signal.SIGTERM, signal.SIGINT}
+        stops = {signal.SIGSTOP, signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU}
+        for number in sorted(signal.valid_signals() - ends - stops):
+            server.signal(number)
+        with Raw(server.path) as raw:
+            self.assertTrue(raw.works())
+        for number in sorted(stops):
+            server.signal(number)
+            server.signal(signal.SIGCONT)
+        with Raw(server.path) as raw:
+            self.assertTrue(raw.works())
+
+    def test_ignored_signals_are_heard(self):
+        """A shell starts its background jobs with SIGINT ignored."""
+        for number in (signal.SIGINT, signal.SIGTERM):
+            server = self.start(preexec_fn=lambda number=number: signal.signal(number, signal.SIG_IGN))
+            server.signal(number)
+            self.assertEqual(server.wait(), 0)
+
+    def test_terminated_while_it_starts(self):
+        """However early: exit status 0, and no socket is left behind."""
+        for delay in range(0, 40, 2):
+            path = fresh_dir() + '/kms.sock'
+            process = subprocess.Popen([BINARY, 'serve', '--listen', 'unix://' + path], env=environment(KEK, None),
+                                       stderr=subprocess.DEVNULL)
+            time.sleep(delay / 1000)
+            process.send_signal(signal.SIGTERM)
+            status = process.wait(WAIT)
+            self.assertIn(status, (0, -signal.SIGTERM), delay)     # before main it is the kernel's to say
+            self.assertFalse(os.path.lexists(path), delay)
+
+
+class Descriptors(Case):
+    CLOSE = ('/bin/sh', '-c', 'exec "$@" {}', 'sh')
+
+    def closing(self, which):
+        return (*self.CLOSE[:2], self.CLOSE[2].format(which), self.CLOSE[3])
+
+    @needs_root     # its directory in /proc is root's
+    @unittest.skipIf(EMULATED, 'the emulator has descriptors of its own')
+    def test_closed_ones_are_dev_null(self):
+        path = fresh_dir() + '/kms.sock'
+        process = subprocess.Popen([*self.closing('<&- >&- 2>&-'), BINARY, 'serve', '--listen', 'unix://' + path],
+                                   env=environment(KEK, None))
+        try:
+            until(lambda: run('probe', 'unix://' + path).returncode == 0, 'it serves')
+            for fd in range(3):
+                self.assertEqual(os.readlink(f'/proc/{process.pid}/fd/{fd}'), '/dev/null')
+            process.send_signal(signal.SIGTERM)
+            self.assertEqual(process.wait(WAIT), 0)
+        finally:
+            process.kill()
+            process.wait()
+
+    def test_a_verb_without_standard_output_says_so(self):
+        for verb in ('genkey', 'keyid', '--version', '--help'):
+            done = subprocess.run([*self.closing('>&-'), BINARY, verb], env=environment(KEK, None), timeout=WAIT,
+                                  stderr=subprocess.PIPE, stdin=subprocess.DEVNULL, check=False)
+            self.assertEqual(done.returncode, 1, verb)
+            self.assertIn(b'standard output', done.stderr, verb)
+
+    def test_a_key_file_is_no_standard_stream(self):
+        """With standard error closed, the first file opened would become it, and be written to."""
+        path = fresh_dir() + '/kek'
+        with open(path, 'w', encoding='ascii') as file:
+            file.write(text(KEK))
+        os.chmod(path, 0o400)
+        done = subprocess.run([*self.closing('<&- 2>&-'), BINARY, 'keyid'], stdout=subprocess.PIPE, timeout=WAIT,
+                              env=environment(None, {'KMS_KEK_FILE': path}), check=True)
+        self.assertIn(key_id(KEK).encode(), done.stdout)
+
+
+class Sockets(Case):
+    def test_descriptors_for_another_process(self):
+        """LISTEN_PID of a wrapper that did not exec: a warning, and the endpoint of --listen is served."""
+        server = self.start(env={'LISTEN_FDS': '1', 'LISTEN_PID': str(os.getpid())})
+        line = server.wait_log('LISTEN_FDS is not taken')[0].string
+        self.assertIn(f'level=warn msg="LISTEN_FDS is not taken', line)
+        self.assertIn(f'listen_pid={os.getpid()} pid={server.pid}', line)
+        with Raw(server.path) as raw:
+            self.assertTrue(raw.works())
+
+    @needs_root
+    def test_a_stale_socket_that_cannot_be_tried(self):
+        """Root's, and the plugin no longer is: it does not claim that anybody listens."""
+        directory = fresh_dir()
+        server = self.start(path=directory + '/kms.sock')
+        os.kill(server.pid, signal.SIGKILL)
+        server.wait()
+        server.kill()
+        os.chown(directory, STRANGER, STRANGER)
+        line = self.dies('serve', '--listen', 'unix://' + server.path, kek=KEK, wrapper=as_user(STRANGER),
+                         binary=public_binary())
+        self.assertNotIn('another process is listening', line)
+        self.assertIn('socket of uid 0', line)
+        self.assertIn('Permission denied', line)
+        self.assertIn('remove it', line)
+        self.assertTrue(os.path.exists(server.path))
+
+    @needs_root
+    def test_each_step_has_a_sentence(self):
+        directory = fresh_dir()
+        endpoint = f'unix://{directory}/kms.sock'
+        line = self.dies('serve', '--listen', endpoint, kek=KEK, wrapper=as_user(STRANGER), binary=public_binary())
+        self.assertRegex(line, f'{re.escape(endpoint)}: bind: Permission denied; .*write')
+        os.chown(directory, STRANGER, STRANGER)
+        line = self.dies('serve', '--listen', endpoint, '--group', '0', kek=KEK, wrapper=as_user(STRANGER),
+                         binary=public_binary())
+        self.assertRegex(line, f'{re.escape(endpoint)}: chown: Operation not permitted; --group .*runAsGroup')
+        self.assertEqual(os.listdir(directory), [])
