@@ -115,7 +115,7 @@ enum {
     FIELDS_MAX_BYTES = 16 * 1024,       /* a header list, as RFC 9113 6.5.2 counts it */
     FIELD_OVERHEAD_BYTES = 32,          /* a field in that count */
     MESSAGE_TEXT_MAX = 160,             /* grpc-message, percent-encoded */
-    METRICS_BYTES = 32 * 1024,          /* all series there can be take some 20 KB */
+    METRICS_BYTES = 48 * 1024,          /* all series there can be take some 34 KB */
 
     /* The server. */
     CONNECTIONS_DEFAULT = 256,          /* an apiserver opens one a provider entry and reload */
@@ -123,6 +123,7 @@ enum {
     ALL_STREAMS_MAX = 4096,             /* open streams over all connections */
     BUFFERED_MAX = 4 * 1024 * 1024,     /* requests and unread answers over all connections */
     HEAP_MAX = 11 * 1024 * 1024,        /* those, streams, and nghttp2's own memory */
+    USER_SERIES_MAX = 16,               /* uids with a series of their own in /metrics */
     UNREAD_PAUSE_BYTES = 256 * 1024,    /* unread answers at which a peer's window stays shut */
     LISTENERS_MAX = 16,
     ACCEPT_BURST = 16,                  /* connections a wake-up takes from one listener */
@@ -131,7 +132,7 @@ enum {
     IN_BYTES = 16 * 1024,               /* of that, one peer's at most */
     OUT_BYTES = 64 * 1024,              /* sent a turn: the answers to a full read fit */
     ALLOWED_UIDS_MAX = 32,
-    BACKLOG = 128,
+    BACKLOG = INT_MAX,                  /* peers that wait to be accepted: as many as net.core.somaxconn lets */
     RESERVED_FILES = 32,                /* descriptors that are not connections */
 
     /* Times. */
@@ -141,6 +142,8 @@ enum {
     DRAIN_TIMEOUT_MS = 5 * 1000,        /* SIGTERM to exit */
     ACCEPT_PAUSE_MS = 100,              /* no descriptors: how long to leave newcomers waiting */
     REFUSED_LOG_MS = 1000,              /* at most one line of refused peers in this time */
+    MINUTE_MS = 60 * 1000,              /* between two lines of a connection on its use of a method */
+    LINES_A_MINUTE = 120,               /* that peers can cause: two megabytes a day at most */
     TIDY_AFTER_MS = 1000,               /* quiet time after which kept memory goes back */
     STALE_RETRY_MS = 100,               /* a socket bound but not yet listening gets this long */
 
@@ -150,7 +153,7 @@ enum {
     HEAP_CLASSES = 6,                   /* blocks of 64 to 2,048 bytes are kept for reuse */
     HEAP_CLASS0_BYTES = 64,
     HEAP_KEEP_BYTES = 1024 * 1024,      /* kept at most, and only under load (TIDY_AFTER_MS) */
-    RANDOM_BYTES = 170 * NONCE_BYTES,   /* one getrandom(2) for 170 nonces */
+    RANDOM_BYTES = 128 * NONCE_BYTES,   /* bought at once at most, in a turn of many Encrypts */
     STACK_WIPE_BYTES = 6 * 1024,        /* a turn was 4,384 bytes deep at most (s390x) */
 
     /* Rescue. */
@@ -181,15 +184,16 @@ struct field {
     size_t len;
 };
 
-/* Random bytes bought in bulk, each given out once and wiped as it goes. */
+/* Random bytes, each given out once and wiped as it goes; random_drop leaves none at the end of a turn. */
 struct random {
-    size_t left;
+    size_t left, next; /* bytes that are there, and that will be bought when they are used up */
     uint8_t bytes[RANDOM_BYTES];
 };
 
-/* A fast or a constant-time implementation, whichever this CPU has. */
+/* BearSSL's code for this CPU, all of it constant-time: with the instructions for AES and GCM, or without. */
 struct suite {
-    const br_block_ctrcbc_class *aes; /* CBC-MAC for a block at a time, CTR for many at once */
+    const br_block_ctrcbc_class *aes; /* a KEK: CBC-MAC, for a block at a time */
+    const br_block_ctr_class *ctr;    /* the key of one message */
     br_ghash ghash;
     const char *name;
 };
@@ -262,6 +266,7 @@ struct answer {
     const uint8_t *bytes; /* with GRPC_OK: the encoded response */
     size_t len;
     const char *uid, *key_id; /* for the log */
+    const struct kek *kek; /* the one that was used, or NULL */
 };
 
 /* Histogram bounds in microseconds, and the same in seconds as Prometheus wants them. */
@@ -348,11 +353,33 @@ struct stream {
     uint8_t prefix[GRPC_PREFIX_BYTES];
     size_t prefix_len;
     uint8_t *body; /* the message; a buffer of the connection */
-    const uint8_t *borrowed; /* or where the server read all of it: see stream_keep */
     size_t body_len, body_cap;
     uint8_t *reply; /* the DATA to send; a buffer of the connection */
     size_t reply_sent, reply_len;
     bool reply_grpc; /* trailers follow */
+};
+
+/* What peers hold. Each has a limit over all connections. */
+enum resource {
+    CONNECTIONS,
+    STREAMS,  /* open ones */
+    BUFFERED, /* bytes of requests and of unread answers */
+    HELD,     /* bytes of the heap, all told: those, streams, and what sessions take for themselves */
+    RESOURCES,
+};
+
+/* A uid that may connect: what its connections hold together, and how often it has used a KEK. */
+struct user {
+    uid_t uid;
+    size_t used[RESOURCES];
+    uint64_t uses[RPCS], failures[RPCS];
+};
+
+/* What a connection has done with KEKs by one method since the last line in the log. */
+struct trace {
+    const struct kek *kek; /* the last one, or NULL */
+    uint64_t uses, failures;
+    int64_t due_ms; /* no line before this */
 };
 
 enum source_kind { SOURCE_SIGNAL, SOURCE_TIMER, SOURCE_LISTENER, SOURCE_CONN };
@@ -377,22 +404,24 @@ struct conn {
     struct source source;
     struct conn *next;
     struct server *server;
+    struct user *user;
     nghttp2_session *session;
-    struct stream *streams, *recent; /* recent: the one that the last callback was for, or NULL */
+    struct stream *streams;
     bool closed; /* descriptor and session are gone, the struct goes at the end of the turn */
     bool greeted; /* the client's SETTINGS have come */
     bool writing; /* epoll waits for room to write, and for nothing else */
-    bool doomed; /* its session took memory past the limit: to be closed as soon as that returns */
-    bool broken; /* its session was refused memory, and cannot be deleted */
+    bool broken; /* the system had no memory for its session, which therefore cannot be deleted */
+    uint32_t error; /* of HTTP/2: what GOAWAY has told the peer, or 0 */
     struct ucred peer;
     int64_t idle_since_ms;
     int64_t preface_deadline_ms;
     int64_t out_deadline_ms; /* while out holds something */
     uint8_t *out; /* what the socket did not take; a buffer */
     size_t out_sent, out_len;
-    size_t held; /* bytes of the heap, all told */
+    size_t used[RESOURCES];
     size_t unread; /* bytes of answers among them */
     size_t unconsumed; /* received, and not yet given back to the peer's window */
+    struct trace traces[RPCS];
 };
 
 enum sandbox { SANDBOX_AUTO, SANDBOX_REQUIRE, SANDBOX_OFF };
@@ -416,7 +445,6 @@ struct serve_options {
 
 struct server {
     const struct serve_options *options;
-    size_t max_connections; /* as asked for, or as descriptors allow */
     struct kms kms;
     struct metrics metrics;
     struct heap heap;
@@ -426,8 +454,11 @@ struct server {
     struct listener listeners[LISTENERS_MAX];
     size_t listener_count;
     struct conn *conns;
-    size_t conn_count, stream_count; /* closed ones do not count */
-    size_t buffered; /* bytes of requests and unread answers */
+    struct user users[ALLOWED_UIDS_MAX];
+    size_t user_count;
+    size_t used[RESOURCES], limit[RESOURCES]; /* what is closed does not count */
+    uint8_t *page; /* /metrics, rendered once a turn; from malloc */
+    size_t page_len;
     nghttp2_session_callbacks *callbacks;
     nghttp2_option *session_options;
     int64_t now_ms; /* monotonic, once a wake-up */
@@ -438,14 +469,14 @@ struct server {
     int64_t resume_accept_ms, drain_ms; /* INT64_MAX: not under way */
     int64_t refused_logged_ms;
     uint64_t refused_unlogged;
+    int64_t minute_ms; /* the minute that the next two are of */
+    unsigned minute_lines;
+    uint64_t lines_left_out;
     struct ucred refused_peer; /* the last one */
     size_t share; /* bytes that a peer may be read for in this turn */
     size_t out_len;
     uint8_t in[IN_BYTES], out[OUT_BYTES];
 };
-
-/* What seldom runs: kept apart from its callers, which then need not save registers for it. */
-#define COLD __attribute__((cold, noinline))
 
 /* -------------------------------------------------------------------- Text
  *
@@ -701,10 +732,6 @@ static void stack_wipe(void) {
     wipe(below, sizeof below);
 }
 
-static uint64_t big_endian(uint64_t n) {
-    return __BYTE_ORDER__ == __ORDER_BIG_ENDIAN__ ? n : __builtin_bswap64(n);
-}
-
 static void hex_encode(const uint8_t *bytes, size_t len, char *out) {
     for (size_t i = 0; i < len; i++) {
         *out++ = "0123456789abcdef"[bytes[i] >> 4];
@@ -778,29 +805,10 @@ static void base64_encode(const uint8_t *bytes, size_t len, char *out) {
     *out = '\0';
 }
 
-/* Whether eight bytes are printable ASCII: one above '~' or under ' ' brings up a high bit. */
-static bool printable_eight(const uint8_t *s) {
-    const uint64_t ones = 0x0101010101010101, highs = 0x8080808080808080;
-    uint64_t eight;
-    memcpy(&eight, s, sizeof eight);
-    return !((eight | (eight - ' ' * ones) | (eight + ones)) & highs);
-}
-
-/* How many bytes at the beginning are printable ASCII for sure: of most strings all. */
-static size_t printable_run(const uint8_t *s, size_t len) {
-    size_t i = 0;
-    while (len - i >= 8 && printable_eight(s + i))
-        i += 8;
-    return i > 0 && len - i < 8 && printable_eight(s + len - 8) ? len : i;
-}
-
 /* Whether the bytes are UTF-8 as RFC 3629 has it, no surrogates, nothing overlong: 0, 1 if a NUL is there, or -1. */
 static int utf8_check(const uint8_t *s, size_t len) {
     int nul = 0;
     for (size_t i = 0; i < len;) {
-        i += printable_run(s + i, len - i);
-        if (i == len)
-            break;
         uint8_t c = s[i++];
         if (c < 0x80) {
             nul |= c == 0;
@@ -818,7 +826,8 @@ static int utf8_check(const uint8_t *s, size_t len) {
     return nul;
 }
 
-COLD static int varint_long(const uint8_t **at, const uint8_t *end, uint64_t *value) {
+/* A varint of at most ten bytes. 0, or -1 if it does not end. */
+static int varint_next(const uint8_t **at, const uint8_t *end, uint64_t *value) {
     *value = 0;
     for (unsigned shift = 0; shift < 64 && *at < end; shift += 7) {
         uint8_t byte = *(*at)++;
@@ -827,14 +836,6 @@ COLD static int varint_long(const uint8_t **at, const uint8_t *end, uint64_t *va
             return 0;
     }
     return -1;
-}
-
-/* A varint of at most ten bytes, most of which have one. 0, or -1 if it does not end. */
-static int varint_next(const uint8_t **at, const uint8_t *end, uint64_t *value) {
-    if (*at == end || **at >= 0x80)
-        return varint_long(at, end, value);
-    *value = *(*at)++;
-    return 0;
 }
 
 /*
@@ -918,17 +919,32 @@ static int random_fill(uint8_t *out, size_t len) {
     return 0;
 }
 
-/* A fresh nonce. This process never forks, so none is ever given out twice. */
+/*
+ * A fresh nonce. The first of a turn is bought alone, and then twice as many each time: one
+ * getrandom(2) a nonce would be a quarter of the CPU under load.
+ */
 static int random_nonce(struct random *r, uint8_t nonce[NONCE_BYTES]) {
-    if (r->left < NONCE_BYTES) {
-        if (random_fill(r->bytes, sizeof r->bytes) < 0)
+    if (r->left == 0) {
+        size_t n = r->next < NONCE_BYTES ? NONCE_BYTES : r->next;
+        if (random_fill(r->bytes, n) < 0)
             return -1;
-        r->left = sizeof r->bytes;
+        r->left = n;
+        r->next = 2 * n < sizeof r->bytes ? 2 * n : sizeof r->bytes;
     }
     r->left -= NONCE_BYTES;
     memcpy(nonce, r->bytes + r->left, NONCE_BYTES);
     wipe(r->bytes + r->left, NONCE_BYTES);
     return 0;
+}
+
+/*
+ * Wipes what is left. Between turns there is nothing: a machine or container that is brought
+ * back from a snapshot, twice perhaps, would give out the same nonces again, which shows
+ * the XOR of two data keys.
+ */
+static void random_drop(struct random *r) {
+    wipe(r->bytes, r->left);
+    r->left = r->next = 0;
 }
 
 /* ------------------------------------------------------------------ Memory
@@ -971,9 +987,28 @@ static size_t block_cost(void *bytes) {
     return block_of(bytes)->cost;
 }
 
+static void block_free(struct heap *h, struct block *b) {
+    h->total -= b->cost;
+    free(b);
+}
+
+/* Returns what is kept to the C library. */
+static void heap_tidy(struct heap *h) {
+    for (unsigned class = 0; class < HEAP_CLASSES; class++) {
+        for (struct block *b; (b = h->free[class]);) {
+            h->free[class] = b->next;
+            block_free(h, b);
+        }
+    }
+}
+
 /* heap_new's bytes by malloc. */
-COLD static void *block_new(struct heap *h, size_t size) {
-    struct block *b = size > HEAP_MAX ? NULL : malloc(sizeof *b + heap_cap(size));
+static void *block_new(struct heap *h, size_t size) {
+    struct block *b = NULL;
+    if (size <= HEAP_MAX && !(b = malloc(sizeof *b + heap_cap(size)))) {
+        heap_tidy(h);
+        b = malloc(sizeof *b + heap_cap(size));
+    }
     if (!b)
         return NULL;
     b->size = (uint32_t)size;
@@ -981,11 +1016,6 @@ COLD static void *block_new(struct heap *h, size_t size) {
     h->total += b->cost;
     h->in_use += b->cost;
     return b->bytes;
-}
-
-COLD static void block_free(struct heap *h, struct block *b) {
-    h->total -= b->cost;
-    free(b);
 }
 
 /* At least `size` bytes, or NULL. */
@@ -1012,16 +1042,6 @@ static void heap_free(struct heap *h, void *bytes) {
     }
     b->next = h->free[class];
     h->free[class] = b;
-}
-
-/* Returns what is kept to the C library. */
-static void heap_tidy(struct heap *h) {
-    for (unsigned class = 0; class < HEAP_CLASSES; class++) {
-        for (struct block *b; (b = h->free[class]);) {
-            h->free[class] = b->next;
-            block_free(h, b);
-        }
-    }
 }
 
 static int arena_init(struct arena *a) {
@@ -1089,16 +1109,13 @@ static void arena_reset(struct arena *a) {
  * API, so that a ciphertext of v1 never opens in v2, nor the other way round.
  */
 
-/* BearSSL's fastest constant-time code for this CPU. */
 static struct suite suite_choose(void) {
-    struct suite s = {.aes = br_aes_x86ni_ctrcbc_get_vtable(), .ghash = br_ghash_pclmul_get(), .name = "aesni"};
-    bool wide = sizeof(void *) == 8;
-    if (!s.aes || !s.ghash) {
-        s.aes = wide ? &br_aes_ct64_ctrcbc_vtable : &br_aes_ct_ctrcbc_vtable;
-        s.ghash = wide ? br_ghash_ctmul64 : br_ghash_ctmul;
-        s.name = wide ? "ct64" : "ct32";
-    }
-    return s;
+    struct suite s = {br_aes_x86ni_ctrcbc_get_vtable(), br_aes_x86ni_ctr_get_vtable(), br_ghash_pclmul_get(), "aesni"};
+    if (s.aes && s.ctr && s.ghash)
+        return s;
+    if (sizeof(void *) == 8)
+        return (struct suite){&br_aes_ct64_ctrcbc_vtable, &br_aes_ct64_ctr_vtable, br_ghash_ctmul64, "ct64"};
+    return (struct suite){&br_aes_ct_ctrcbc_vtable, &br_aes_ct_ctr_vtable, br_ghash_ctmul, "ct32"};
 }
 
 /* block = AES(key, block ^ mask): a step of CBC-MAC, as BearSSL has no bare block. */
@@ -1106,94 +1123,33 @@ static void aes_block(const br_aes_gen_ctrcbc_keys *key, const uint8_t mask[BLOC
     key->vtable->mac(&key->vtable, block, mask, BLOCK_BYTES);
 }
 
-/* a ^= b */
-static uint8_t *block_xor(uint8_t a[BLOCK_BYTES], const uint8_t b[BLOCK_BYTES]) {
-    uint64_t left[2], right[2];
-    memcpy(left, a, BLOCK_BYTES);
-    memcpy(right, b, BLOCK_BYTES);
-    left[0] ^= right[0];
-    left[1] ^= right[1];
-    return memcpy(a, left, BLOCK_BYTES);
-}
-
-/* In constant time. */
-static bool block_is_zero(const uint8_t block[BLOCK_BYTES]) {
-    uint64_t half[2];
-    memcpy(half, block, BLOCK_BYTES);
-    return (half[0] | half[1]) == 0;
-}
-
-/* A length rounded up to whole blocks. */
-static size_t whole_blocks(size_t len) {
-    return (len + BLOCK_BYTES - 1) / BLOCK_BYTES * BLOCK_BYTES;
-}
-
-/*
- * GHASH as a GCM tag takes it (NIST SP 800-38D 7.1, step 5): of associated data, of
- * ciphertext, each filled up to whole blocks, and of their lengths. BearSSL's is at its
- * best in one run, so what is short, as all data keys are, is put together first.
- */
-static void gcm_hash(const struct suite *suite, const uint8_t h[BLOCK_BYTES], const uint8_t *aad, size_t aad_len,
-                     const uint8_t *ciphertext, size_t len, uint8_t hash[BLOCK_BYTES]) {
-    const uint64_t lengths[2] = {big_endian(8 * (uint64_t)aad_len), big_endian(8 * (uint64_t)len)};
-    uint8_t run[8 * BLOCK_BYTES] = {0};
-    size_t text_at = whole_blocks(aad_len), lengths_at = text_at + whole_blocks(len);
-    memset(hash, 0, BLOCK_BYTES);
-    if (lengths_at + sizeof lengths <= sizeof run) {
-        if (aad_len > 0)
-            memcpy(run, aad, aad_len);
-        memcpy(run + text_at, ciphertext, len);
-        memcpy(run + lengths_at, lengths, sizeof lengths);
-        suite->ghash(hash, h, run, lengths_at + sizeof lengths);
-    } else {
-        suite->ghash(hash, h, aad, aad_len);
-        suite->ghash(hash, h, ciphertext, len);
-        suite->ghash(hash, h, lengths, sizeof lengths);
-    }
-}
-
 /*
  * AES-GCM (NIST SP 800-38D) of len bytes; key_len is 16, 24 or 32. To seal puts the tag
  * behind the ciphertext; to open takes it from there and compares in constant time.
  * Returns 0, or -1 for a wrong tag, with zeros in `out`. `in` and `out` lie apart.
- *
- * BearSSL's CTR takes whole blocks, and four of them about as fast as one. The key stream
- * begins with the tag's mask, so that a run over four yields the mask and what
- * encrypts 48 bytes: kube-apiserver's data keys have 32.
  */
 static int gcm_crypt(const struct suite *suite, bool seal, const uint8_t *key, size_t key_len,
                      const uint8_t nonce[12], const uint8_t *aad, size_t aad_len,
                      const uint8_t *in, size_t len, uint8_t *out) {
-    br_aes_gen_ctrcbc_keys aes;
-    struct {
-        uint8_t h[BLOCK_BYTES], hash[BLOCK_BYTES], mask[BLOCK_BYTES], counter[BLOCK_BYTES], run[4 * BLOCK_BYTES];
-    } w = {.counter[BLOCK_BYTES - 1] = 1};
-    const uint8_t zero[BLOCK_BYTES] = {0};
+    br_aes_gen_ctr_keys aes;
+    br_gcm_context gcm;
     int result = 0;
-    suite->aes->init(&aes.vtable, key, key_len);
-    aes_block(&aes, zero, w.h);
-    memcpy(w.counter, nonce, 12);
-
-    for (size_t done = 0, skip = BLOCK_BYTES; skip > 0 || done < len; skip = 0) {
-        size_t room = sizeof w.run - skip, n = len - done < room ? len - done : room;
-        if (n > 0)
-            memcpy(w.run + skip, in + done, n);
-        aes.vtable->ctr(&aes.vtable, w.counter, w.run, sizeof w.run);
-        if (skip > 0)
-            memcpy(w.mask, w.run, BLOCK_BYTES);
-        memcpy(out + done, w.run + skip, n);
-        done += n;
-    }
-    gcm_hash(suite, w.h, aad, aad_len, seal ? out : in, len, w.hash);
-    block_xor(w.hash, w.mask);
+    suite->ctr->init(&aes.vtable, key, key_len);
+    br_gcm_init(&gcm, &aes.vtable, suite->ghash);
+    br_gcm_reset(&gcm, nonce, 12);
+    br_gcm_aad_inject(&gcm, aad, aad_len);
+    br_gcm_flip(&gcm);
+    if (len > 0)
+        memcpy(out, in, len);
+    br_gcm_run(&gcm, seal, out, len);
     if (seal) {
-        memcpy(out + len, w.hash, TAG_BYTES);
-    } else if (!block_is_zero(block_xor(w.hash, in + len))) {
+        br_gcm_get_tag(&gcm, out + len);
+    } else if (!br_gcm_check_tag(&gcm, in + len)) {
         wipe(out, len);
         result = -1;
     }
     wipe(&aes, sizeof aes);
-    wipe(&w, sizeof w);
+    wipe(&gcm, sizeof gcm);
     return result;
 }
 
@@ -1533,6 +1489,7 @@ static bool kms_seal(struct kms *kms, struct answer *a, enum api api, ProtobufCB
         answer_no_memory(a);
         return false;
     }
+    a->kek = &kms->ring->keks[0];
     if (seal(kms->ring, &kms->random, api, plaintext.data, plaintext.len, out->data) < 0) {
         answer_error(a, GRPC_INTERNAL, "the kernel gives no random bytes");
         return false;
@@ -1553,6 +1510,8 @@ static bool kms_open(struct kms *kms, struct answer *a, enum api api, ProtobufCB
     }
     switch (open_sealed(kms->ring, api, sealed.data, sealed.len, out->data)) {
     case OPENED:
+        a->kek = ring_find(kms->ring, sealed.data + 1);
+        a->key_id = a->kek->key_id;
         return true;
     case OPEN_UNKNOWN_KEY:
         memcpy(message, missing, sizeof missing);
@@ -1672,10 +1631,15 @@ static const struct {
     [RPC_UNKNOWN] = {"", 0, "unknown", "unknown", NULL, NULL},
 };
 
+/* Whether a method wraps or unwraps what a client gave it. */
+static bool rpc_uses_kek(enum rpc rpc) {
+    return rpc == V2_ENCRYPT || rpc == V2_DECRYPT || rpc == V1_ENCRYPT || rpc == V1_DECRYPT;
+}
+
 /* Takes the ring. 0, or -1 without memory. */
 static int kms_init(struct kms *kms, struct ring *ring) {
     kms->ring = ring;
-    kms->random.left = 0;
+    kms->random.left = kms->random.next = 0;
     kms->allocator = (ProtobufCAllocator){.alloc = arena_new, .free = arena_free, .allocator_data = &kms->arena};
     return arena_init(&kms->arena);
 }
@@ -1772,7 +1736,27 @@ static void metrics_metric(struct text *t, const char *name, const char *type, c
     text_add(t, "# HELP %s %s\n# TYPE %s %s\n", name, help, name, type);
 }
 
-static void metrics_write(const struct metrics *m, const char *key_id, size_t connections, struct text *t) {
+/* One counter of uses by uid and method: a series for each of the first uids allowed, and one for all others. */
+static void metrics_uses(struct text *t, const char *name, const struct user *users, size_t count, bool failures) {
+    for (unsigned rpc = 0; rpc < RPCS; rpc++) {
+        uint64_t other = 0;
+        for (size_t i = 0; i < count; i++) {
+            uint64_t n = failures ? users[i].failures[rpc] : users[i].uses[rpc];
+            if (i >= USER_SERIES_MAX)
+                other += n;
+            else if (n > 0)
+                text_add(t, "%s{uid=\"%u\",service=\"%s\",method=\"%s\"} %llu\n", name, users[i].uid,
+                         rpcs[rpc].service, rpcs[rpc].method, (unsigned long long)n);
+        }
+        if (other > 0)
+            text_add(t, "%s{uid=\"other\",service=\"%s\",method=\"%s\"} %llu\n", name, rpcs[rpc].service,
+                     rpcs[rpc].method, (unsigned long long)other);
+    }
+}
+
+/* All metrics; `users` are those who may connect. */
+static void metrics_write(const struct metrics *m, const char *key_id, size_t connections, const struct user *users,
+                          size_t user_count, struct text *t) {
     metrics_metric(t, "kmsplugin_grpc_requests_total", "counter", "gRPC requests answered.");
     for (unsigned rpc = 0; rpc < RPCS; rpc++)
         for (unsigned code = 0; code < GRPC_CODES; code++)
@@ -1783,6 +1767,10 @@ static void metrics_write(const struct metrics *m, const char *key_id, size_t co
     metrics_metric(t, "kmsplugin_grpc_request_duration_seconds", "histogram", "From a request's head to its answer.");
     for (unsigned rpc = 0; rpc < RPC_UNKNOWN; rpc++)
         metrics_histogram(m, rpc, t);
+    metrics_metric(t, "kmsplugin_kek_uses_total", "counter", "Encrypt and Decrypt requests by the peer's uid.");
+    metrics_uses(t, "kmsplugin_kek_uses_total", users, user_count, false);
+    metrics_metric(t, "kmsplugin_kek_use_failures_total", "counter", "Those that were answered with an error.");
+    metrics_uses(t, "kmsplugin_kek_use_failures_total", users, user_count, true);
     metrics_metric(t, "kmsplugin_connections", "gauge", "Open connections.");
     text_add(t, "kmsplugin_connections %zu\n", connections);
     metrics_metric(t, "kmsplugin_connections_total", "counter", "Connections accepted.");
@@ -1918,16 +1906,14 @@ static bool is_name(const uint8_t *name, size_t len) {
 
 /* The value of a field (RFC 9110 5.5): of control characters only tabs, and no white space at the ends. */
 static bool is_value(const uint8_t *value, size_t len) {
-    for (size_t i = 0; i < len; i++) {
-        i += printable_run(value + i, len - i);
-        if (i < len && ((value[i] < ' ' && value[i] != '\t') || value[i] == 0x7f))
+    for (size_t i = 0; i < len; i++)
+        if ((value[i] < ' ' && value[i] != '\t') || value[i] == 0x7f)
             return false;
-    }
     return len == 0 || (!is_space((char)value[0]) && !is_space((char)value[len - 1]));
 }
 
 /* application/grpc or application/grpc+proto, with or without parameters. */
-COLD static bool is_grpc(const uint8_t *value, size_t len) {
+static bool is_grpc(const uint8_t *value, size_t len) {
     static const char type[] = "application/grpc+proto";
     enum { BARE_LEN = sizeof "application/grpc" - 1 };
     const uint8_t *end = memchr(value, ';', len);
@@ -2045,11 +2031,12 @@ static void request_head_end(struct request *r) {
     r->trailers = true;
 }
 
-/* ------------------------------------------------------- Connections: room
+/* ------------------------------------------------------------------- Room
  *
- * Every byte that a peer makes us keep is counted, for the connection and for the
- * server. Where a server-wide limit is met the connection that holds most is
- * closed, so a peer that hoards pays itself and the others are served.
+ * Whatever a peer makes us keep is counted, for its connection, its uid, and the
+ * server. Where one of the server's limits is met, a connection of the uid that holds
+ * most gives way: of a uid below its even share nothing is ever taken for one above
+ * it. So who hoards pays himself, with one connection or with many.
  */
 
 /* Makes sure that the loop wakes up by then. */
@@ -2058,123 +2045,200 @@ static void server_due(struct server *s, int64_t ms) {
         s->next_ms = ms;
 }
 
+/*
+ * Whether one more line may be logged that peers can cause at will: LINES_A_MINUTE, so that
+ * they cannot fill a disk. What is left out is counted, and told with the next minute's first.
+ */
+static bool server_may_log(struct server *s) {
+    if (s->now_ms >= s->minute_ms + MINUTE_MS) {
+        s->minute_ms = s->now_ms;
+        s->minute_lines = 0;
+        if (s->lines_left_out > 0)
+            log_line(LOG_WARN, "msg=\"lines left out\" count=%llu", (unsigned long long)s->lines_left_out);
+        s->lines_left_out = 0;
+    }
+    if (s->minute_lines == LINES_A_MINUTE) {
+        s->lines_left_out++;
+        return false;
+    }
+    s->minute_lines++;
+    return true;
+}
+
+/* Counts what a connection takes or, with a negative n, gives back. */
+static void conn_count(struct conn *c, enum resource r, ptrdiff_t n) {
+    c->used[r] += (size_t)n;
+    c->user->used[r] += (size_t)n;
+    c->server->used[r] += (size_t)n;
+}
+
 /* Takes counted memory back. */
 static void conn_free_bytes(struct conn *c, void *bytes) {
-    c->held -= block_cost(bytes);
+    conn_count(c, HELD, -(ptrdiff_t)block_cost(bytes));
     heap_free(&c->server->heap, bytes);
 }
 
 static void buffer_free(struct conn *c, uint8_t *bytes) {
     if (!bytes)
         return;
-    c->server->buffered -= block_cost(bytes);
+    conn_count(c, BUFFERED, -(ptrdiff_t)block_cost(bytes));
     conn_free_bytes(c, bytes);
 }
 
 static void stream_free(struct stream *s) {
     struct conn *c = s->conn;
-    if (c->recent == s)
-        c->recent = NULL;
     if (s->next)
         s->next->link = s->link;
     *s->link = s->next;
-    c->server->stream_count--;
+    conn_count(c, STREAMS, -1);
     c->unread -= s->reply_len;
     buffer_free(c, s->body);
     buffer_free(c, s->reply);
     conn_free_bytes(c, s);
 }
 
+/* Logs what a connection has done with KEKs by a method, and begins anew to count. */
+static void trace_log(struct conn *c, enum rpc rpc) {
+    struct trace *t = &c->traces[rpc];
+    if (server_may_log(c->server))
+        log_line(LOG_INFO, "msg=used pid=%d uid=%u service=%s method=%s key_id=%s count=%llu failed=%llu", c->peer.pid,
+                 c->peer.uid, rpcs[rpc].service, rpcs[rpc].method, t->kek ? t->kek->key_id : "",
+                 (unsigned long long)t->uses, (unsigned long long)t->failures);
+    t->uses = t->failures = 0;
+    t->due_ms = c->server->now_ms + MINUTE_MS;
+}
+
+/* Counts a use of a KEK. The first by a method gives a line at once, and then there is one a minute. */
+static void trace_use(struct conn *c, enum rpc rpc, const struct answer *a) {
+    struct trace *t = &c->traces[rpc];
+    bool failed = a->code != GRPC_OK;
+    if (a->kek && a->kek != t->kek) {
+        if (t->uses > 0)
+            trace_log(c, rpc);
+        t->kek = a->kek;
+    }
+    t->uses++;
+    t->failures += failed;
+    c->user->uses[rpc]++;
+    c->user->failures[rpc] += failed;
+    if (c->server->now_ms >= t->due_ms)
+        trace_log(c, rpc);
+    else
+        server_due(c->server, t->due_ms);
+}
+
+/* Logs the traces that are due; all there are, if `end`. */
+static void traces_log(struct conn *c, bool end) {
+    for (enum rpc rpc = 0; rpc < RPC_UNKNOWN; rpc++) {
+        if (c->traces[rpc].uses == 0)
+            continue;
+        if (end || c->server->now_ms >= c->traces[rpc].due_ms)
+            trace_log(c, rpc);
+        else
+            server_due(c->server, c->traces[rpc].due_ms);
+    }
+}
+
 /*
- * Ends a connection: nothing of it remains but the struct, which server_reap
- * frees at the end of the turn. Never called from within its own session.
+ * Ends a connection: of its own nothing remains but the struct, which callers up the
+ * stack may still look at, and server_reap frees at the end of the turn. Never called from
+ * within its own session.
  */
 static void conn_close(struct conn *c, const char *why) {
     if (c->closed)
         return;
-    log_line(LOG_DEBUG, "msg=closed pid=%d uid=%u reason=%s", c->peer.pid, c->peer.uid, why);
+    traces_log(c, true);
+    if (c->error != 0)
+        log_line(LOG_DEBUG, "msg=closed pid=%d uid=%u reason=\"protocol error\" code=%u", c->peer.pid, c->peer.uid, c->error);
+    else
+        log_line(LOG_DEBUG, "msg=closed pid=%d uid=%u reason=%s", c->peer.pid, c->peer.uid, why);
     c->closed = true;
-    c->server->conn_count--;
     while (c->streams) /* nghttp2_session_del calls no on_stream_close */
         stream_free(c->streams);
-    if (!c->broken)
-        nghttp2_session_del(c->session);
     buffer_free(c, c->out);
     c->out = NULL;
+    if (!c->broken)
+        nghttp2_session_del(c->session);
+    conn_count(c, HELD, -(ptrdiff_t)c->used[HELD]); /* nothing, but of a broken session */
+    conn_count(c, CONNECTIONS, -1);
     close(c->source.fd);
 }
 
-/* Closes the connection that holds most; false if that is `self`, or there is none. */
-static bool server_shed(struct server *s, const struct conn *self) {
+/* The user who holds most of a resource, `asking` together with the `more` that it asks for; NULL if nobody holds any. */
+static struct user *server_heaviest_user(struct server *s, enum resource r, const struct user *asking, size_t more) {
+    struct user *heaviest = NULL;
+    size_t most = 0;
+    for (size_t i = 0; i < s->user_count; i++) {
+        struct user *u = &s->users[i];
+        size_t used = u->used[r] + (u == asking ? more : 0);
+        if (u->used[r] > 0 && (used > most || (used == most && u == asking))) {
+            heaviest = u;
+            most = used;
+        }
+    }
+    return heaviest;
+}
+
+static struct conn *server_heaviest_conn(const struct server *s, const struct user *user, enum resource r) {
     struct conn *heaviest = NULL;
     for (struct conn *c = s->conns; c; c = c->next)
-        if (!c->closed && (!heaviest || c->held > heaviest->held))
+        if (!c->closed && c->user == user && (!heaviest || c->used[r] > heaviest->used[r]))
             heaviest = c;
-    if (!heaviest || heaviest == self)
+    return heaviest;
+}
+
+/* Closes the connection that holds most, of the user who does; false if that is `self`, or there is none. */
+static bool server_shed(struct server *s, struct user *user, enum resource r, const struct conn *self) {
+    struct conn *c = server_heaviest_conn(s, user, r);
+    if (!c || c == self)
         return false;
-    log_line(LOG_WARN, "msg=shed pid=%d uid=%u held=%zu", heaviest->peer.pid, heaviest->peer.uid, heaviest->held);
-    conn_close(heaviest, "holds most");
+    if (server_may_log(s))
+        log_line(LOG_WARN, "msg=shed pid=%d uid=%u streams=%zu buffered=%zu held=%zu", c->peer.pid, c->peer.uid,
+                 c->used[STREAMS], c->used[BUFFERED], c->used[HELD]);
+    conn_close(c, "holds most");
     return true;
 }
 
-COLD static bool conn_make_room(const struct conn *c, const size_t *used, size_t more, size_t max) {
-    while (*used + more > max)
-        if (!server_shed(c->server, c))
+/* Whether there is room for that much more of a resource, if need be at the cost of another connection. */
+static bool conn_has_room(const struct conn *c, enum resource r, size_t more) {
+    struct server *s = c->server;
+    while (s->used[r] + more > s->limit[r])
+        if (!server_shed(s, server_heaviest_user(s, r, c->user, more), r, c))
             return false;
     return true;
 }
 
-/* Whether there is room for that much more of what the server counts in `used`, if need be at the cost of others. */
-static bool conn_has_room(const struct conn *c, const size_t *used, size_t more, size_t max) {
-    return *used + more <= max || conn_make_room(c, used, more, max);
-}
-
 /* Counted memory, or NULL: the caller's connection is then closed by the loop. */
 static void *conn_new_bytes(struct conn *c, size_t size) {
-    struct heap *heap = &c->server->heap;
-    void *bytes = conn_has_room(c, &heap->in_use, heap_cost(size), HEAP_MAX) ? heap_new(heap, size) : NULL;
+    void *bytes = conn_has_room(c, HELD, heap_cost(size)) ? heap_new(&c->server->heap, size) : NULL;
     if (bytes)
-        c->held += block_cost(bytes);
+        conn_count(c, HELD, (ptrdiff_t)block_cost(bytes));
     return bytes;
 }
 
 /* Memory for a request or an answer; NULL as above. */
 static uint8_t *buffer_new(struct conn *c, size_t size) {
-    struct server *s = c->server;
-    uint8_t *bytes = conn_has_room(c, &s->buffered, heap_cost(size), BUFFERED_MAX) ? conn_new_bytes(c, size) : NULL;
+    uint8_t *bytes = conn_has_room(c, BUFFERED, heap_cost(size)) ? conn_new_bytes(c, size) : NULL;
     if (bytes)
-        s->buffered += block_cost(bytes);
-    return bytes;
-}
-
-/* session_malloc where there was no memory, or (then with `bytes`) the limit is passed. */
-COLD static void *session_malloc_tight(struct conn *c, void *bytes, size_t size) {
-    struct heap *heap = &c->server->heap;
-    if (!bytes) {
-        heap_tidy(heap);
-        bytes = heap_new(heap, size);
-    }
-    if (bytes)
-        c->held += block_cost(bytes);
-    else
-        c->doomed = c->broken = true; /* the system has no memory left: better a leak than what might follow */
-    c->doomed |= !conn_has_room(c, &heap->in_use, 0, HEAP_MAX);
+        conn_count(c, BUFFERED, (ptrdiff_t)block_cost(bytes));
     return bytes;
 }
 
 /*
- * nghttp2_mem: the session's own memory is the connection's. A session that is refused
- * memory in the wrong place is left with pointers to what it has freed (1.52: an item of
- * nghttp2_submit_data when the queue cannot grow), so our limit never refuses. Past it
- * the connection is doomed, and gets what it asks for until its session returns.
+ * nghttp2_mem: the session's own memory is the connection's. No limit of ours refuses it
+ * any, as nghttp2 1.52 does not bear that everywhere (an item of nghttp2_submit_data, when
+ * the queue cannot grow, is freed and still pointed to): what a session took is looked at
+ * when it returns, by conn_settle. If the system itself has none left, the session is broken:
+ * better a leak than what deleting it might do.
  */
 static void *session_malloc(size_t size, void *conn) {
     struct conn *c = conn;
-    struct heap *heap = &c->server->heap;
-    void *bytes = heap_new(heap, size);
-    if (!bytes || heap->in_use > HEAP_MAX)
-        return session_malloc_tight(c, bytes, size);
-    c->held += block_cost(bytes);
+    void *bytes = heap_new(&c->server->heap, size);
+    if (!bytes) {
+        c->broken = true;
+        return NULL;
+    }
+    conn_count(c, HELD, (ptrdiff_t)block_cost(bytes));
     return bytes;
 }
 
@@ -2198,10 +2262,18 @@ static void *session_realloc(void *bytes, size_t size, void *conn) {
     return moved;
 }
 
+/*
+ * Holds a connection to the limit after its session has run, which takes at most some 600
+ * KiB for the IN_BYTES of one read. -1 when the connection is to be closed.
+ */
+static int conn_settle(struct conn *c) {
+    return !c->broken && conn_has_room(c, HELD, 0) ? 0 : -1;
+}
+
 static struct stream *stream_new(struct conn *c, int32_t id) {
     struct server *server = c->server;
     struct stream *s = NULL;
-    if (conn_has_room(c, &server->stream_count, 1, ALL_STREAMS_MAX))
+    if (conn_has_room(c, STREAMS, 1))
         s = conn_new_bytes(c, sizeof *s);
     if (!s)
         return NULL;
@@ -2216,7 +2288,7 @@ static struct stream *stream_new(struct conn *c, int32_t id) {
     if ((s->next = c->streams))
         s->next->link = &s->next;
     c->streams = s;
-    server->stream_count++;
+    conn_count(c, STREAMS, 1);
     return s;
 }
 
@@ -2309,6 +2381,8 @@ static int stream_answer(struct stream *s, const struct answer *a) {
     struct server *server = s->conn->server;
     uint64_t us = (uint64_t)monotonic_us() - s->start_us;
     metrics_count(&server->metrics, s->request.rpc, a->code, us);
+    if (rpc_uses_kek(s->request.rpc))
+        trace_use(s->conn, s->request.rpc, a);
     if (log_level >= LOG_DEBUG)
         log_line(LOG_DEBUG, "msg=rpc method=%s uid=%.*s key_id=%.*s code=%s us=%llu", rpcs[s->request.rpc].path,
                  LOG_VALUE_MAX, a->uid, LOG_VALUE_MAX, a->key_id, grpc_code_name(a->code), (unsigned long long)us);
@@ -2334,33 +2408,50 @@ static int stream_http_error(struct stream *s, const char *status) {
     return stream_respond(s, fields, strcmp(status, "405") == 0 ? 2 : 1, NULL, 0, false);
 }
 
+/* The text of /metrics, rendered once for all who ask in a turn. 0, or -1 without memory. */
+static int server_render(struct server *s) {
+    struct arena *arena = &s->kms.arena;
+    struct text t = {.cap = METRICS_BYTES};
+    if (s->page)
+        return 0;
+    t.buf = arena_new(arena, t.cap);
+    metrics_write(&s->metrics, s->kms.ring->keks[0].key_id, s->used[CONNECTIONS], s->users, s->user_count, &t);
+    s->page = malloc(t.len);
+    s->page_len = t.len;
+    if (s->page)
+        memcpy(s->page, t.buf, t.len);
+    arena_reset(arena);
+    return s->page ? 0 : -1;
+}
+
 static int stream_metrics(struct stream *s) {
     static const nghttp2_nv fields[] = {FIELD(":status", "200"),
                                         FIELD("content-type", "text/plain; version=0.0.4; charset=utf-8")};
     struct server *server = s->conn->server;
-    struct arena *arena = &server->kms.arena;
-    if (s->conn->unread > UNREAD_PAUSE_BYTES)
-        return stream_http_error(s, "503"); /* a short question with a long answer: others would have to wait */
-    struct text t = {.cap = METRICS_BYTES};
-    t.buf = arena_new(arena, t.cap);
-    metrics_write(&server->metrics, server->kms.ring->keks[0].key_id, server->conn_count, &t);
-    int rv = stream_respond(s, fields, sizeof fields / sizeof *fields, (uint8_t *)t.buf, t.len, false);
-    arena_reset(arena);
-    return rv;
+    /* A short question with a long answer: who leaves many unread has to wait. */
+    if (s->conn->unread > UNREAD_PAUSE_BYTES || server_render(server) < 0)
+        return stream_http_error(s, "503");
+    return stream_respond(s, fields, sizeof fields / sizeof *fields, server->page, server->page_len, false);
 }
 
-/* The stream of an id, or NULL. Callbacks for one stream come in a row. */
-static struct stream *stream_find(struct conn *c, int32_t id) {
-    if (!c->recent || c->recent->id != id)
-        c->recent = nghttp2_session_get_stream_user_data(c->session, id);
-    return c->recent;
+/* The stream of an id, or NULL. */
+static struct stream *stream_find(nghttp2_session *session, int32_t id) {
+    return nghttp2_session_get_stream_user_data(session, id);
+}
+
+/* PRIORITY is ignored, but of stream 0 it is an error of the connection (RFC 9113 6.3), which nghttp2 overlooks. */
+static int on_begin_frame(nghttp2_session *session, const nghttp2_frame_hd *frame, void *conn) {
+    (void)conn;
+    if (frame->type != NGHTTP2_PRIORITY || frame->stream_id != 0)
+        return 0;
+    return callback_result(nghttp2_session_terminate_session(session, NGHTTP2_PROTOCOL_ERROR));
 }
 
 static int on_begin_headers(nghttp2_session *session, const nghttp2_frame *frame, void *conn) {
     if (frame->headers.cat != NGHTTP2_HCAT_REQUEST)
         return 0; /* trailers */
     struct conn *c = conn;
-    struct stream *s = c->recent = stream_new(c, frame->hd.stream_id);
+    struct stream *s = stream_new(c, frame->hd.stream_id);
     if (!s)
         return NGHTTP2_ERR_CALLBACK_FAILURE;
     return callback_result(nghttp2_session_set_stream_user_data(session, s->id, s));
@@ -2368,9 +2459,9 @@ static int on_begin_headers(nghttp2_session *session, const nghttp2_frame *frame
 
 static int on_header(nghttp2_session *session, const nghttp2_frame *frame, const uint8_t *name, size_t name_len,
                      const uint8_t *value, size_t len, uint8_t flags, void *conn) {
-    (void)session;
     (void)flags;
-    struct stream *s = stream_find(conn, frame->hd.stream_id);
+    (void)conn;
+    struct stream *s = stream_find(session, frame->hd.stream_id);
     if (s)
         request_field(&s->request, name, name_len, value, len);
     return 0;
@@ -2415,11 +2506,8 @@ static int stream_prefix_end(struct stream *s) {
     return 0;
 }
 
-/*
- * Takes a piece of a request's body; `last` if its frame ends the stream. A message that is
- * whole in a last frame stays where it was read: all but always the frame's end comes next.
- */
-static int stream_append(struct stream *s, const uint8_t *data, size_t len, bool last) {
+/* Takes a piece of a request's body. */
+static int stream_append(struct stream *s, const uint8_t *data, size_t len) {
     if (s->prefix_len < GRPC_PREFIX_BYTES) {
         size_t missing = GRPC_PREFIX_BYTES - s->prefix_len, n = len < missing ? len : missing;
         memcpy(s->prefix + s->prefix_len, data, n);
@@ -2434,9 +2522,7 @@ static int stream_append(struct stream *s, const uint8_t *data, size_t len, bool
     }
     if (len > s->body_cap - s->body_len)
         return stream_fail(s, GRPC_INTERNAL, "more than one message in a unary call");
-    if (last && len > 0 && len == s->body_cap) {
-        s->borrowed = data;
-    } else if (len > 0) {
+    if (len > 0) {
         if (!s->body && !(s->body = buffer_new(s->conn, s->body_cap)))
             return NGHTTP2_ERR_NOMEM;
         memcpy(s->body + s->body_len, data, len);
@@ -2445,20 +2531,11 @@ static int stream_append(struct stream *s, const uint8_t *data, size_t len, bool
     return 0;
 }
 
-/* Copies a message that is borrowed from the server's input, before that is wiped. 0, or -1 without memory. */
-static int stream_keep(struct stream *s) {
-    s->body = buffer_new(s->conn, s->body_len);
-    if (s->body)
-        memcpy(s->body, s->borrowed, s->body_len);
-    s->borrowed = NULL;
-    return s->body ? 0 : -1;
-}
-
 static int on_data_chunk_recv(nghttp2_session *session, uint8_t flags, int32_t id, const uint8_t *data, size_t len,
                               void *conn) {
-    (void)session;
+    (void)flags;
     struct conn *c = conn;
-    struct stream *s = stream_find(c, id);
+    struct stream *s = stream_find(session, id);
     int rv = 0;
     c->unconsumed += len;
     if (s && s->state == STREAM_BODY) {
@@ -2466,7 +2543,7 @@ static int on_data_chunk_recv(nghttp2_session *session, uint8_t flags, int32_t i
         if (s->received > s->request.content_length)
             rv = stream_reset(s, NGHTTP2_PROTOCOL_ERROR);
         else if (s->request.method == METHOD_POST)
-            rv = stream_append(s, data, len, flags & NGHTTP2_FLAG_END_STREAM);
+            rv = stream_append(s, data, len);
     }
     return callback_result(rv);
 }
@@ -2475,8 +2552,7 @@ static int on_data_chunk_recv(nghttp2_session *session, uint8_t flags, int32_t i
 static int stream_end(struct stream *s) {
     struct kms *kms = &s->conn->server->kms;
     struct answer a;
-    const uint8_t *message = s->borrowed ? s->borrowed : s->body ? s->body : s->prefix; /* never NULL */
-    s->borrowed = NULL;
+    const uint8_t *message = s->body ? s->body : s->prefix; /* never NULL */
     if (s->state != STREAM_BODY)
         return 0; /* answered early */
     if (s->request.content_length != UINT64_MAX && s->request.content_length != s->received)
@@ -2500,7 +2576,6 @@ static int stream_trailers_end(struct stream *s, bool end) {
 }
 
 static int on_frame_recv(nghttp2_session *session, const nghttp2_frame *frame, void *conn) {
-    (void)session;
     struct conn *c = conn;
     if (frame->hd.type == NGHTTP2_SETTINGS) {
         c->greeted = true;
@@ -2508,7 +2583,7 @@ static int on_frame_recv(nghttp2_session *session, const nghttp2_frame *frame, v
     }
     if (frame->hd.type != NGHTTP2_HEADERS && frame->hd.type != NGHTTP2_DATA)
         return 0;
-    struct stream *s = stream_find(c, frame->hd.stream_id);
+    struct stream *s = stream_find(session, frame->hd.stream_id);
     bool end = frame->hd.flags & NGHTTP2_FLAG_END_STREAM;
     int rv = 0;
     if (!s)
@@ -2545,34 +2620,36 @@ static int on_send_data(nghttp2_session *session, nghttp2_frame *frame, const ui
                         nghttp2_data_source *source, void *conn) {
     (void)session;
     (void)frame;
-    struct conn *c = conn;
-    struct stream *s = c->recent = source->ptr; /* its trailers come next */
-    int rv = out_append(c->server, head, 9, s->reply + s->reply_sent, len);
+    struct stream *s = source->ptr;
+    int rv = out_append(((struct conn *)conn)->server, head, 9, s->reply + s->reply_sent, len);
     if (rv == 0)
         s->reply_sent += len;
     return rv;
 }
 
-/* An answer that came before the end of its request: RFC 9113 8.1, asks for no more. */
+/*
+ * After GOAWAY: remembers what the peer was told. After an answer that came before the end
+ * of its request: asks for no more of it (RFC 9113 8.1).
+ */
 static int on_frame_send(nghttp2_session *session, const nghttp2_frame *frame, void *conn) {
-    (void)session;
+    if (frame->hd.type == NGHTTP2_GOAWAY)
+        ((struct conn *)conn)->error = frame->goaway.error_code;
     if (frame->hd.type != NGHTTP2_HEADERS || !(frame->hd.flags & NGHTTP2_FLAG_END_STREAM))
         return 0;
-    struct stream *s = stream_find(conn, frame->hd.stream_id);
+    struct stream *s = stream_find(session, frame->hd.stream_id);
     return s && !s->ended ? callback_result(stream_reset(s, NGHTTP2_NO_ERROR)) : 0;
 }
 
 static int on_stream_close(nghttp2_session *session, int32_t id, uint32_t error, void *conn) {
-    (void)session;
     (void)error;
-    struct conn *c = conn;
-    struct stream *s = stream_find(c, id);
+    (void)conn;
+    struct stream *s = stream_find(session, id);
     if (s)
         stream_free(s);
     return 0;
 }
 
-/* Options for a session, or NULL without memory. The release's nghttp2 knows no others: deploy/nghttp2-fixed.sed. */
+/* Options for a session, or NULL without memory. */
 static nghttp2_option *session_options_new(void) {
     nghttp2_option *options;
     if (nghttp2_option_new(&options) != 0)
@@ -2588,6 +2665,7 @@ static int sessions_init(struct server *s) {
     s->session_options = session_options_new();
     if (!s->session_options || nghttp2_session_callbacks_new(&s->callbacks) != 0)
         return -1;
+    nghttp2_session_callbacks_set_on_begin_frame_callback(s->callbacks, on_begin_frame);
     nghttp2_session_callbacks_set_on_begin_headers_callback(s->callbacks, on_begin_headers);
     nghttp2_session_callbacks_set_on_header_callback(s->callbacks, on_header);
     nghttp2_session_callbacks_set_on_data_chunk_recv_callback(s->callbacks, on_data_chunk_recv);
@@ -2647,42 +2725,61 @@ static int conn_keep(struct conn *c, const uint8_t *bytes, size_t len) {
     return conn_watch(c, true);
 }
 
-/* Sends all that can be sent. -1 when the connection is to be closed. */
-static int conn_flush(struct conn *c) {
+/*
+ * Sends what an earlier conn_flush had to keep. 1 when nothing is left of it, 0 when the
+ * socket is full still, -1 when the connection is to be closed.
+ */
+static int conn_resume(struct conn *c) {
+    if (!c->out)
+        return 1;
+    ssize_t n = conn_write(c, c->out + c->out_sent, c->out_len - c->out_sent);
+    if (n < 0)
+        return -1;
+    c->out_sent += (size_t)n;
+    if (c->out_sent < c->out_len)
+        return 0;
+    buffer_free(c, c->out);
+    c->out = NULL;
+    return 1;
+}
+
+/*
+ * Fills the server's output with the frames that the session has to send, as many as fit,
+ * and writes them; what the socket does not take is kept in c->out. How many bytes
+ * there were, or -1 when the connection is to be closed.
+ */
+static ssize_t conn_send(struct conn *c) {
     struct server *s = c->server;
-    if (c->doomed)
-        return -1;
-    for (;;) {
-        if (c->out) {
-            ssize_t n = conn_write(c, c->out + c->out_sent, c->out_len - c->out_sent);
-            if (n < 0)
-                return -1;
-            c->out_sent += (size_t)n;
-            if (c->out_sent < c->out_len)
-                return 0;
-            buffer_free(c, c->out);
-            c->out = NULL;
-        }
-        s->out_len = 0;
-        int rv = conn_consume(c);
-        if (rv == 0)
-            rv = nghttp2_session_send(c->session);
-        if (c->doomed)
-            rv = NGHTTP2_ERR_NOMEM;
-        if (rv == 0 && s->out_len == 0)
-            break;
-        ssize_t n = rv == 0 ? conn_write(c, s->out, s->out_len) : -1;
-        if (n >= 0 && (size_t)n < s->out_len)
-            rv = conn_keep(c, s->out + n, s->out_len - (size_t)n);
-        wipe(s->out, s->out_len);
-        if (n < 0 || rv < 0)
+    s->out_len = 0;
+    int rv = conn_consume(c);
+    if (rv == 0)
+        rv = nghttp2_session_send(c->session);
+    if (rv == 0)
+        rv = conn_settle(c);
+    ssize_t n = rv == 0 ? conn_write(c, s->out, s->out_len) : -1;
+    if (n >= 0 && (size_t)n < s->out_len && conn_keep(c, s->out + n, s->out_len - (size_t)n) < 0)
+        n = -1;
+    wipe(s->out, s->out_len);
+    return n < 0 ? -1 : (ssize_t)s->out_len;
+}
+
+/*
+ * Sends all that can be sent. Afterwards either the socket is full, c->out holds what is
+ * left, and epoll waits for room; or nothing is left to send, and it waits for something to
+ * read. -1 when the connection is to be closed.
+ */
+static int conn_flush(struct conn *c) {
+    int resumed;
+    while ((resumed = conn_resume(c)) > 0) {
+        ssize_t sent = conn_send(c);
+        if (sent < 0)
             return -1;
-        if (c->out)
-            return 0;
+        if (sent == 0) {
+            bool ended = !nghttp2_session_want_read(c->session) && !nghttp2_session_want_write(c->session);
+            return ended ? -1 : conn_watch(c, false);
+        }
     }
-    if (!nghttp2_session_want_read(c->session) && !nghttp2_session_want_write(c->session))
-        return -1;
-    return conn_watch(c, false);
+    return resumed;
 }
 
 /* Reads one turn's worth, handles it, and sends the answers. -1 as conn_flush. */
@@ -2695,10 +2792,8 @@ static int conn_read(struct conn *c) {
         return -1;
     c->idle_since_ms = s->now_ms;
     ssize_t used = nghttp2_session_mem_recv(c->session, s->in, (size_t)n);
-    if (used >= 0 && c->recent && c->recent->borrowed && stream_keep(c->recent) < 0)
-        used = -1;
     wipe(s->in, (size_t)n);
-    return used < 0 ? -1 : conn_flush(c);
+    return used < 0 || conn_settle(c) < 0 ? -1 : conn_flush(c);
 }
 
 /* Tells the peer which requests it can repeat elsewhere (RFC 9113 6.8), then flushes. */
@@ -2710,7 +2805,7 @@ static int conn_goaway(struct conn *c) {
 }
 
 /* Takes over a descriptor. The connection joins the server, or all is undone. */
-static void conn_new(struct server *s, int fd, const struct ucred *peer) {
+static void conn_new(struct server *s, int fd, const struct ucred *peer, struct user *user) {
     struct conn *c = calloc(1, sizeof *c);
     if (!c) {
         close(fd);
@@ -2718,13 +2813,14 @@ static void conn_new(struct server *s, int fd, const struct ucred *peer) {
     }
     c->source = (struct source){SOURCE_CONN, fd};
     c->server = s;
+    c->user = user;
     c->peer = *peer;
     c->idle_since_ms = s->now_ms;
     c->preface_deadline_ms = s->now_ms + PREFACE_TIMEOUT_MS;
     server_due(s, c->preface_deadline_ms);
     c->next = s->conns;
     s->conns = c;
-    s->conn_count++;
+    conn_count(c, CONNECTIONS, 1);
     s->metrics.accepted++;
     struct epoll_event event = {.events = EPOLLIN, .data.ptr = &c->source};
     if (epoll_ctl(s->epoll, EPOLL_CTL_ADD, fd, &event) < 0 || session_init(c) < 0 || conn_flush(c) < 0)
@@ -2743,24 +2839,26 @@ static void server_reap(struct server *s) {
     }
 }
 
-/* The connection to give way to a newcomer: the longest idle, of its uid if there is one. */
-static struct conn *server_idlest(const struct server *s, uid_t uid) {
-    struct conn *any = NULL, *own = NULL;
-    for (struct conn *c = s->conns; c; c = c->next) {
-        if (c->closed || c->streams)
-            continue;
-        if (!any || c->idle_since_ms <= any->idle_since_ms) /* the list has the newest first */
-            any = c;
-        if (c->peer.uid == uid && (!own || c->idle_since_ms <= own->idle_since_ms))
-            own = c;
-    }
-    return own ? own : any;
+/* A user's longest idle connection without an open stream, or NULL. */
+static struct conn *server_idlest(const struct server *s, const struct user *user) {
+    struct conn *idlest = NULL;
+    for (struct conn *c = s->conns; c; c = c->next)
+        if (!c->closed && !c->streams && c->user == user &&
+            (!idlest || c->idle_since_ms <= idlest->idle_since_ms)) /* the list has the newest first */
+            idlest = c;
+    return idlest;
 }
 
-static bool server_evict_idle(struct server *s, uid_t uid) {
-    struct conn *c = server_idlest(s, uid);
+/*
+ * Closes a connection for the sake of a newcomer: of the user who has most, that one counted
+ * if `newcomer` is its user (NULL: not known yet), the longest idle; the heaviest, if none is
+ * idle. False if there is none.
+ */
+static bool server_make_way(struct server *s, const struct user *newcomer) {
+    struct user *user = server_heaviest_user(s, CONNECTIONS, newcomer, 1);
+    struct conn *c = server_idlest(s, user);
     if (!c)
-        return false;
+        return server_shed(s, user, HELD, NULL);
     conn_goaway(c);
     conn_close(c, "gives way");
     return true;
@@ -3144,11 +3242,12 @@ static void server_clock(struct server *s) {
     s->now_ms = (int64_t)(s->now_us / 1000);
 }
 
-static bool server_allows(const struct server *s, uid_t uid) {
-    for (size_t i = 0; i < s->options->uid_count; i++)
-        if (s->options->uids[i] == uid)
-            return true;
-    return false;
+/* The user of a uid, or NULL if it may not connect. */
+static struct user *server_user(struct server *s, uid_t uid) {
+    for (size_t i = 0; i < s->user_count; i++)
+        if (s->users[i].uid == uid)
+            return &s->users[i];
+    return NULL;
 }
 
 /* Logs refused peers: the first at once, then one line a second with their number. */
@@ -3174,7 +3273,7 @@ static void server_accept_from(struct server *s, bool on) {
 
 /* Our own descriptors are used up: a peer gives way. The machine's are, or its memory, or whatever: a little patience. */
 static void server_accept_failed(struct server *s, int error) {
-    if (error == EMFILE && (server_evict_idle(s, UNMAPPED_UID) || server_shed(s, NULL)))
+    if (error == EMFILE && server_make_way(s, NULL))
         return;
     server_accept_from(s, false);
     s->resume_accept_ms = s->now_ms + ACCEPT_PAUSE_MS;
@@ -3184,7 +3283,9 @@ static void server_accept_failed(struct server *s, int error) {
 static void server_admit(struct server *s, int fd) {
     struct ucred peer = {.uid = UNMAPPED_UID};
     socklen_t len = sizeof peer;
-    if (getsockopt(fd, SOL_SOCKET, SO_PEERCRED, &peer, &len) < 0 || !server_allows(s, peer.uid)) {
+    bool told = getsockopt(fd, SOL_SOCKET, SO_PEERCRED, &peer, &len) == 0;
+    struct user *user = told ? server_user(s, peer.uid) : NULL;
+    if (!user) {
         close(fd);
         s->metrics.refused++;
         s->refused_unlogged++;
@@ -3192,10 +3293,9 @@ static void server_admit(struct server *s, int fd) {
         server_log_refused(s);
         return;
     }
-    while (s->conn_count >= s->max_connections)
-        if (!server_evict_idle(s, peer.uid) && !server_shed(s, NULL))
-            break;
-    conn_new(s, fd, &peer);
+    while (s->used[CONNECTIONS] >= s->limit[CONNECTIONS] && server_make_way(s, user))
+        continue;
+    conn_new(s, fd, &peer, user);
 }
 
 static void listener_ready(struct server *s, struct listener *l) {
@@ -3249,14 +3349,8 @@ static int conn_expire(struct conn *c) {
         server_due(s, c->preface_deadline_ms);
     if (c->out)
         server_due(s, c->out_deadline_ms);
-    return c->doomed ? -1 : answered && !c->writing ? conn_flush(c) : 0;
-}
-
-/* Gives back what an idle server does without: kept blocks, and mapped pages of its code, which return with use. */
-static void server_tidy(struct server *s) {
-    extern char __executable_start[], etext[]; /* the linker's; what is between them is read-only */
-    heap_tidy(&s->heap);
-    madvise(__executable_start, (size_t)(etext - __executable_start), MADV_DONTNEED);
+    traces_log(c, false);
+    return answered && !c->writing ? conn_flush(c) : 0;
 }
 
 /* Does what is due, and finds out when the next thing will be. */
@@ -3264,8 +3358,8 @@ static void server_expire(struct server *s) {
     if (s->now_ms < s->next_ms)
         return;
     s->next_ms = s->drain_ms;
-    if (s->stream_count == 0 && s->now_ms >= s->active_ms + TIDY_AFTER_MS)
-        server_tidy(s);
+    if (s->used[STREAMS] == 0 && s->now_ms >= s->active_ms + TIDY_AFTER_MS)
+        heap_tidy(&s->heap);
     for (struct conn *c = s->conns; c; c = c->next)
         if (!c->closed && conn_expire(c) < 0)
             conn_close(c, "timed out");
@@ -3283,7 +3377,8 @@ static void server_stop(struct server *s, unsigned signal) {
         s->drain_ms = s->now_ms;
         return;
     }
-    log_line(LOG_INFO, "msg=stopping signal=%u connections=%zu streams=%zu", signal, s->conn_count, s->stream_count);
+    log_line(LOG_INFO, "msg=stopping signal=%u connections=%zu streams=%zu", signal, s->used[CONNECTIONS],
+             s->used[STREAMS]);
     notify(s->notify, "STOPPING=1");
     s->drain_ms = s->now_ms + DRAIN_TIMEOUT_MS;
     s->resume_accept_ms = INT64_MAX;
@@ -3307,7 +3402,7 @@ static void server_signal(struct server *s) {
 
 /* Sets the timer for what is due next, unless it goes off before that anyway. */
 static void server_set_timer(struct server *s) {
-    if (s->stream_count == 0 && s->heap.total > s->heap.in_use)
+    if (s->used[STREAMS] == 0 && s->heap.total > s->heap.in_use)
         server_due(s, s->active_ms + TIDY_AFTER_MS);
     if (s->next_ms >= s->timer_ms)
         return;
@@ -3324,11 +3419,19 @@ static void server_timer(struct server *s) {
         s->timer_ms = INT64_MAX;
 }
 
+/* Nothing that a turn made outlives it, but what peers still have to receive. */
+static void server_turn_end(struct server *s) {
+    random_drop(&s->kms.random);
+    free(s->page);
+    s->page = NULL;
+    stack_wipe();
+    server_reap(s);
+}
+
 /* Serves until it is told to stop. */
 static void server_run(struct server *s) {
     struct epoll_event events[EVENTS_MAX];
-    server_tidy(s); /* start-up's code */
-    while (s->drain_ms == INT64_MAX || (s->conn_count > 0 && s->now_ms < s->drain_ms)) {
+    while (s->drain_ms == INT64_MAX || (s->used[CONNECTIONS] > 0 && s->now_ms < s->drain_ms)) {
         server_set_timer(s);
         int n = epoll_pwait(s->epoll, events, EVENTS_MAX, -1, NULL);
         if (n < 0 && errno != EINTR)
@@ -3349,8 +3452,7 @@ static void server_run(struct server *s) {
                 server_signal(s);
         }
         server_expire(s);
-        stack_wipe();
-        server_reap(s);
+        server_turn_end(s);
     }
 }
 
@@ -3419,9 +3521,15 @@ static struct server *server_new(struct ring *ring, const struct serve_options *
     if (!s || kms_init(&s->kms, ring) < 0 || sessions_init(s) < 0)
         die("out of memory");
     s->options = options;
-    s->max_connections = server_capacity(options->max_connections);
+    s->limit[CONNECTIONS] = server_capacity(options->max_connections);
+    s->limit[STREAMS] = ALL_STREAMS_MAX;
+    s->limit[BUFFERED] = BUFFERED_MAX;
+    s->limit[HELD] = HEAP_MAX;
+    for (; s->user_count < options->uid_count; s->user_count++)
+        s->users[s->user_count].uid = options->uids[s->user_count];
     s->next_ms = s->timer_ms = s->resume_accept_ms = s->drain_ms = INT64_MAX;
     s->refused_logged_ms = -REFUSED_LOG_MS;
+    s->minute_ms = -MINUTE_MS;
     s->share = IN_BYTES;
     metrics_init(&s->metrics);
     server_clock(s);
@@ -4101,7 +4209,7 @@ static void server_warm_up(struct server *s) {
     }
     heap_tidy(&s->heap);
     struct text t = {.buf = arena_new(&s->kms.arena, 2 * ARENA_KEEP_BYTES), .cap = METRICS_BYTES};
-    metrics_write(&s->metrics, s->kms.ring->keks[0].key_id, s->conn_count, &t);
+    metrics_write(&s->metrics, s->kms.ring->keks[0].key_id, 0, s->users, s->user_count, &t);
     must("pread", s->metrics.statm < 0 || metrics_resident(&s->metrics) > 0 ? 0 : -1);
     arena_reset(&s->kms.arena);
     must("mprotect", mprotect(s->kms.arena.base, ARENA_BYTES, PROT_READ | PROT_WRITE));
@@ -5014,6 +5122,7 @@ static void random_wait(void) {
 static bool kms_try(struct kms *kms, struct answer *a) {
     kms_call(kms, V2_STATUS, (const uint8_t *)"", 0, a);
     kms_done(kms);
+    random_drop(&kms->random);
     return a->code == GRPC_OK;
 }
 

@@ -983,10 +983,11 @@ static size_t suites_all(struct suite out[5]) {
     size_t n = 0;
     out[n++] = suite_choose();
     if (br_aes_x86ni_ctrcbc_get_vtable() && br_ghash_pclmul_get())
-        out[n++] = (struct suite){br_aes_x86ni_ctrcbc_get_vtable(), br_ghash_pclmul_get(), "x86ni"};
-    out[n++] = (struct suite){&br_aes_ct64_ctrcbc_vtable, br_ghash_ctmul64, "ct64"};
-    out[n++] = (struct suite){&br_aes_ct_ctrcbc_vtable, br_ghash_ctmul, "ct, ctmul"};
-    out[n++] = (struct suite){&br_aes_ct_ctrcbc_vtable, br_ghash_ctmul32, "ct, ctmul32"};
+        out[n++] = (struct suite){br_aes_x86ni_ctrcbc_get_vtable(), br_aes_x86ni_ctr_get_vtable(), br_ghash_pclmul_get(),
+                                  "x86ni"};
+    out[n++] = (struct suite){&br_aes_ct64_ctrcbc_vtable, &br_aes_ct64_ctr_vtable, br_ghash_ctmul64, "ct64"};
+    out[n++] = (struct suite){&br_aes_ct_ctrcbc_vtable, &br_aes_ct_ctr_vtable, br_ghash_ctmul, "ct, ctmul"};
+    out[n++] = (struct suite){&br_aes_ct_ctrcbc_vtable, &br_aes_ct_ctr_vtable, br_ghash_ctmul32, "ct, ctmul32"};
     return n;
 }
 
@@ -1277,7 +1278,7 @@ static void self_test(void) {
         row("%s", suites[count - 1].name);
         CHECK(child_run(body_self_test, &suites[count - 1])->code == CHILD_RETURNED);
     }
-    const struct suite wrong = {&br_aes_ct64_ctrcbc_vtable, ghash_wrong, "broken"};
+    const struct suite wrong = {&br_aes_ct64_ctrcbc_vtable, &br_aes_ct64_ctr_vtable, ghash_wrong, "broken"};
     const struct child *c = child_run(body_self_test, &wrong);
     row("a broken suite: %s", c->err);
     CHECK(child_died(c));
@@ -1402,25 +1403,34 @@ static int compare_nonces(const void *a, const void *b) {
     return memcmp(a, b, NONCE_BYTES);
 }
 
-/* Across many refills of the buffer: none twice, and each wiped as it is given. */
+/* Within a turn and across many: none twice, each wiped as it is given, and nothing left when a turn ends. */
 static void nonces(void) {
-    enum { COUNT = 2000 };
+    enum { COUNT = 2000, TURN = 700 };
     static uint8_t all[COUNT][NONCE_BYTES];
     static struct random random;
     struct ring *ring = ring_of(0, 1);
-    size_t refills = 0;
+    size_t bought[16], buys = 0;
     for (size_t i = 0; i < COUNT; i++) {
         uint8_t sealed[SEALED_OVERHEAD];
         size_t before = random.left;
         CHECK(seal(ring, &random, API_V2, NULL, 0, sealed) == 0);
         memcpy(all[i], sealed + HEADER_BYTES, NONCE_BYTES);
-        refills += random.left > before;
         row("nonce %zu", i);
+        if (before == 0 && buys < LEN(bought))
+            bought[buys++] = random.left / NONCE_BYTES + 1;
         CHECK(random.left < sizeof random.bytes && random.left % NONCE_BYTES == 0);
         CHECK(all_zero(random.bytes + random.left, sizeof random.bytes - random.left));
         CHECK(random.left == 0 || !all_zero(random.bytes + random.left - NONCE_BYTES, NONCE_BYTES));
+        if (i % TURN == TURN - 1) {
+            random_drop(&random);
+            CHECK(random.left == 0 && all_zero(random.bytes, sizeof random.bytes));
+        }
     }
-    CHECK(refills == (COUNT * NONCE_BYTES + RANDOM_BYTES - 1) / RANDOM_BYTES && refills > 3);
+    static const size_t right[] = {1, 2, 4, 8, 16, 32, 64, 128, 128, 128, 128, 128, 1, 2, 4, 8};
+    for (size_t i = 0; i < LEN(right); i++) {
+        row("purchase %zu", i);
+        CHECK(bought[i] == right[i]);
+    }
     qsort(all, COUNT, sizeof *all, compare_nonces);
     for (size_t i = 1; i < COUNT; i++)
         CHECK(memcmp(all[i - 1], all[i], NONCE_BYTES) != 0);
@@ -2249,11 +2259,13 @@ static void metrics_check(char *text) {
     CHECK(count > 10);
 }
 
+static struct user metrics_users[ALLOWED_UIDS_MAX];
+
 static char *metrics_text(const struct metrics *m, size_t *len) {
     enum { ROOM = 4 * METRICS_BYTES };
     static char buf[ROOM];
     struct text t = {.buf = buf, .cap = ROOM - 1};
-    metrics_write(m, "0123456789abcdef0123456789abcdef", 4096, &t);
+    metrics_write(m, "0123456789abcdef0123456789abcdef", 4096, metrics_users, LEN(metrics_users), &t);
     buf[t.len] = '\0';
     *len = t.len;
     return buf;
@@ -2781,11 +2793,13 @@ static struct server *session_server(void) {
     static char endpoint[64];
     static unsigned number; /* a test that failed may have left its server */
     snprintf(endpoint, sizeof endpoint, "unix:///@kmsplugin-unit-%d-%u", (int)getpid(), number++);
-    options = (struct serve_options){.endpoints = {endpoint}, .endpoint_count = 1, .mode = 0600, .max_connections = 16};
+    options = (struct serve_options){.endpoints = {endpoint}, .endpoint_count = 1, .mode = 0600, .max_connections = 16,
+                                     .uids = {geteuid()}, .uid_count = 1};
     sigset_t before;
     sigprocmask(SIG_BLOCK, NULL, &before);
     log_level = LOG_ERROR;
     struct server *s = server_new(ring_of(0, 2), &options);
+    listeners_open(s);
     sigprocmask(SIG_SETMASK, &before, NULL);
     return s;
 }
@@ -2803,7 +2817,7 @@ static struct conn *session_open(struct server *s, int *fd) {
     CHECK(socketpair(AF_UNIX, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0, pair) == 0);
     const struct ucred peer = {.pid = getpid(), .uid = geteuid()};
     *fd = pair[1];
-    conn_new(s, pair[0], &peer);
+    conn_new(s, pair[0], &peer, &s->users[0]);
     if (!s->conns || s->conns->closed)
         return NULL;
     return s->conns;
@@ -2815,7 +2829,9 @@ static void session_close(struct server *s, struct conn *c, int fd) {
         conn_close(c, "end of the test");
     server_reap(s);
     close(fd);
-    CHECK(!s->conns && s->conn_count == 0 && s->stream_count == 0 && s->buffered == 0 && s->heap.in_use == 0);
+    CHECK(!s->conns && s->heap.in_use == 0);
+    for (enum resource r = 0; r < RESOURCES; r++)
+        CHECK(s->used[r] == 0 && s->users[0].used[r] == 0);
 }
 
 /* What the server sends, appended to `out`; all of it when out is NULL is dropped. */
@@ -2856,8 +2872,6 @@ static void session_feed(struct conn *c, int fd, const uint8_t *bytes, size_t le
             CHECK(turns < 10000);
             conn_ready(c, c->writing ? EPOLLOUT : EPOLLIN);
             session_drain(fd, out);
-            for (const struct stream *s = c->streams; s; s = s->next)
-                CHECK(!s->borrowed); /* what it points at is wiped */
         }
     }
     session_drain(fd, out);
@@ -3383,34 +3397,6 @@ static void session_random_bytes(void) {
     session_server_free(s);
 }
 
-/* A message whose padding has not come has to be kept. Where that fails the connection ends. */
-static void session_without_memory_to_keep(void) {
-    static struct recording r;
-    struct server *s = session_server();
-    size_t f = 0, start, end;
-    int fd;
-    dialogue_init(s);
-    recording_make(&r);
-    for (;; f++) {
-        CHECK(f < r.frame_count);
-        const uint8_t *frame = r.bytes + (start = r.frames[f]);
-        end = r.frames[f + 1];
-        bool padded = frame[3] == NGHTTP2_DATA && frame[4] == (NGHTTP2_FLAG_END_STREAM | NGHTTP2_FLAG_PADDED);
-        if (padded && end - start > FRAME_HEAD + 1 + GRPC_PREFIX_BYTES + PADDING)
-            break;
-    }
-    struct conn *c = session_open(s, &fd);
-    CHECK(c);
-    session_feed(c, fd, r.bytes, start, NULL);
-    CHECK(!c->closed);
-    s->buffered += BUFFERED_MAX;
-    session_feed(c, fd, r.bytes + start, end - 1 - start, NULL);
-    CHECK(c->closed);
-    s->buffered -= BUFFERED_MAX;
-    session_close(s, NULL, fd);
-    session_server_free(s);
-}
-
 /* No memory at each allocation in turn: the connection ends, and nothing is lost. */
 static void session_without_memory(void) {
     struct server *s = session_server();
@@ -3419,7 +3405,7 @@ static void session_without_memory(void) {
     const struct {
         const char *name;
         size_t *counter, max, most, step;
-    } limits[] = {{"heap", &s->heap.in_use, HEAP_MAX, 70000, 67}, {"buffers", &s->buffered, BUFFERED_MAX, 25000, 31}};
+    } limits[] = {{"heap", &s->used[HELD], HEAP_MAX, 70000, 67}, {"buffers", &s->used[BUFFERED], BUFFERED_MAX, 25000, 31}};
     for (size_t i = 0; i < LEN(limits); i++) {
         for (size_t room = 0; room < limits[i].most; room += limits[i].step) {
             size_t bias = limits[i].max - room;
@@ -3446,19 +3432,53 @@ static void session_without_memory(void) {
     session_server_free(s);
 }
 
-/* Newcomers stand in front in the list, so of those idle for as long the last gives way, one's own before others'. */
+/* Newcomers stand in front in the list, so of those idle for as long the last gives way. */
 static void session_idlest(void) {
-    struct server s = {0};
-    struct conn old = {.peer.uid = 1}, middle = {.next = &old, .peer.uid = 2}, young = {.next = &middle, .peer.uid = 1};
+    struct server s = {.user_count = 2};
+    struct user *one = &s.users[0], *two = &s.users[1];
+    struct conn old = {.user = one}, middle = {.next = &old, .user = two}, young = {.next = &middle, .user = one};
     s.conns = &young;
     old.idle_since_ms = middle.idle_since_ms = young.idle_since_ms = 5;
-    CHECK(server_idlest(&s, 1) == &old);
-    CHECK(server_idlest(&s, 2) == &middle);
-    CHECK(server_idlest(&s, 3) == &old);
+    CHECK(server_idlest(&s, one) == &old);
+    CHECK(server_idlest(&s, two) == &middle);
     young.idle_since_ms = 4;
-    CHECK(server_idlest(&s, 3) == &young);
+    CHECK(server_idlest(&s, one) == &young);
     young.closed = true;
-    CHECK(server_idlest(&s, 1) == &old);
+    CHECK(server_idlest(&s, one) == &old);
+    old.closed = true;
+    CHECK(server_idlest(&s, one) == NULL);
+}
+
+/* Who gives way is of the user who holds most, what is asked for counted; who holds nothing never does. */
+static void session_heaviest(void) {
+    struct server s = {.user_count = 3};
+    struct user *one = &s.users[0], *two = &s.users[1], *three = &s.users[2];
+    const struct {
+        size_t one, two, more;
+        struct user *asking, *expected;
+    } rows[] = {
+        {0, 0, 1, one, NULL}, {1, 0, 1, two, one}, {5, 4, 1, two, two}, {5, 4, 1, one, one}, {5, 5, 1, NULL, one},
+        {5, 5, 1, three, one}, {5, 6, 1, three, two}, {5, 0, 9, two, one}, {4, 5, 0, one, two}, {5, 5, 0, two, two},
+    };
+    for (size_t i = 0; i < LEN(rows); i++) {
+        row("row %zu", i);
+        for (enum resource r = 0; r < RESOURCES; r++) {
+            one->used[r] = rows[i].one;
+            two->used[r] = rows[i].two;
+            CHECK(server_heaviest_user(&s, r, rows[i].asking, rows[i].more) == rows[i].expected);
+            one->used[r] = two->used[r] = 0;
+        }
+    }
+    struct conn a = {.user = one}, b = {.next = &a, .user = one}, c = {.next = &b, .user = two};
+    s.conns = &c;
+    a.used[HELD] = 3, b.used[HELD] = 4, c.used[HELD] = 9;
+    a.used[STREAMS] = 2, b.used[STREAMS] = 1;
+    CHECK(server_heaviest_conn(&s, one, HELD) == &b);
+    CHECK(server_heaviest_conn(&s, one, STREAMS) == &a);
+    CHECK(server_heaviest_conn(&s, two, STREAMS) == &c);
+    CHECK(server_heaviest_conn(&s, three, HELD) == NULL);
+    b.closed = true;
+    CHECK(server_heaviest_conn(&s, one, HELD) == &a);
 }
 
 /*
@@ -3486,19 +3506,19 @@ static void session_without_memory_for_a_queue(void) {
         size_t bias = HEAP_MAX - room;
         int fd;
         row("%zu bytes", room);
-        s->heap.in_use += bias;
-        s->heap.total += bias + HEAP_KEEP_BYTES; /* no more, that is */
+        s->used[HELD] += bias;
+        s->heap.total += HEAP_KEEP_BYTES; /* no more, that is */
         struct conn *c = session_open(s, &fd);
         if (c)
             session_feed(c, fd, said, len, NULL);
         bool ends = !c || c->closed;
         ended += ends;
         lived += !ends;
-        CHECK(s->heap.in_use <= HEAP_MAX);
+        CHECK(s->used[HELD] <= HEAP_MAX);
         if (!ends)
             conn_close(c, "end of the test");
-        CHECK(s->heap.in_use == bias);
-        s->heap.in_use = s->heap.total = 0;
+        CHECK(s->used[HELD] == bias && s->heap.in_use == 0);
+        s->used[HELD] = s->heap.total = 0;
         server_reap(s);
         session_close(s, NULL, fd);
     }
@@ -3523,7 +3543,7 @@ static void session_slow_reader(void) {
         conn_ready(c, c->writing ? EPOLLOUT : EPOLLIN);
         waited += c->writing;
         if (c->writing)
-            CHECK(c->out && c->out_len > c->out_sent && s->buffered >= c->out_len);
+            CHECK(c->out && c->out_len > c->out_sent && s->used[BUFFERED] >= c->out_len);
         ssize_t n = read(fd, heard.bytes + heard.len, 7);
         heard.len += n > 0 ? (size_t)n : 0;
     }
@@ -3618,11 +3638,11 @@ static void session_timer(void) {
     CHECK(s->timer_ms == INT64_MAX && timer_left(s) == 0); /* nothing is due: the loop sleeps for good */
 
     heap_free(&s->heap, heap_new(&s->heap, 100));
-    s->stream_count = 1; /* what is kept stays while a request is under way: no time to look at it would be right */
+    s->used[STREAMS] = 1; /* what is kept stays while a request is under way: no time to look at it would be right */
     s->active_ms = s->now_ms - 10 * TIDY_AFTER_MS;
     server_set_timer(s);
     CHECK(s->timer_ms == INT64_MAX && timer_left(s) == 0);
-    s->stream_count = 0;
+    s->used[STREAMS] = 0;
     s->active_ms = s->now_ms;
     server_set_timer(s);
     CHECK(s->timer_ms == s->now_ms + TIDY_AFTER_MS && timer_left(s) > 0 && timer_left(s) <= TIDY_AFTER_MS + 1);
@@ -4195,8 +4215,8 @@ static const struct {
 #endif
     TEST(session_slow_reader), TEST(session_metrics),
     TEST(session_large_head), TEST(session_deadlines), TEST(session_timer), TEST(session_random_bytes),
-    TEST(session_without_memory), TEST(session_without_memory_to_keep),
-    TEST(session_idlest), TEST(session_without_memory_for_a_queue),
+    TEST(session_without_memory),
+    TEST(session_idlest), TEST(session_heaviest), TEST(session_without_memory_for_a_queue),
     TEST(values_stored), TEST(values_not_ours), TEST(values_damaged), TEST(values_random_bytes),
     TEST(options_defaults), TEST(options_verbs), TEST(options_values), TEST(options_numbers), TEST(options_many),
     TEST(options_names), TEST(options_bad), TEST(options_unknown_names), TEST(ids_are_found),
