@@ -6,11 +6,11 @@
  * program is such a plugin, whole: it seals with XAES-256-GCM under a key
  * encryption key (KEK) that comes from a variable or a file.
  *
- * Contents, in the order of the file: each part uses only what stands above it.
+ * Contents, in the order of the file: each section uses only what stands above it.
  *
  *     Constants      every limit, with its reason
  *     Types          every structure, with its owner
- *     Text           a small printf, log lines, death with one sentence
+ *     Text           log lines, sentences on stderr, and the small printf under both
  *     Bytes          wiping, hex, base64, UTF-8, protobuf fields, random bytes
  *     Memory         blocks that are counted, kept and wiped; the arena
  *     Sealing        AES-GCM, XAES-256-GCM, the sealed form, the key ring
@@ -19,14 +19,17 @@
  *     Metrics        counters, and their text for Prometheus
  *     gRPC           methods, grpc-timeout, percent-encoding
  *     HTTP requests  the rules for header fields
+ *     Room           what peers may hold, what gives way at a limit, what is logged of them
  *     HTTP/2         nghttp2's callbacks, in the order of a stream's life
- *     Connections    reading, writing, closing; what gives way at a limit
+ *     Connections    reading, writing, closing
  *     Endpoints      unix:///path and unix:///@name, bound or inherited
  *     Event loop     one thread, one epoll, no waiting anywhere else
  *     Confinement    what is given up before the first request
  *     Probe          a gRPC client that tries every RPC
+ *     Rehearsal      whether a confined server can work here, tried before it is one
  *     Rescue         opening etcd values without an API server
  *     Options        the command line
+ *     Main           one function a verb
  *
  * The way of one request: the loop (server_run) finds a connection readable;
  * conn_read hands its bytes to nghttp2, which calls on_header for each field
@@ -310,13 +313,10 @@ enum field_name {
     FIELD_CONTENT_LENGTH,
     FIELD_TIMEOUT,
     FIELD_TE,
-    FIELD_USER_AGENT, /* means nothing, but comes with every request, so its name needs no look */
     FIELD_FORBIDDEN, /* RFC 9113 8.2.2: means something on an HTTP/1 connection only */
     FIELD_OTHER,
 };
 enum { SEEN_REGULAR = 1 << FIELD_OTHER };
-
-enum verdict { USUAL, UNUSUAL, MALFORMED }; /* on a field */
 
 /* The head of a request, judged field by field; nothing of the peer's is kept. */
 struct request {
@@ -501,7 +501,25 @@ static void text_bytes(struct text *t, const char *s, size_t n) {
         text_char(t, s[i]);
 }
 
-/* A logfmt value: bare when plain, else in quotes with \xNN for what does not print. */
+/*
+ * Words that a peer or a file may have chosen: printable ASCII as it is, any other byte as
+ * \xNN, C1 controls and the octets of UTF-8 among them. So nothing that a terminal obeys
+ * gets to one.
+ */
+static void text_escaped(struct text *t, const char *s, size_t n) {
+    for (size_t i = 0; i < n; i++) {
+        uint8_t c = (uint8_t)s[i];
+        if (c >= ' ' && c < 0x7f) {
+            text_char(t, (char)c);
+        } else {
+            text_bytes(t, "\\x", 2);
+            text_char(t, "0123456789abcdef"[c >> 4]);
+            text_char(t, "0123456789abcdef"[c & 15]);
+        }
+    }
+}
+
+/* A logfmt value: bare when plain, else in quotes, and escaped. */
 static void text_value(struct text *t, const char *s, size_t n) {
     bool plain = n > 0;
     for (size_t i = 0; i < n && plain; i++)
@@ -512,17 +530,9 @@ static void text_value(struct text *t, const char *s, size_t n) {
     }
     text_char(t, '"');
     for (size_t i = 0; i < n; i++) {
-        uint8_t c = (uint8_t)s[i];
-        if (c == '"' || c == '\\') {
+        if (s[i] == '"' || s[i] == '\\')
             text_char(t, '\\');
-            text_char(t, (char)c);
-        } else if (c >= ' ' && c < 0x7f) {
-            text_char(t, (char)c);
-        } else {
-            text_bytes(t, "\\x", 2);
-            text_char(t, "0123456789abcdef"[c >> 4]);
-            text_char(t, "0123456789abcdef"[c & 15]);
-        }
+        text_escaped(t, &s[i], 1);
     }
     text_char(t, '"');
 }
@@ -631,17 +641,15 @@ static void print(int fd, const char *format, ...) {
     }
 }
 
-/* One line on stderr. Words of a peer or of the command line may be in it: none reaches the terminal's controls. */
+/* One line on stderr, escaped: words of a peer or of the command line may be in it. */
 static void complain(const char *format, va_list args) {
-    char buf[LOG_LINE_MAX];
-    struct text t = {.buf = buf, .cap = sizeof buf - 1};
+    char words[LOG_LINE_MAX], line[4 * LOG_LINE_MAX];
+    struct text t = {.buf = words, .cap = sizeof words}, escaped = {.buf = line, .cap = sizeof line - 1};
     text_add(&t, "kmsplugin: ");
     text_vadd(&t, format, args);
-    for (size_t i = 0; i < t.len; i++)
-        if ((uint8_t)buf[i] < ' ' || buf[i] == 0x7f)
-            buf[i] = '?';
-    buf[t.len++] = '\n';
-    write_all(STDERR_FILENO, buf, t.len);
+    text_escaped(&escaped, words, t.len);
+    line[escaped.len++] = '\n';
+    write_all(STDERR_FILENO, line, escaped.len);
 }
 
 /* Ends the program with one sentence on stderr and exit status 1. */
@@ -905,10 +913,18 @@ static int strings_check(const ProtobufCMessageDescriptor *type, const uint8_t *
     return more < 0 ? -1 : nul;
 }
 
-/* Fills from getrandom(2); -1 when the kernel refuses. */
+/*
+ * getrandom(2), by the system call itself: glibc's function, from 2.41 on, keeps random
+ * bytes for later calls in memory of this process, where a snapshot would have them.
+ */
+static ssize_t random_get(uint8_t *out, size_t len, unsigned flags) {
+    return syscall(SYS_getrandom, out, len, flags);
+}
+
+/* Fills with random bytes; -1 with errno when the kernel refuses. */
 static int random_fill(uint8_t *out, size_t len) {
     while (len > 0) {
-        ssize_t n = getrandom(out, len, 0);
+        ssize_t n = random_get(out, len, 0);
         if (n < 0 && errno == EINTR)
             continue;
         if (n <= 0)
@@ -1878,8 +1894,7 @@ static enum field_name field_name(const uint8_t *name, size_t len) {
                : IS(name, len, "upgrade") ? FIELD_FORBIDDEN
                                           : FIELD_OTHER;
     case 10:
-        return IS(name, len, ":authority")   ? FIELD_AUTHORITY
-               : IS(name, len, "user-agent") ? FIELD_USER_AGENT
+        return IS(name, len, ":authority")                                  ? FIELD_AUTHORITY
                : IS(name, len, "connection") || IS(name, len, "keep-alive") ? FIELD_FORBIDDEN
                                                                             : FIELD_OTHER;
     case 12:
@@ -1941,12 +1956,9 @@ static void request_path(struct request *r, const uint8_t *value, size_t len) {
         r->rpc++;
 }
 
-/*
- * A field that means something here. USUAL: its value is one of those that clients
- * send, so its characters need no look; most requests have nothing else.
- */
-static enum verdict request_known(struct request *r, enum field_name name, const uint8_t *value, size_t len) {
-    bool again = r->seen & 1u << name, usual = false, sound = true;
+/* Takes a field of the head that means something here. False if it is malformed. */
+static bool request_known(struct request *r, enum field_name name, const uint8_t *value, size_t len) {
+    bool again = r->seen & 1u << name;
     r->seen |= 1u << name;
     switch (name) {
     case FIELD_METHOD:
@@ -1954,70 +1966,53 @@ static enum verdict request_known(struct request *r, enum field_name name, const
                     : IS(value, len, "GET")     ? METHOD_GET
                     : IS(value, len, "CONNECT") ? METHOD_CONNECT
                                                 : METHOD_OTHER;
-        usual = r->method == METHOD_POST;
-        sound = len > 0;
-        break;
+        return !again && len > 0;
     case FIELD_SCHEME:
-        usual = IS(value, len, "http");
-        sound = len > 0;
-        break;
+        return !again && len > 0;
     case FIELD_PATH:
         request_path(r, value, len);
-        usual = r->rpc != RPC_UNKNOWN;
-        sound = len > 0 && (value[0] == '/' || IS(value, len, "*"));
-        break;
-    case FIELD_AUTHORITY: /* any value at all */
-        usual = IS(value, len, "localhost");
-        break;
+        return !again && len > 0 && (value[0] == '/' || IS(value, len, "*"));
     case FIELD_CONTENT_TYPE:
-        usual = IS(value, len, "application/grpc");
-        r->grpc = usual || is_grpc(value, len);
-        break;
+        r->grpc = is_grpc(value, len);
+        return !again;
     case FIELD_CONTENT_LENGTH:
-        sound = usual = request_content_length(r, value, len);
-        break;
+        return !again && request_content_length(r, value, len);
     case FIELD_TIMEOUT:
         r->timeout_us = grpc_timeout_us(value, len);
         r->bad_timeout |= again || r->timeout_us == UINT64_MAX; /* gRPC's business, not HTTP's */
-        return r->bad_timeout ? UNUSUAL : USUAL;
-    case FIELD_TE:
-        usual = IS(value, len, "trailers");
-        sound = usual || (len == 8 && strncasecmp((const char *)value, "trailers", 8) == 0);
-        again = false; /* a list may come in parts */
-        break;
-    case FIELD_USER_AGENT:
-        return UNUSUAL;
-    default: /* FIELD_FORBIDDEN: of HTTP/1 connections */
-        return MALFORMED;
+        return true;
+    case FIELD_TE: /* a list, which may come in parts */
+        return len == 8 && strncasecmp((const char *)value, "trailers", 8) == 0;
+    case FIELD_FORBIDDEN:
+        return false;
+    default: /* :authority may be anything */
+        return !again;
     }
-    return again || !sound ? MALFORMED : usual ? USUAL : UNUSUAL;
 }
 
 static void request_init(struct request *r) {
     *r = (struct request){.rpc = RPC_UNKNOWN, .timeout_us = UINT64_MAX, .content_length = UINT64_MAX};
 }
 
-/* A field that means nothing here, but has to be sound all the same; or one whose value has to be looked at. */
-static void request_other(struct request *r, const uint8_t *name, size_t name_len, const uint8_t *value, size_t len) {
-    r->malformed = (name && !is_name(name, name_len)) || !is_value(value, len);
-}
-
-/* Judges one field of the head or of the trailers. */
+/*
+ * Judges one field of the head or of the trailers: its name and value have to be made of what
+ * they may be made of, and of those that mean something here more is asked in the head. A
+ * pseudo-header field comes before all others, and not in trailers.
+ */
 static void request_field(struct request *r, const uint8_t *name, size_t name_len, const uint8_t *value, size_t len) {
     r->field_bytes += name_len + len + FIELD_OVERHEAD_BYTES;
     if (r->malformed || r->field_bytes > FIELDS_MAX_BYTES)
         return; /* the verdict stands already */
     enum field_name known = field_name(name, name_len);
-    enum verdict verdict = UNUSUAL;
-    if (name_len > 0 && name[0] == ':')
-        verdict = known == FIELD_OTHER || r->trailers || r->seen & SEEN_REGULAR ? MALFORMED : UNUSUAL;
+    bool pseudo = name_len > 0 && name[0] == ':';
+    bool sound = is_value(value, len) && (known != FIELD_OTHER || is_name(name, name_len));
+    if (pseudo)
+        sound &= !r->trailers && !(r->seen & SEEN_REGULAR);
     else
         r->seen |= SEEN_REGULAR;
-    if (known != FIELD_OTHER && verdict == UNUSUAL && (!r->trailers || known == FIELD_FORBIDDEN))
-        verdict = request_known(r, known, value, len); /* in trailers the others mean nothing */
-    r->malformed = verdict == MALFORMED;
-    if (verdict == UNUSUAL)
-        request_other(r, known == FIELD_OTHER ? name : NULL, name_len, value, len);
+    if (known != FIELD_OTHER && (!r->trailers || known == FIELD_FORBIDDEN))
+        sound &= request_known(r, known, value, len);
+    r->malformed = !sound;
 }
 
 /* Judges the head as a whole, RFC 9113 8.3.1 and 8.5. */
@@ -3640,7 +3635,6 @@ static void filter_memory(struct filter *f, int call, uint32_t deadly) {
 static void filter_allow(struct filter *f) {
     const int calls[] = {
         SYS_epoll_pwait, SYS_read, SYS_write, SYS_getrandom, SYS_epoll_ctl, SYS_accept4, SYS_getsockopt, SYS_close,
-        SYS_rt_sigprocmask, /* glibc's getrandom, from 2.41 on */
         SYS_madvise, SYS_munmap, SYS_brk, SYS_exit_group, SYS_unlinkat,
         SYS_pread64, /* metrics_resident */
 #ifdef SYS_clock_gettime /* where the vDSO has no clock */
@@ -3843,6 +3837,7 @@ struct client {
     int fd;
     nghttp2_session *session;
     int64_t deadline_ms;
+    bool heard; /* something has come from the server */
     struct call call; /* one at a time */
     char why[LOG_LINE_MAX]; /* of the last failure */
 };
@@ -3908,6 +3903,15 @@ static int client_on_stream_close(nghttp2_session *session, int32_t id, uint32_t
     return 0;
 }
 
+/* The connection is gone: an error of read or write, or 0 for its end. */
+static int client_lost(struct client *c, const char *call, int error) {
+    if (!c->heard && (error == 0 || error == EPIPE || error == ECONNRESET))
+        return client_fail(c, "the server closed the connection without a word, as it does to a uid that it does not allow: "
+                           "ours is %u; its log says msg=refused then, and serve --allow-uid lets others in", geteuid());
+    return error == 0 ? client_fail(c, "the server closed the connection")
+                      : client_fail(c, "%s: %s", call, strerror(error));
+}
+
 /* Waits until the socket can be read (or written); -1 when time is up. */
 static int client_wait(struct client *c, short events) {
     struct pollfd p = {.fd = c->fd, .events = events};
@@ -3957,7 +3961,7 @@ static int client_run(struct client *c) {
         for (ssize_t sent = 0; n > 0 && sent < n;) {
             ssize_t m = write(c->fd, out + sent, (size_t)(n - sent));
             if (m < 0 && errno != EAGAIN && errno != EINTR)
-                return client_fail(c, "write: %s", strerror(errno));
+                return client_lost(c, "write", errno);
             if (m < 0 && client_wait(c, POLLOUT) < 0)
                 return -1;
             sent += m > 0 ? m : 0;
@@ -3973,10 +3977,9 @@ static int client_run(struct client *c) {
         n = read(c->fd, in, sizeof in);
         if (n < 0 && (errno == EAGAIN || errno == EINTR))
             continue;
-        if (n < 0)
-            return client_fail(c, "read: %s", strerror(errno));
-        if (n == 0)
-            return client_fail(c, "the server closed the connection");
+        if (n <= 0)
+            return client_lost(c, "read", n < 0 ? errno : 0);
+        c->heard = true;
         ssize_t used = nghttp2_session_mem_recv(c->session, in, (size_t)n);
         if (used < 0)
             return client_fail(c, "the answer is too long (nghttp2: %d)", (int)used);
@@ -4034,7 +4037,7 @@ static void *client_call(struct client *c, enum rpc rpc, const void *request, co
 struct probe {
     struct client client;
     uint8_t secret[KEK_BYTES];
-    char key_id[V2_CIPHERTEXT_MAX + 1];
+    char key_id[V2_CIPHERTEXT_MAX + 1], version[LOG_VALUE_MAX + 1];
     uint8_t sealed[MESSAGE_MAX];
     size_t sealed_len;
 };
@@ -4104,6 +4107,7 @@ static int probe_v1_version(struct probe *p) {
     if (!r)
         return -1;
     int rv = strcmp(r->version, "v1beta1") == 0 ? 0 : client_fail(&p->client, "version %s", r->version);
+    copy_text(p->version, sizeof p->version, (uint8_t *)r->runtime_version, strlen(r->runtime_version));
     protobuf_c_message_free_unpacked(&r->base, NULL);
     return rv;
 }
@@ -4134,8 +4138,22 @@ static int probe_v1_decrypt(struct probe *p) {
     return rv;
 }
 
-/* Probes an endpoint: one line a step, exit status 1 after the first that fails. */
-static int probe(const char *endpoint, int64_t timeout_ms) {
+/* Prints which server that was, in words of its own. */
+static void probe_tell(const struct probe *p) {
+    char line[4 * (sizeof p->key_id + sizeof p->version)];
+    struct text t = {.buf = line, .cap = sizeof line};
+    text_add(&t, "key_id ");
+    text_escaped(&t, p->key_id, strlen(p->key_id));
+    text_add(&t, " version ");
+    text_escaped(&t, p->version, strlen(p->version));
+    print(STDOUT_FILENO, "%.*s\n", (int)t.len, line);
+}
+
+/*
+ * Probes an endpoint: one line a step, exit status 1 after the first that fails; at last
+ * key_id and version of the server. With expected_key_id no other may answer.
+ */
+static int probe(const char *endpoint, int64_t timeout_ms, const char *expected_key_id) {
     static const struct {
         const char *name;
         int (*step)(struct probe *);
@@ -4163,6 +4181,9 @@ static int probe(const char *endpoint, int64_t timeout_ms) {
         if (rv < 0)
             die("probe %s: %s: %s", endpoint, steps[i].name, p.client.why);
     }
+    probe_tell(&p);
+    if (expected_key_id && strcmp(p.key_id, expected_key_id) != 0)
+        die("probe %s: the server seals under key_id %s, and %s was expected", endpoint, p.key_id, expected_key_id);
     nghttp2_session_del(p.client.session);
     close(p.client.fd);
     return 0;
@@ -4218,7 +4239,7 @@ static void server_warm_up(struct server *s) {
     must("mmap", page == MAP_FAILED ? -1 : 0);
     must("munmap", munmap(page, (size_t)getpagesize()));
     must("close", close(STDIN_FILENO));
-    must("accept4", accept4(s->epoll, NULL, NULL, 0) < 0 && errno == ENOTSOCK ? 0 : -1);
+    must("accept4", accept4(s->epoll, NULL, NULL, SOCK_NONBLOCK | SOCK_CLOEXEC) < 0 && errno == ENOTSOCK ? 0 : -1);
     int type;
     socklen_t len = sizeof type;
     must("getsockopt", getsockopt(s->listeners[0].source.fd, SOL_SOCKET, SO_TYPE, &type, &len));
@@ -4268,16 +4289,21 @@ static void rehearse_server(const struct serve_options *asked, int listener, boo
 /* Reads what the children said, to its end; the first sentence of one that failed goes to `why`, without our name. */
 static void rehearsal_read(int fd, char *why, size_t cap) {
     static const char mark[] = "kmsplugin: ";
-    char line[LOG_LINE_MAX], c;
+    char bytes[LOG_LINE_MAX], line[LOG_LINE_MAX];
     size_t len = 0;
+    ssize_t n;
     why[0] = '\0';
-    while (read(fd, &c, 1) == 1) {
-        if (c != '\n' && len < sizeof line)
-            line[len++] = c;
-        if (c == '\n' && len >= sizeof mark && memcmp(line, mark, sizeof mark - 1) == 0 && !why[0])
-            copy_text(why, cap, (uint8_t *)line + sizeof mark - 1, len - (sizeof mark - 1));
-        if (c == '\n')
+    while ((n = read(fd, bytes, sizeof bytes)) > 0) {
+        for (ssize_t i = 0; i < n; i++) {
+            if (bytes[i] != '\n') {
+                if (len < sizeof line)
+                    line[len++] = bytes[i];
+                continue;
+            }
+            if (len >= sizeof mark && memcmp(line, mark, sizeof mark - 1) == 0 && !why[0])
+                copy_text(why, cap, (uint8_t *)line + sizeof mark - 1, len - (sizeof mark - 1));
             len = 0;
+        }
     }
 }
 
@@ -4339,7 +4365,7 @@ static enum rehearsal rehearse(const struct serve_options *options, bool filtere
     if (client == 0) {
         close(listener);
         child_begin(words[1]);
-        _exit(probe(endpoint_name(&address, len, endpoint, sizeof endpoint), REHEARSAL_PROBE_MS));
+        _exit(probe(endpoint_name(&address, len, endpoint, sizeof endpoint), REHEARSAL_PROBE_MS, NULL));
     }
     if (client < 0)
         went = rehearsal_ruined("fork", why, cap);
@@ -4767,7 +4793,7 @@ static int audit(const struct ring *ring, bool strict, bool list) {
 
 struct options {
     struct serve_options serve;
-    const char *argument;
+    const char *argument, *expected_key_id;
     int64_t timeout_ms;
     bool strict, list;
 };
@@ -4797,6 +4823,7 @@ static const char help[] =
     "  --log-level LEVEL           error, info or debug (info)\n"
     "Options of probe:\n"
     "  --timeout SECONDS           for all of it (3)\n"
+    "  --expect-key-id KEY_ID      fail when the server seals under another KEK\n"
     "Options of audit:\n"
     "  --strict                    plaintext and foreign values count as failures\n"
     "  --list                      name the etcd keys not under the sealing KEK\n"
@@ -4977,47 +5004,90 @@ static const struct {
     [KEYID] = {"keyid", false}, [UNSEAL] = {"unseal", true}, [AUDIT] = {"audit", false},
 };
 
+static void set_listen(struct options *o, const char *value) {
+    struct sockaddr_un address;
+    socklen_t address_len;
+    if (o->serve.endpoint_count == LISTENERS_MAX)
+        die_usage("--listen: more than %d endpoints", LISTENERS_MAX);
+    endpoint_require(value, &address, &address_len); /* before anything else is looked at */
+    o->serve.endpoints[o->serve.endpoint_count++] = value;
+}
+
+static void set_mode(struct options *o, const char *value) {
+    o->serve.mode = mode_parse(value);
+}
+
+static void set_group(struct options *o, const char *value) {
+    o->serve.group = gid_parse(value);
+    o->serve.has_group = true;
+}
+
+static void set_allow_uid(struct options *o, const char *value) {
+    options_allow(&o->serve, value);
+}
+
+static void set_max_connections(struct options *o, const char *value) {
+    o->serve.max_connections = max_connections_parse(value);
+}
+
+static void set_sandbox(struct options *o, const char *value) {
+    o->serve.sandbox = sandbox_parse(value);
+}
+
+static void set_log_level(struct options *o, const char *value) {
+    (void)o;
+    log_level = log_level_parse(value);
+}
+
+static void set_timeout(struct options *o, const char *value) {
+    o->timeout_ms = timeout_parse(value);
+}
+
+static void set_expect_key_id(struct options *o, const char *value) {
+    if (value[0] == '\0')
+        die_usage("--expect-key-id needs a key_id, as kmsplugin keyid prints it");
+    o->expected_key_id = value;
+}
+
+static void set_strict(struct options *o, const char *value) {
+    (void)value;
+    o->strict = true;
+}
+
+static void set_list(struct options *o, const char *value) {
+    (void)value;
+    o->list = true;
+}
+
 /* One option of a verb. Returns whether it took the value. */
 static bool options_set(struct options *o, enum verb verb, const char *name, const char *value) {
     static const struct {
         const char *name;
         enum verb verb;
         bool value;
+        void (*set)(struct options *, const char *);
     } known[] = {
-        {"--listen", SERVE, true},    {"--mode", SERVE, true},      {"--group", SERVE, true},
-        {"--allow-uid", SERVE, true}, {"--max-connections", SERVE, true}, {"--sandbox", SERVE, true},
-        {"--log-level", SERVE, true}, {"--timeout", PROBE, true},   {"--strict", AUDIT, false},
-        {"--list", AUDIT, false},
+        {"--listen", SERVE, true, set_listen},
+        {"--mode", SERVE, true, set_mode},
+        {"--group", SERVE, true, set_group},
+        {"--allow-uid", SERVE, true, set_allow_uid},
+        {"--max-connections", SERVE, true, set_max_connections},
+        {"--sandbox", SERVE, true, set_sandbox},
+        {"--log-level", SERVE, true, set_log_level},
+        {"--timeout", PROBE, true, set_timeout},
+        {"--expect-key-id", PROBE, true, set_expect_key_id},
+        {"--strict", AUDIT, false, set_strict},
+        {"--list", AUDIT, false, set_list},
     };
-    enum { LISTEN, MODE, GROUP, ALLOW_UID, MAX_CONNECTIONS, SANDBOX, LOG_LEVEL, TIMEOUT, STRICT, LIST, OPTIONS };
-    struct serve_options *serve = &o->serve;
-    struct sockaddr_un address;
-    socklen_t address_len;
-    size_t i = 0;
-    while (i < OPTIONS && (known[i].verb != verb || strcmp(known[i].name, name) != 0))
-        i++;
-    if (i == OPTIONS)
-        die_usage("unknown option of %s: %s", verbs[verb].name, name);
-    if (known[i].value && !value)
-        die_usage("%s needs a value", name);
-    switch (i) {
-    case LISTEN:
-        if (serve->endpoint_count == LISTENERS_MAX)
-            die_usage("--listen: more than %d endpoints", LISTENERS_MAX);
-        endpoint_require(value, &address, &address_len); /* before anything else is looked at */
-        serve->endpoints[serve->endpoint_count++] = value;
-        break;
-    case MODE: serve->mode = mode_parse(value); break;
-    case GROUP: serve->group = gid_parse(value); serve->has_group = true; break;
-    case ALLOW_UID: options_allow(serve, value); break;
-    case MAX_CONNECTIONS: serve->max_connections = max_connections_parse(value); break;
-    case SANDBOX: serve->sandbox = sandbox_parse(value); break;
-    case LOG_LEVEL: log_level = log_level_parse(value); break;
-    case TIMEOUT: o->timeout_ms = timeout_parse(value); break;
-    case STRICT: o->strict = true; break;
-    case LIST: o->list = true; break;
+    for (size_t i = 0; i < sizeof known / sizeof *known; i++) {
+        if (known[i].verb != verb || strcmp(known[i].name, name) != 0)
+            continue;
+        if (known[i].value && !value)
+            die_usage("%s needs a value", name);
+        known[i].set(o, value);
+        return known[i].value;
     }
-    return known[i].value;
+    die_usage("unknown option of %s: %s", verbs[verb].name, name);
 }
 
 static bool is_help(const char *s) {
@@ -5080,6 +5150,30 @@ static void descriptors_open(void) {
             exit(1); /* nobody to tell */
 }
 
+/*
+ * Makes what the start has relocated read-only (GNU_RELRO of the program's headers): dynamic
+ * linkers do, musl's start of a static-pie leaves it to us. The first object is the program.
+ */
+static int relro_protect(struct dl_phdr_info *program, size_t size, void *unused) {
+    (void)size;
+    (void)unused;
+    const uintptr_t page = (uintptr_t)getpagesize();
+    for (size_t i = 0; i < program->dlpi_phnum; i++) {
+        uintptr_t start = program->dlpi_addr + program->dlpi_phdr[i].p_vaddr, end = start + program->dlpi_phdr[i].p_memsz;
+        start -= start % page;
+        end -= end % page;
+        if (program->dlpi_phdr[i].p_type == PT_GNU_RELRO && end > start)
+            mprotect((void *)start, end - start, PROT_READ);
+    }
+    return 1;
+}
+
+/* Where a library's assert ends: with a sentence, as everything else. The C library's would bring stdio, 8 KB. */
+_Noreturn void __assert_fail(const char *assertion, const char *file, unsigned line, const char *function);
+_Noreturn void __assert_fail(const char *assertion, const char *file, unsigned line, const char *function) {
+    die("assertion failed: %s, %s:%u, %s", assertion, file, line, function);
+}
+
 /* Keeps this process's memory out of core files and debuggers. */
 static void dump_protect(void) {
     const struct rlimit none = {0, 0};
@@ -5107,11 +5201,11 @@ static void serve_announce(const struct server *s, const struct listener *l) {
 static void random_wait(void) {
     const struct timespec pause = {.tv_nsec = ACCEPT_PAUSE_MS * 1000000L};
     uint8_t byte;
-    if (getrandom(&byte, 1, GRND_NONBLOCK) == 1)
+    if (random_get(&byte, 1, GRND_NONBLOCK) == 1)
         return;
     if (errno == EAGAIN)
         log_line(LOG_WARN, "msg=\"waiting for the kernel to have random numbers\"");
-    while (getrandom(&byte, 1, 0) != 1) {
+    while (random_get(&byte, 1, 0) != 1) {
         if (errno != EAGAIN && errno != EINTR)
             die("getrandom: %s", strerror(errno));
         nanosleep(&pause, NULL);
@@ -5204,6 +5298,7 @@ static int with_ring(enum verb verb, const struct options *o) {
 
 int main(int argc, char **argv) {
     struct options options;
+    dl_iterate_phdr(relro_protect, NULL);
     descriptors_open();
     dump_protect();
     enum verb verb = options_parse(&options, argc, argv);
@@ -5212,7 +5307,7 @@ int main(int argc, char **argv) {
         return serve(&options.serve);
     case PROBE:
         environment_take(NULL, 0);
-        return probe(options.argument ? options.argument : DEFAULT_ENDPOINT, options.timeout_ms);
+        return probe(options.argument ? options.argument : DEFAULT_ENDPOINT, options.timeout_ms, options.expected_key_id);
     case GENKEY:
         environment_take(NULL, 0);
         return genkey();

@@ -30,6 +30,14 @@ ASAN_OPTIONS=${ASAN_OPTIONS:-detect_stack_use_after_return=1:strict_string_check
 UBSAN_OPTIONS=${UBSAN_OPTIONS:-print_stacktrace=1}
 export ASAN_OPTIONS UBSAN_OPTIONS
 
+# The contents at the head of kmsplugin.c name its sections, each in its place.
+same_sections() {
+    sed -n 's/^ \*     \([A-Z][A-Za-z0-9\/]*\( [a-z]*\)\{0,1\}\)   *[a-z0-9].*/\1/p; /^#define/q' kmsplugin.c >"$tmp/contents"
+    sed -n 's,^/\* -----* \([A-Z][A-Za-z0-9/ ]*\)\( \*/\)\{0,1\}$,\1,p' kmsplugin.c | sed 's/ *$//' >"$tmp/sections"
+    diff "$tmp/contents" "$tmp/sections" && [ "$(wc -l <"$tmp/sections")" -gt 20 ]
+}
+
+check contents same_sections
 check messages same_messages
 check build make -s kmsplugin
 if require build/unit make -s build/unit; then

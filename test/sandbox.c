@@ -25,7 +25,7 @@ enum { CALLS_MAX = 1024, X32 = 0x40000000, URETPROBE = 335, UPROBE = 336, CHILD_
 /* What a server is made of: let through. */
 static const int allowed[] = {
     SYS_epoll_pwait, SYS_epoll_ctl, SYS_accept4, SYS_getsockopt, SYS_read, SYS_write, SYS_close, SYS_getrandom,
-    SYS_rt_sigprocmask, SYS_pread64, SYS_brk, SYS_munmap, SYS_madvise, SYS_MMAP, SYS_mprotect, SYS_unlinkat,
+    SYS_pread64, SYS_brk, SYS_munmap, SYS_madvise, SYS_MMAP, SYS_mprotect, SYS_unlinkat,
     SYS_exit_group, SYS_statx,
 #ifdef SYS_timerfd_settime
     SYS_timerfd_settime,

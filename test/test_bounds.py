@@ -91,7 +91,7 @@ class Bounds(Case):
         self.assertEqual(raws[2].wait(stream).status, 0)
 
     @needs_root
-    def test_the_longest_idle_of_the_same_user_gives_way(self):
+    def test_the_longest_idle_of_the_user_who_has_most_gives_way(self):
         server = self.start('--max-connections', '3', '--mode', '0666', '--allow-uid',
                             f'0,{STRANGER},{STRANGER + 1}')
 
@@ -108,9 +108,9 @@ class Bounds(Case):
         third = connect_as(0)
         first.wait_closed()
         self.assertEqual(self.closed([stranger, second, third]), [])
-        fourth = connect_as(STRANGER + 1)       # has none of its own: the longest idle of all
-        stranger.wait_closed()
-        self.assertEqual(self.closed([second, third, fourth]), [])
+        fourth = connect_as(STRANGER + 1)       # has none of its own: the longest idle of the user who has most
+        second.wait_closed()
+        self.assertEqual(self.closed([stranger, third, fourth]), [])
 
     def test_none_idle(self):
         """The one that holds most is closed, the newcomer is served."""

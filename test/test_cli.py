@@ -18,7 +18,7 @@ from sealed import V1, V2
 
 VERBS = ('serve', 'probe', 'genkey', 'keyid', 'unseal', 'audit')
 OPTIONS = ('--listen', '--mode', '--group', '--allow-uid', '--max-connections', '--sandbox',
-           '--log-level', '--timeout', '--strict', '--list', '--version', '--help')
+           '--log-level', '--timeout', '--expect-key-id', '--strict', '--list', '--version', '--help')
 
 
 class Usage(Case):
@@ -241,10 +241,11 @@ class Probe(Case):
     def assert_well(self, endpoint, *args, **options):
         done = run('probe', endpoint, *args, **options)
         self.assertEqual((done.returncode, done.stderr), (0, ''))
-        lines = done.stdout.decode().splitlines()
-        self.assertIn(len(lines), (4, 5, 6), lines)
-        for line in lines:
-            self.assertRegex(line, r'\d+(\.\d+)? ?(us|\u00b5s|ms|s)\b')
+        *steps, last = done.stdout.decode().splitlines()
+        self.assertEqual(len(steps), 6)
+        for line in steps:
+            self.assertRegex(line, r'^v[12] \w+ ok \d+\.\d+ ms$')
+        self.assertRegex(last, rf'^key_id {key_id(KEK)} version \d+\.\d+\.\d+$')
         for word in ('Status', 'Encrypt', 'Decrypt', 'Version', 'v2', 'v1'):
             self.assertIn(word, done.stdout.decode())
 
