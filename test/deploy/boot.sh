@@ -60,6 +60,7 @@ ln -s /proc/self/fd "$root/dev/fd"
 for node in null:3 zero:5 full:7 random:8 urandom:9; do
     mknod -m 666 "$root/dev/${node%:*}" c 1 "${node#*:}"
 done
+mknod -m 666 "$root/dev/tty" c 5 0
 tr -d - </proc/sys/kernel/random/uuid >"$root/etc/machine-id" # no first boot, which asks questions
 units=$root/etc/systemd/system
 cat >"$units/test.target" <<'X'
