@@ -21,6 +21,10 @@ if [ $$ -ne 1 ]; then
             kill -KILL "$pid" 2>/dev/null || :
             wait "$pid" || :
         fi
+        for _ in $(seq 100); do # the last of them may still be dying
+            grep -q '^populated 1' "$cgroup/cgroup.events" || break
+            sleep 0.1
+        done
         find "$cgroup" -depth -type d -exec rmdir {} \;
     }
     mkdir "$cgroup"
