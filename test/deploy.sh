@@ -88,7 +88,7 @@ boot() {
     pid=
     sed -n -e "s/^ok /&$1: /p; s/^not ok /&$1: /p; s/^skip /&$1: /p" -e '/^[ #]/p' "$tmp/inside"
     sed -n -e "s/^ok /&$1: /p; s/^not ok /&$1: /p; s/^skip /&$1: /p" "$tmp/inside" >>"$tmp/lines"
-    require "$1: the tests came to their end" grep -qx end "$tmp/inside" || cat "$tmp/boot"
+    require "$1: the tests came to their end" grep -qx end "$tmp/inside" || { cat "$tmp/boot"; return 0; }
     for block in "$tmp"/stage/test/doc/*; do
         check "$1: guide, ${block##*/} was run" grep -qx "ran ${block##*/}" "$tmp/inside"
     done

@@ -42,7 +42,7 @@ fi
 
 mount --make-rprivate /
 top=$stage.top
-mkdir "$top"
+mkdir -p "$top"
 mount -t tmpfs tmpfs "$top"
 mkdir "$top/upper" "$top/work" "$top/root"
 mount -t overlay -o "lowerdir=$root,upperdir=$top/upper,workdir=$top/work" overlay "$top/root"
