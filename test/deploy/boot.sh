@@ -1,39 +1,71 @@
 #!/bin/sh
-# Boots a systemd of its own, as process 1 of new namespaces, on a copy-on-write view
-# of this machine's root; runs inside.sh there, which writes its lines to OUT. Nothing
-# is changed outside.
+# Boots the systemd of ROOT as process 1 of new namespaces, on a copy-on-write view of ROOT; runs inside.sh there, which
+# writes its lines to OUT. Needs root. ROOT and the machine stay as they are.
 #
-#     unshare --mount --pid --fork --kill-child --net --uts --ipc --cgroup boot.sh STAGE OUT
+#     boot.sh ROOT STAGE OUT
 #
-# STAGE is laid over the root: what `make install` has made, and the tests in /test.
+# STAGE is laid over ROOT: what `make install` has made, and the tests in /test.
 set -eu
-stage=$1 out=$2
-top=$(mktemp -d)
+root=$1 stage=$2 out=$3
+
+# A cgroup of its own first: in it the cgroup namespace has its root. All of cgroup v2, whatever this machine has mounted
+# besides: systemd 256 and later refuse v1.
+if [ $$ -ne 1 ]; then
+    cgroup=$(awk '$3 == "cgroup2" { print $2; exit }' /proc/mounts)
+    [ -n "$cgroup" ] || { echo 'boot.sh: no cgroup2 is mounted'; exit 1; }
+    cgroup=$cgroup/kmsplugin-test-$$
+    pid=
+    # shellcheck disable=SC2317 # a trap calls it
+    clean() {
+        if [ -n "$pid" ]; then
+            kill -KILL "$pid" 2>/dev/null || :
+            wait "$pid" || :
+        fi
+        for _ in $(seq 100); do # the last of them may still be dying
+            grep -q '^populated 1' "$cgroup/cgroup.events" || break
+            sleep 0.1
+        done
+        find "$cgroup" -depth -type d -exec rmdir {} \;
+    }
+    mkdir "$cgroup"
+    trap clean EXIT
+    trap 'exit 1' HUP INT TERM
+    # shellcheck disable=SC2016 # for the sh in between
+    setpriv --pdeathsig KILL sh -euc 'echo 0 >"$1"; shift; exec "$@"' sh "$cgroup/cgroup.procs" \
+        unshare --mount --pid --fork --kill-child --net --uts --ipc --cgroup sh "$0" "$@" &
+    pid=$!
+    status=0
+    wait "$pid" || status=$?
+    pid=
+    exit "$status"
+fi
+
 mount --make-rprivate /
+top=$stage.top
+mkdir -p "$top"
 mount -t tmpfs tmpfs "$top"
 mkdir "$top/upper" "$top/work" "$top/root"
-mount -t overlay -o "lowerdir=/,upperdir=$top/upper,workdir=$top/work" overlay "$top/root"
+mount -t overlay -o "lowerdir=$root,upperdir=$top/upper,workdir=$top/work" overlay "$top/root"
 root=$top/root
-mount -t proc proc "$root/proc"
-mount -t sysfs sysfs "$root/sys"
-mount -t tmpfs -o mode=755 tmpfs "$root/run"
-mount -t tmpfs -o mode=1777 tmpfs "$root/tmp"
-mount --rbind /dev "$root/dev"
-if [ "$(stat -fc %T /sys/fs/cgroup)" = cgroup2fs ]; then
-    mount -t cgroup2 cgroup2 "$root/sys/fs/cgroup"
-else
-    mount -t tmpfs tmpfs "$root/sys/fs/cgroup"
-    for controller in name=systemd pids memory; do
-        mkdir "$root/sys/fs/cgroup/${controller#name=}"
-        mount -t cgroup -o "none,$controller" cgroup "$root/sys/fs/cgroup/${controller#name=}" 2>/dev/null ||
-            mount -t cgroup -o "$controller" cgroup "$root/sys/fs/cgroup/${controller#name=}"
-    done
-    mkdir "$root/sys/fs/cgroup/unified"
-    mount -t cgroup2 cgroup2 "$root/sys/fs/cgroup/unified"
-fi
 cp -R "$stage/." "$root/"
 touch "$root/out"
 mount --bind "$out" "$root/out"
+mount -t proc proc "$root/proc"
+mount -t sysfs -o ro sysfs "$root/sys"
+mount -t cgroup2 cgroup2 "$root/sys/fs/cgroup"
+mount -t tmpfs -o mode=755 tmpfs "$root/run"
+mount -t tmpfs -o mode=1777 tmpfs "$root/tmp"
+mount -t tmpfs -o mode=755 tmpfs "$root/dev"
+mkdir "$root/dev/pts" "$root/dev/shm"
+mount -t devpts -o newinstance,ptmxmode=0666 devpts "$root/dev/pts"
+mount -t tmpfs -o mode=1777 tmpfs "$root/dev/shm"
+ln -s pts/ptmx "$root/dev/ptmx"
+ln -s /proc/self/fd "$root/dev/fd"
+for node in null:3 zero:5 full:7 random:8 urandom:9; do
+    mknod -m 666 "$root/dev/${node%:*}" c 1 "${node#*:}"
+done
+mknod -m 666 "$root/dev/tty" c 5 0
+tr -d - </proc/sys/kernel/random/uuid >"$root/etc/machine-id" # no first boot, which asks questions
 units=$root/etc/systemd/system
 cat >"$units/test.target" <<'X'
 [Unit]
@@ -48,12 +80,12 @@ SuccessAction=exit-force
 FailureAction=exit-force
 [Service]
 Type=oneshot
-ExecStart=/bin/sh /test/inside.sh
+ExecStart=/bin/sh /test/test/deploy/inside.sh
 StandardOutput=append:/out
 StandardError=append:/out
-TimeoutStartSec=240
+TimeoutStartSec=500
 X
 # systemd hands credentials over by mount propagation.
 mount --make-rshared "$root"
 exec env -i container=test "PATH=$PATH" chroot "$root" /bin/sh -c \
-    'exec /lib/systemd/systemd --unit=test.target --show-status=no --log-target=null'
+    'exec /lib/systemd/systemd --unit=test.target --show-status=no --log-target=journal'
