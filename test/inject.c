@@ -86,12 +86,12 @@ static bool interrupted(void) {
 WRAP(void *, malloc, (size_t n), (n), NULL, fails("alloc"))
 WRAP(void *, calloc, (size_t n, size_t size), (n, size), NULL, fails("alloc"))
 WRAP(void *, realloc, (void *p, size_t n), (p, n), NULL, fails("alloc"))
-WRAP(void *, mmap, (void *p, size_t n, int prot, int flags, int fd, off_t at), (p, n, prot, flags, fd, at), MAP_FAILED,
+WRAP(void *, mmap64, (void *p, size_t n, int prot, int flags, int fd, off_t at), (p, n, prot, flags, fd, at), MAP_FAILED,
      fails("mmap"))
 WRAP(int, epoll_ctl, (int fd, int op, int on, struct epoll_event *e), (fd, op, on, e), -1, fails("epoll_ctl"))
 WRAP(int, getsockopt, (int fd, int level, int name, void *v, socklen_t *n), (fd, level, name, v, n), -1,
      fails("getsockopt"))
-WRAP(ssize_t, pread, (int fd, void *p, size_t n, off_t at), (fd, p, n, at), -1, fails("pread"))
+WRAP(ssize_t, pread64, (int fd, void *p, size_t n, off_t at), (fd, p, n, at), -1, fails("pread"))
 SYSTEM_CALL(ssize_t, read, (int fd, void *p, size_t n), (fd, p, inject.short_io && n > 1 && n != 128 ? 1 : n))
 /* Standard error is spared: whoever runs the program has to see what it says. */
 WRAP(ssize_t, write, (int fd, const void *p, size_t n), (fd, p, inject.short_io && n > 1 && fd != 2 ? 1 : n), -1,

@@ -54,7 +54,7 @@ build/kmsplugin-asan: $(TESTED)
 	$(CC) $(STD) $(WARN) $(CPPFLAGS) $(SANITIZE) -o $@ $(SOURCES) $(LDFLAGS) $(LIBS)
 
 # Failures on demand: test/inject.c stands between the program, its libraries included, and libc.
-INJECTED = malloc calloc realloc mmap epoll_ctl getsockopt pread read write syscall accept4 epoll_pwait ppoll fork
+INJECTED = malloc calloc realloc mmap64 epoll_ctl getsockopt pread64 read write syscall accept4 epoll_pwait ppoll fork
 build/kmsplugin-inject: test/inject.c $(TESTED)
 	@mkdir -p build
 	$(CC) $(STD) $(WARN) $(CPPFLAGS) $(SANITIZE) -o $@ $(SOURCES) -Wno-missing-prototypes test/inject.c \
