@@ -5,7 +5,7 @@ from hyperframe.frame import (ContinuationFrame, DataFrame, PingFrame, PriorityF
                               RstStreamFrame, SettingsFrame, WindowUpdateFrame)
 
 import sealed
-from plugin import KEK, ServerCase, key_id, kms
+from plugin import KEK, Server, ServerCase, key_id, kms
 from raw import (CANCEL, DECRYPT, DECRYPT_V1, EMPTY, ENCRYPT, ENCRYPT_V1, PREFACE, PROTOCOL_ERROR,
                  REFUSED_STREAM, STATUS, VERSION_V1, Raw, field, message, request)
 from sealed import V1
@@ -96,6 +96,20 @@ class Connection(RawCase):
         self.raw.send(unknown, setting, PriorityFrame(stream, depends_on=0, stream_weight=3),
                       WindowUpdateFrame(0, window_increment=1000))
         self.assertTrue(self.raw.works())
+
+    def test_priority_of_the_connection(self):
+        """RFC 9113 6.3: of stream 0 it is an error of the connection, and the log says so."""
+        server = Server('--log-level', 'debug')
+        self.addCleanup(server.stop)
+        with Raw(server.path) as raw:
+            self.assertTrue(raw.works())
+            raw.send(bytes([0, 0, 5, 2, 0, 0, 0, 0, 0]) + bytes(5))
+            raw.wait_closed()
+            self.assertEqual([goaway.error_code for goaway in raw.goaways], [PROTOCOL_ERROR])
+        server.wait_log(r'msg=closed .* reason="protocol error" code=1$')
+        with Raw(server.path) as raw:
+            raw.send(bytes([0, 0, 5, 2, 0, 0, 0, 0, 3]) + bytes(5))
+            self.assertTrue(raw.works())
 
     def test_a_call_that_is_cancelled(self):
         for data in ((), (EMPTY[:3],), (message(b'x' * 100)[:50],)):

@@ -1,4 +1,5 @@
 """What the plugin shows of itself: GET /metrics and the log."""
+import os
 import re
 import time
 
@@ -7,7 +8,7 @@ from hyperframe.frame import DataFrame
 import sealed
 from plugin import (INVALID, KEK, MEMORY_MAX, NOT_FOUND, OTHER, OWN_MEMORY, STRANGER, Case, as_user,
                     key_id, needs_root, run, text, until)
-from raw import ENCRYPT, STATUS, Raw, field, message, request
+from raw import DECRYPT, DECRYPT_V1, EMPTY, ENCRYPT, STATUS, Raw, field, message, request
 
 SAMPLE = re.compile(r'([a-zA-Z_:][a-zA-Z0-9_:]*)(?:\{(.*)\})? (\S+)')
 PAIR = re.compile(r'([a-z0-9_]+)=("(?:[^"\\]|\\.)*"|\S*)')      # of a log line
@@ -244,3 +245,77 @@ class Log(Case):
         self.client(server).status()
         server.stop()
         self.assertNotIn('level=error', server.log())
+
+
+class Traces(Case):
+    """Who encrypts or decrypts leaves a line in the log, and a count by uid."""
+
+    def used(self, server, **wanted):
+        """The pairs of the lines on uses that have these values."""
+        lines = [dict(PAIR.findall(line)) for line in server.lines if ' msg=used ' in line]
+        return [line for line in lines if all(line[name] == value for name, value in wanted.items())]
+
+    def test_the_first_use_and_the_rest_at_the_end(self):
+        server = self.start(kek=f'{text(KEK)},{text(OTHER)}')
+        with Raw(server.path) as raw:
+            for _ in range(3):
+                self.assertEqual(raw.call(STATUS, EMPTY).status, 0)
+            for _ in range(5):
+                self.assertEqual(raw.call(ENCRYPT, message(field(1, b'x'))).status, 0)
+            first = server.wait_log('msg=used')
+            self.assertEqual(len(first), 1)
+            self.assertRegex(first[0].string, r'level=info msg=used pid=\d+ uid=\d+ service=v2 method=Encrypt '
+                             rf'key_id={key_id(KEK)} count=1 failed=0$')
+            self.assertIn(f'pid={os.getpid()} uid={os.geteuid()} ', first[0].string)
+            v1 = sealed.seal(KEK, b'x', sealed.V1)
+            self.assertEqual(raw.call(DECRYPT_V1, message(field(1, b'v1beta1') + field(2, v1))).status, 0)
+            self.assertEqual(raw.call(DECRYPT_V1, message(field(1, b'v1beta1') + field(2, v1[:-1]))).status, 3)
+        server.wait_log(r'method=Encrypt .* count=4 failed=0')
+        server.wait_log(r'service=v1beta1 method=Decrypt .* count=1 failed=0')
+        server.wait_log(rf'service=v1beta1 method=Decrypt key_id={key_id(KEK)} count=1 failed=1')
+        self.assertEqual([line['method'] for line in self.used(server)],
+                         ['Encrypt', 'Decrypt', 'Encrypt', 'Decrypt'])
+        samples, uid = scrape(server.path), str(os.geteuid())
+        self.assertEqual(value(samples, 'kmsplugin_kek_uses_total', uid=uid, service='v2', method='Encrypt'), 5)
+        self.assertEqual(value(samples, 'kmsplugin_kek_uses_total', uid=uid, service='v1beta1', method='Decrypt'), 2)
+        self.assertEqual(value(samples, 'kmsplugin_kek_use_failures_total', uid=uid, service='v1beta1', method='Decrypt'), 1)
+        self.assertIsNone(value(samples, 'kmsplugin_kek_uses_total', uid=uid, service='v2', method='Status'))
+
+    def test_another_kek_has_a_line_of_its_own(self):
+        server = self.start(kek=f'{text(KEK)},{text(OTHER)}')
+        with Raw(server.path) as raw:
+            for kek in (KEK, KEK, OTHER):
+                body = field(1, sealed.seal(kek, b'x', sealed.V2)) + field(3, key_id(kek).encode())
+                self.assertEqual(raw.call(DECRYPT, message(body)).status, 0)
+        server.wait_log(f'key_id={key_id(OTHER)} count=1 failed=0')
+        self.assertEqual([line['count'] for line in self.used(server, key_id=key_id(KEK))], ['1', '1'])
+
+    def test_a_flood_of_connections_does_not_fill_the_log(self):
+        server = self.start()
+        for _ in range(300):
+            with Raw(server.path) as raw:
+                self.assertEqual(raw.call(ENCRYPT, message(field(1, b'x'))).status, 0)
+        samples = scrape(server.path)
+        self.assertEqual(value(samples, 'kmsplugin_kek_uses_total', uid=str(os.geteuid()), service='v2', method='Encrypt'), 300)
+        server.stop()
+        lines = len(self.used(server))
+        self.assertLessEqual(lines, 240)        # two minutes' worth, if one began meanwhile
+        self.assertGreater(lines, 100)
+
+    @needs_root
+    def test_by_uid(self):
+        """The first sixteen uids have series, the others one together."""
+        uids = [STRANGER + i for i in range(18)]
+        server = self.start('--mode', '0666', '--allow-uid', ','.join(map(str, [0, *uids])))
+        for uid in uids:
+            os.seteuid(uid)
+            try:
+                raw = Raw(server.path)
+            finally:
+                os.seteuid(0)
+            with raw:
+                self.assertEqual(raw.call(ENCRYPT, message(field(1, b'x'))).status, 0)
+        samples = scrape(server.path)
+        counts = {dict(labels)['uid']: n for (name, labels), n in samples.items() if name == 'kmsplugin_kek_uses_total'}
+        self.assertEqual(counts, {**{str(uid): 1 for uid in uids[:15]}, 'other': 3})
+        self.assertEqual([line['uid'] for line in self.used(server)], [str(uid) for uid in uids])

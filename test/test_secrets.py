@@ -5,7 +5,7 @@ import socket
 import subprocess
 import unittest
 
-from hyperframe.frame import DataFrame, RstStreamFrame
+from hyperframe.frame import DataFrame, HeadersFrame, RstStreamFrame
 
 import sealed
 from plugin import (BINARY, EMULATED, INVALID, KEK, OTHER, OWN_MEMORY, STRANGER, WAIT, Case,
@@ -123,6 +123,60 @@ class Memory(Case):
             with Raw(self.server.path) as raw:
                 raw.call(ENCRYPT_V1, message(field(1, b'v1beta1') + field(2, plaintext * 100)))
         self.assert_clean(secrets)
+
+
+@needs_root     # its memory is root's to read and write
+@unittest.skipUnless(OWN_MEMORY, 'the memory is the sanitizer\'s or the emulator\'s')
+class Snapshot(Case):
+    """A machine or a container that is brought back from a snapshot goes on where it was: no nonce may come twice."""
+
+    def state(self, server):
+        """All writable memory, by address."""
+        maps = [line.split() for line in server.proc('maps').decode().splitlines()]
+        ranges = [tuple(int(n, 16) for n in m[0].split('-')) for m in maps if m[1].startswith('rw') and m[-1] != '[vvar]']
+        with open(f'/proc/{server.pid}/mem', 'rb') as mem:
+            saved = []
+            for low, high in ranges:
+                mem.seek(low)
+                saved.append((low, mem.read(high - low)))
+        return saved
+
+    def put_back(self, server, saved):
+        with open(f'/proc/{server.pid}/mem', 'r+b', buffering=0) as mem:
+            for low, data in saved:
+                mem.seek(low)
+                self.assertEqual(mem.write(data), len(data))
+
+    def test_nonces_differ(self):
+        server = self.start(kek=KEK)
+        for path, body in ((ENCRYPT, field(1, b'k' * 32)), (ENCRYPT_V1, field(1, b'v1beta1') + field(2, b'k' * 32))):
+            with Raw(server.path) as raw:
+                self.assertTrue(raw.works())
+                raw.ping()
+                stream, encoder = raw.stream + 2, raw.encoder
+                said = HeadersFrame(stream, encoder.encode(request(path)), flags=['END_HEADERS']).serialize() + \
+                    DataFrame(stream, message(body), flags=['END_STREAM']).serialize()
+                saved, nonces = self.state(server), []
+                for _ in range(3):
+                    self.put_back(server, saved)        # it waits in epoll_pwait, and knows of nothing since
+                    raw.socket.sendall(said)
+                    data = self.answer(raw)
+                    at = data.index(bytes([1]) + bytes.fromhex(key_id(KEK)))
+                    nonces.append(data[at + 17:at + 41])
+                self.assertEqual(len(set(nonces)), 3, nonces)
+                self.put_back(server, saved)
+
+    def answer(self, raw):
+        """DATA of the next answer, its head not looked at: the server's HPACK has gone back in time, ours has not."""
+        data = b''
+        while True:
+            head = raw.receive(9)
+            payload = raw.receive(int.from_bytes(head[:3], 'big'))
+            kind, flags = head[3], head[4]
+            if kind == DataFrame.type:
+                data += payload
+            if kind in (DataFrame.type, HeadersFrame.type) and flags & 1:
+                return data
 
 
 @unittest.skipIf(EMULATED, 'the environment that /proc shows is the emulator\'s')
