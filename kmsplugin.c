@@ -2327,10 +2327,14 @@ static int conn_consume(struct conn *c) {
     return nghttp2_session_consume_connection(c->session, n);
 }
 
-/* The next piece of a response: as much as fits, and then the trailers. */
+/*
+ * Tells nghttp2 how long the next DATA frame of a response is; on_send_data then takes that
+ * many bytes from the reply, so that they are copied once, out of a buffer that is wiped.
+ * The trailers are submitted with the last piece.
+ */
 static ssize_t on_data_source_read(nghttp2_session *session, int32_t id, uint8_t *buf, size_t len, uint32_t *flags,
                                    nghttp2_data_source *source, void *conn) {
-    (void)buf; /* on_send_data takes the bytes from where they are */
+    (void)buf;
     (void)conn;
     static nghttp2_nv trailers[] = {FIELD("grpc-status", "0")};
     struct stream *s = source->ptr;
@@ -2593,7 +2597,10 @@ static int on_frame_recv(nghttp2_session *session, const nghttp2_frame *frame, v
     return callback_result(rv);
 }
 
-/* Room in the server's output for a frame, or NGHTTP2_ERR_WOULDBLOCK until it is sent. */
+/*
+ * Appends to the server's output, which conn_send has emptied before and writes out after:
+ * all of it, or nothing and NGHTTP2_ERR_WOULDBLOCK, and then nghttp2 comes again with the same.
+ */
 static int out_append(struct server *s, const uint8_t *head, size_t head_len, const uint8_t *data, size_t len) {
     if (head_len + len > OUT_BYTES - s->out_len)
         return NGHTTP2_ERR_WOULDBLOCK;
@@ -2610,7 +2617,7 @@ static ssize_t on_send(nghttp2_session *session, const uint8_t *data, size_t len
     return rv == 0 ? (ssize_t)len : rv;
 }
 
-/* A DATA frame: its bytes go from the reply to the output without a stop in nghttp2. */
+/* A DATA frame of `len` bytes, as on_data_source_read has told. */
 static int on_send_data(nghttp2_session *session, nghttp2_frame *frame, const uint8_t *head, size_t len,
                         nghttp2_data_source *source, void *conn) {
     (void)session;
@@ -3348,7 +3355,10 @@ static int conn_expire(struct conn *c) {
     return answered && !c->writing ? conn_flush(c) : 0;
 }
 
-/* Does what is due, and finds out when the next thing will be. */
+/*
+ * Does what is due, and finds out when the next thing will be: next_ms is never later than
+ * that, as whoever sets a deadline calls server_due, and whoever is looked at here does again.
+ */
 static void server_expire(struct server *s) {
     if (s->now_ms < s->next_ms)
         return;
@@ -3395,7 +3405,7 @@ static void server_signal(struct server *s) {
         server_stop(s, info.ssi_signo);
 }
 
-/* Sets the timer for what is due next, unless it goes off before that anyway. */
+/* Sees to it that the timer goes off at next_ms or before: one that is set too early goes off in vain, once. */
 static void server_set_timer(struct server *s) {
     if (s->used[STREAMS] == 0 && s->heap.total > s->heap.in_use)
         server_due(s, s->active_ms + TIDY_AFTER_MS);
@@ -3545,7 +3555,7 @@ static struct server *server_new(struct ring *ring, const struct serve_options *
 static void server_free(struct server *s) {
     for (struct conn *c = s->conns; c; c = c->next)
         conn_close(c, "the end");
-    server_reap(s);
+    server_turn_end(s);
     nghttp2_session_callbacks_del(s->callbacks);
     nghttp2_option_del(s->session_options);
     heap_tidy(&s->heap);

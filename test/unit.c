@@ -3623,6 +3623,19 @@ static void session_large_head(void) {
     }
 }
 
+/* However many ask for /metrics in a turn, it is rendered once; and it does not outlive the turn. */
+static void session_renders_once(void) {
+    struct server *s = session_server();
+    CHECK(server_render(s) == 0 && s->page && s->page_len > 1000);
+    const uint8_t *page = s->page;
+    s->metrics.accepted = 4711;
+    CHECK(server_render(s) == 0 && s->page == page && !memmem(page, s->page_len, "4711", 4));
+    server_turn_end(s);
+    CHECK(!s->page);
+    CHECK(server_render(s) == 0 && memmem(s->page, s->page_len, "4711", 4));
+    session_server_free(s);
+}
+
 /* When the timer would go off, in milliseconds from now; 0 if it is not set. */
 static int64_t timer_left(const struct server *s) {
     struct itimerspec left;
@@ -4214,7 +4227,7 @@ static const struct {
     TEST(session_stack_depth),
 #endif
     TEST(session_slow_reader), TEST(session_metrics),
-    TEST(session_large_head), TEST(session_deadlines), TEST(session_timer), TEST(session_random_bytes),
+    TEST(session_large_head), TEST(session_deadlines), TEST(session_timer), TEST(session_renders_once), TEST(session_random_bytes),
     TEST(session_without_memory),
     TEST(session_idlest), TEST(session_heaviest), TEST(session_without_memory_for_a_queue),
     TEST(values_stored), TEST(values_not_ours), TEST(values_damaged), TEST(values_random_bytes),
