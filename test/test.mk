@@ -139,8 +139,11 @@ build/bench/%: test/bench/%.c test/test.mk
 	@mkdir -p build/bench
 	$(CC) -std=c11 $(WARN) -O2 -o $@ $< -lnghttp2
 
+RUST = test/bench/rust
 bench: $(KMSPLUGIN) build/bench/floor build/bench/load
-	cd test/bench/go && go build -trimpath -o $(CURDIR)/build/bench/ ./peer ./client
+	cd test/bench/go && go build -trimpath -ldflags='-s -w' -o $(CURDIR)/build/bench/ ./peer ./client
+	rm -f build/bench/rust/release/peer
+	! command -v cargo >/dev/null || cargo build --release --locked --manifest-path $(RUST)/Cargo.toml --target-dir build/bench/rust
 	test/bench/run.py $(KMSPLUGIN) build/bench
 
 bench-doc:
