@@ -139,7 +139,7 @@ def markdown(samples, m, machine, rounds, conns, streams):
 
 INK, SOFT, GRID = '#1f2328', '#59636e', '#d8dee4'
 COLORS = {PLUGIN: '#0b62c4', GO: '#c2571a', RUST: '#7a4fb5', FLOOR: '#8a939c'}
-WIDTH, HEIGHT, PANEL, LEFT, RIGHT = 890, 520, 400, 30, 460
+WIDTH, HEIGHT, PANEL, LEFT, RIGHT = 890, 552, 400, 30, 460
 
 
 def text(x, y, words, size=12, color=INK, anchor='start', weight='normal'):
@@ -180,7 +180,8 @@ def lines(x, y, title, m, shapes, ticks):
         color = COLORS[subject]
         out.append(f'<polyline points="{path}" fill="none" stroke="{color}" stroke-width="2"/>')
         out += [f'<circle cx="{px:.1f}" cy="{py:.1f}" r="3" fill="{color}"/>' for px, py in points]
-        out += [text(points[i][0], points[i][1] - 8, number(values[i]), 11, color, 'middle') for i in (0, -1)]
+        beside = 16 if subject == PLUGIN else -8      # below the lowest curve, above the others
+        out += [text(points[i][0], points[i][1] + beside, number(values[i]), 11, color, 'middle') for i in (0, -1)]
         out.append(text(points[-1][0] + 20, points[-1][1] + 4, NAMES[subject], 11, color))
     return out
 
@@ -189,10 +190,10 @@ def svg(m, machine, conns, streams):
     out = [text(LEFT, 30, 'kmsplugin, a Go and a Rust plugin, and the least there can be', 16, weight='bold'),
            *bars(LEFT, 66, 'Encrypt, one at a time, same core: p50', m, 'latency', 'µs'),
            *bars(RIGHT, 66, 'Server CPU per Encrypt (h2load, 8 x 32)', m, 'cpu-Encrypt', 'µs'),
-           *bars(LEFT, 190, 'Encrypts a second on one core (load.c, 8 x 32)', m, 'rate-load', ''),
-           *bars(RIGHT, 190, 'Memory of an idle connection', m, 'idle', 'KiB'),
-           *lines(LEFT, 316, 'CPU per Encrypt, µs, by connections of 32 streams', m, conns, [c for c, _ in conns]),
-           *lines(RIGHT, 316, 'CPU per Encrypt, µs, by streams on 8 connections', m, streams, [s for _, s in streams]),
+           *bars(LEFT, 206, 'Encrypts a second on one core (load.c, 8 x 32)', m, 'rate-load', ''),
+           *bars(RIGHT, 206, 'Memory of an idle connection', m, 'idle', 'KiB'),
+           *lines(LEFT, 348, 'CPU per Encrypt, µs, by connections of 32 streams', m, conns, [c for c, _ in conns]),
+           *lines(RIGHT, 348, 'CPU per Encrypt, µs, by streams on 8 connections', m, streams, [s for _, s in streams]),
            text(LEFT, HEIGHT - 14, machine[0], 11, SOFT)]
     return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" height="{HEIGHT}" '
             'font-family="system-ui, sans-serif">\n<rect width="100%" height="100%" fill="#ffffff"/>\n' +
