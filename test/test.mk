@@ -20,7 +20,7 @@ help::
 	@echo 'Measurements of the release build:'
 	@echo 'make size           what makes it up, from the link map'
 	@echo 'make gate           instructions an Encrypt takes, against a limit (valgrind, h2load)'
-	@echo 'make bench          beside a Go plugin, into build/bench (Go, h2load; 5 minutes, QUICK=1: 1)'
+	@echo 'make bench          beside a Go and a Rust plugin (Go, h2load; Rust: cargo, protoc; QUICK=1: short)'
 	@echo 'make bench-memory   bytes, memory and start time'
 	@echo 'make bench-doc      what make bench found, into doc/'
 
