@@ -20,7 +20,7 @@ help::
 	@echo 'Measurements of the release build:'
 	@echo 'make size           what makes it up, from the link map'
 	@echo 'make gate           instructions an Encrypt takes, against a limit (valgrind, h2load)'
-	@echo 'make bench          beside a Go plugin, into build/bench (Go, h2load; 5 minutes, QUICK=1: 1)'
+	@echo 'make bench          beside a Go and a Rust plugin (Go, h2load; Rust: cargo, protoc; QUICK=1: short)'
 	@echo 'make bench-memory   bytes, memory and start time'
 	@echo 'make bench-doc      what make bench found, into doc/'
 
@@ -88,10 +88,7 @@ fuzz: $(FUZZERS:%=build/fuzz/%)
 
 # The committed seeds anew: what clients say, and what fuzzing has found so far.
 fuzz-seeds: kmsplugin $(FUZZERS:%=build/fuzz/%)
-	rm -rf build/fuzz/seeds && /usr/bin/python3 test/fuzz/seeds.py build/fuzz/seeds
-	for f in $(FUZZERS); do rm -rf build/fuzz/merged && mkdir -p build/fuzz/merged build/fuzz/corpus/$$f && \
-		build/fuzz/$$f -set_cover_merge=1 -max_len=700 build/fuzz/merged build/fuzz/seeds/$$f build/fuzz/corpus/$$f && \
-		rm -rf test/fuzz/corpus/$$f && mkdir -p test/fuzz/corpus && mv build/fuzz/merged test/fuzz/corpus/$$f; done
+	/usr/bin/python3 test/fuzz/seeds.py $(FUZZERS)
 
 # No undefined behaviour in the byte parsers, for all inputs up to a length: Frama-C.
 prove:
@@ -142,8 +139,11 @@ build/bench/%: test/bench/%.c test/test.mk
 	@mkdir -p build/bench
 	$(CC) -std=c11 $(WARN) -O2 -o $@ $< -lnghttp2
 
+RUST = test/bench/rust
 bench: $(KMSPLUGIN) build/bench/floor build/bench/load
-	cd test/bench/go && go build -trimpath -o $(CURDIR)/build/bench/ ./peer ./client
+	cd test/bench/go && go build -trimpath -ldflags='-s -w' -o $(CURDIR)/build/bench/ ./peer ./client
+	rm -f build/bench/rust/release/peer
+	! command -v cargo >/dev/null || cargo build --release --locked --manifest-path $(RUST)/Cargo.toml --target-dir build/bench/rust
 	test/bench/run.py $(KMSPLUGIN) build/bench
 
 bench-doc:

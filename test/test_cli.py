@@ -141,6 +141,12 @@ class Documents(Case):
         for name in re.findall(r'^  ([A-Z_]{5,}) ', run('--help').stdout.decode(), re.M):
             self.assertRegex(page, rf'(?m)^\.It Ev {name}$')
 
+    def test_contributing_names_every_suite(self):
+        targets = re.findall(r"^\t@echo 'make ([a-z-]+)", text_of('test/test.mk'), re.M)
+        self.assertIn('test', targets)
+        for target in targets:
+            self.assertIn(f'`make {target}`', text_of('doc/contributing.md'))
+
     @unittest.skipUnless(shutil.which('mandoc'), 'needs mandoc')
     def test_man_page_is_clean(self):
         done = subprocess.run(['mandoc', '-T', 'lint', os.path.join(ROOT, 'doc/kmsplugin.8')],

@@ -30,15 +30,42 @@ CONNECTIONS, STREAMS, IDLE = 8, 100, 200
 TIDY_SECONDS = 1.5      # by then the server has given back what it kept
 
 
+class Peer:
+    """Another plugin of the benchmark, with as much of plugin.Server as is needed here. Ready when it listens."""
+
+    def __init__(self, program):
+        self.path = os.path.join(plugin.fresh_dir(), 'kms.sock')
+        self.process = subprocess.Popen([program, self.path], env={'GOMAXPROCS': '1'})
+        plugin.until(lambda: listening(self.path), program + ' listens')
+
+    def proc(self, name):
+        with open(f'/proc/{self.process.pid}/{name}', 'rb') as file:
+            return file.read()
+
+    def stop(self):
+        self.process.kill()
+        self.process.wait()
+
+
+def listening(path):
+    """Without a connection, which would be part of the figures."""
+    with open('/proc/net/unix', encoding='utf-8', errors='replace') as file:
+        return any(words[3] == '00010000' and words[-1] == path for words in map(str.split, file))
+
+
+def serve(program):
+    return plugin.Server(binary=program)
+
+
 def status(server, name):
     """A figure of /proc/PID/status in bytes."""
     line = next(x for x in server.proc('status').decode().splitlines() if x.startswith(name + ':'))
     return int(line.split()[1]) * 1024
 
 
-def peak(program):
+def peak(program, serve=serve):
     """All 800 calls are open before the first has a body, and all bodies there before an answer is read."""
-    server = plugin.Server(binary=program)
+    server = serve(program)
     raws = [Raw(server.path) for _ in range(CONNECTIONS)]
     body = message(field(1, os.urandom(32)) + field(2, b'a-uid-as-long-as-those-of-apiservers'))
     asked = [(raw, [raw.open(request(ENCRYPT)) for _ in range(STREAMS)]) for raw in raws]
@@ -56,8 +83,8 @@ def peak(program):
     return high
 
 
-def idle(program):
-    server = plugin.Server(binary=program)
+def idle(program, serve=serve):
+    server = serve(program)
     ready = status(server, 'VmRSS')
     with Raw(server.path) as raw:
         assert raw.works()
@@ -84,8 +111,9 @@ def connection(program):
     return (after - before) / IDLE
 
 
-def start(program, tmp):
-    """Medians in microseconds: spawn to first answer, and an empty program."""
+def start(command, tmp, own=None):
+    """Medians and quartiles in microseconds: spawn to first answer, and an empty program. `own` is the socket that the
+    command makes, if it is not to be given one."""
     compiler = 'build/static/x86_64/bin/cc' if os.path.exists('build/static/x86_64/bin/cc') else 'cc'
     empty = os.path.join(tmp, 'empty')
     subprocess.run([compiler, '-O2', '-fPIE', '-static-pie', '-s', '-xc', '-', '-o', empty],
@@ -95,8 +123,8 @@ def start(program, tmp):
         file.write(PREFACE + b''.join(frame.serialize() for frame in (
             SettingsFrame(), HeadersFrame(1, Encoder().encode(request(STATUS)), flags=['END_HEADERS']),
             DataFrame(1, EMPTY, flags=['END_STREAM']))))
-    done = subprocess.run([tmp + '/start', str(ROUNDS), empty, program, tmp + '/request'], check=True, text=True,
-                          env={'KMS_KEK': plugin.text(plugin.KEK)}, capture_output=True)
+    done = subprocess.run([tmp + '/start', *(['-s', own] if own else []), str(ROUNDS), empty, tmp + '/request', *command],
+                          check=True, text=True, env={'KMS_KEK': plugin.text(plugin.KEK)}, capture_output=True)
     return {line.split()[0]: [int(x) for x in line.split()[1:]] for line in done.stdout.splitlines()}
 
 
@@ -118,7 +146,7 @@ def main(programs):
         program = os.path.abspath(program)
         ready, used = idle(program)
         with tempfile.TemporaryDirectory() as tmp:
-            times = start(program, tmp)
+            times = start([program, 'serve', '--log-level', 'error'], tmp)
         median, low, high = times['start']
         print(f'{row} {ready / 1024:9.0f} {used / 1024:9.0f} {peak(program) / 1024:9.0f}'
               f' {connection(program) / 1024:9.1f}'

@@ -1,10 +1,10 @@
-#!/usr/bin/env python3
+#!/usr/bin/python3
 """Measures kmsplugin beside what people use today and beside what the machine can do at all.
 
     run.py PLUGIN FOLDER        programs and results (bench.md, bench.svg) are in FOLDER; `make bench` builds them
 
-Three servers answer the same requests: the plugin with all its protections, a Go plugin (go/peer) and a floor
-(floor.c). They take turns, several rounds over, so that a slow minute of the machine meets all of them; what counts is
+Four servers answer the same requests: the plugin with all its protections, a Go plugin (go/peer), a Rust plugin (rust,
+if it was built) and a floor (floor.c). They take turns, several rounds over, so that a slow minute of the machine meets all of them; what counts is
 the median. A server has one core to itself and its client the other, except where they share one on purpose. CPU time
 is what the kernel counted (/proc/PID/task/*/schedstat). All answers of load.c and grpc-go are checked; those of h2load,
 to which a gRPC error is a success, by the bytes of their bodies. QUICK=1 in the environment: one short round, to see
@@ -12,6 +12,7 @@ that it runs.
 """
 import base64
 import collections
+import contextlib
 import hashlib
 import os
 import platform
@@ -24,12 +25,15 @@ import sys
 import tempfile
 import time
 
+import memory
 import report
 
+HERE = os.path.dirname(os.path.abspath(__file__))
 PLUGIN, BUILD = (os.path.abspath(path) for path in sys.argv[1:3])
 QUICK = bool(os.environ.get('QUICK'))
 ROUNDS = 1 if QUICK else 5
-REQUESTS = 40000 if QUICK else 200000   # of the plugin in one measurement of load; the Go plugin gets a fifth
+REQUESTS = 40000 if QUICK else 200000   # of the plugin in one measurement of load
+SHARE = {'go': 0.2, 'rust': 0.4}        # of them for those that take longer
 VALUES = 1000 if QUICK else 10000       # of etcd, to open
 IDLE = 200                              # connections that do nothing
 USUAL = 8, 32                           # connections and streams
@@ -42,6 +46,8 @@ SERVER_CPU, CLIENT_CPU = CPUS[0], CPUS[-1]
 TMP = tempfile.mkdtemp(prefix='kmsplugin-bench-')
 ENV = {'PATH': os.environ['PATH'], 'GOMAXPROCS': '1',
        'KMS_KEK': base64.b64encode(hashlib.sha256(b'kmsplugin bench').digest()).decode()}
+GO, RUST = BUILD + '/peer', BUILD + '/rust/release/peer'
+PLUGINS = ['plugin', 'go'] + ['rust'] * os.path.exists(RUST)
 V2, V1 = '/v2.KeyManagementService/', '/v1beta1.KeyManagementService/'
 
 samples = collections.defaultdict(list)     # (measurement, subject): a number for each time it was taken
@@ -57,8 +63,9 @@ def path_of(name):
 
 def command(subject, socket):
     return {'plugin': [PLUGIN, 'serve', '--log-level', 'error', '--listen', 'unix://' + socket],
-            'peer': [BUILD + '/peer', socket],
-            'peer-v1': [BUILD + '/peer', '-v1', socket],
+            'go': [GO, socket],
+            'go-v1': [GO, '-v1', socket],
+            'rust': [RUST, socket],
             'floor': [BUILD + '/floor', 'serve', socket]}[subject]
 
 
@@ -83,12 +90,12 @@ class Server:
     def __enter__(self):
         self.process = subprocess.Popen(['setpriv', '--pdeathsig', 'KILL', 'taskset', '-c', str(SERVER_CPU),
                                          *command(self.name, self.socket)], env=ENV)
-        while not os.path.exists(self.socket):
+        while not memory.listening(self.socket):
             if self.process.poll() is not None:
                 sys.exit(f'{self.name} did not start')
             time.sleep(0.01)
         self.answer_bytes = {}
-        self.load('Encrypt-v1' if self.name == 'peer-v1' else 'Encrypt', rounds=500)    # warm
+        self.load('Encrypt-v1' if self.name == 'go-v1' else 'Encrypt', rounds=500)    # warm
         return self
 
     def __exit__(self, *_):
@@ -185,18 +192,19 @@ def decrypt_body(server, name):
 
 def amount(server, share=1.0):
     """So many requests that it takes about as long for all, and whole windows of any shape."""
-    return max(1, int(REQUESTS * share * (0.2 if server.subject == 'peer' else 1)) // 8000) * 8000
+    return max(1, int(REQUESTS * share * SHARE.get(server.subject, 1)) // 8000) * 8000
 
 
 def latency():
     """One request at a time, on the same core, the servers in quick turns: this varies most of all with the machine."""
-    with Server('plugin') as plugin, Server('peer') as peer, Server('floor') as floor:
+    with contextlib.ExitStack() as stack:
+        servers = [stack.enter_context(Server(subject)) for subject in [*PLUGINS, 'floor']]
         for _ in range(5):
             take('latency', 'floor', fields(run(BUILD + '/floor', 'pingpong', 5000, cpu=SERVER_CPU))['p50_us'])
-            for server in (plugin, peer, floor):
+            for server in servers:
                 p50 = server.load('Encrypt', rounds=5000, cpu=SERVER_CPU)['p50_us']
                 take('latency-http2', server.subject, p50)
-                if server is not floor:
+                if server.subject != 'floor':
                     take('latency', server.subject, p50)
                 log = path_of(f'h2load-{len(os.listdir(TMP))}')     # a new one: h2load appends
                 server.h2load('Encrypt', 2000, 1, 1, '--log-file', log, cpu=SERVER_CPU)
@@ -233,7 +241,6 @@ def growth(server):
 def idle_memory(server):
     time.sleep(1.5)         # what a server gives back it has given back
     before = server.resident()
-    take('resident', server.subject, before / 1024)
     client = subprocess.Popen([BUILD + '/load', '-w', '-c', str(IDLE), '-m', '8', '-n', '20', server.socket,
                                method('Encrypt'), path_of('Encrypt')], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     client.stdout.readline()
@@ -242,9 +249,22 @@ def idle_memory(server):
     client.communicate()
 
 
+def alone(subject):
+    """Memory and start of a fresh process of its own."""
+    program, serve = {'plugin': (PLUGIN, memory.serve), 'go': (GO, memory.Peer), 'rust': (RUST, memory.Peer)}[subject]
+    ready, used = memory.idle(program, serve)
+    take('ready', subject, ready / 1024)
+    take('used', subject, used / 1024)
+    take('peak', subject, memory.peak(program, serve) / 1024)
+    own = path_of(subject + '-start.sock')
+    times = memory.start(command(subject, own), TMP, own)
+    take('start', subject, times['start'][0])
+    take('start', 'floor', times['empty'][0])
+
+
 def one_round():
     latency()
-    for subject in ('plugin', 'peer', 'floor'):
+    for subject in [*PLUGINS, 'floor']:
         with Server(subject) as server:
             h2load(server, 'Encrypt')
             load(server)
@@ -253,14 +273,15 @@ def one_round():
                 decrypt_body(server, 'Decrypt')
                 h2load(server, 'Decrypt')
                 h2load(server, 'Status')
-    for subject in ('plugin', 'peer-v1'):
-        with Server(subject) as server:
+    for subject in PLUGINS:
+        with Server('go-v1' if subject == 'go' else subject) as server:
             h2load(server, 'Encrypt-v1')
             decrypt_body(server, 'Decrypt-v1')
             h2load(server, 'Decrypt-v1')
-    for subject in ('plugin', 'peer'):
+    for subject in PLUGINS:
         with Server(subject) as server:
             idle_memory(server)
+        alone(subject)
 
 
 def rescue():
@@ -279,7 +300,7 @@ def rescue():
 
 
 def instructions():
-    counter = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'instructions.sh')
+    counter = os.path.join(HERE, 'instructions.sh')
     for shape in dict.fromkeys([USUAL, CONNS[0], CONNS[-1], STREAMS[0], STREAMS[-1]]):
         got = subprocess.run([counter, PLUGIN, *map(str, shape)], check=True, stdout=subprocess.PIPE, text=True)
         take(('instructions', *shape), 'plugin', float(got.stdout))
@@ -292,16 +313,22 @@ def machine():
         return subprocess.run(args, stdout=subprocess.PIPE, text=True, check=True).stdout.splitlines()
     with open('/proc/cpuinfo', encoding='ascii') as file:
         model = re.search(r'model name\s*: (.*)', file.read())
-    built = '\n'.join(output('go', 'version', '-m', BUILD + '/peer'))
+    built = '\n'.join(output('go', 'version', '-m', GO))
     module = {name: re.search(rf'dep\s+{re.escape(name)}\s+v(\S+)', built)[1]
               for name in ('k8s.io/kms', 'google.golang.org/grpc')}
+    rust = 'Rust plugin: not built (that takes cargo and protoc), so nothing is said of it'
+    if 'rust' in PLUGINS:
+        with open(os.path.join(HERE, 'rust/Cargo.lock'), encoding='ascii') as file:
+            crate = dict(re.findall(r'name = "(.*)"\nversion = "(.*)"', file.read()))
+        rust = 'Rust plugin: ' + ', '.join([' '.join(output('rustc', '--version')[0].split()[:2]),
+                                            *(f'{name} {crate[name]}' for name in ('tonic', 'hyper', 'tokio', 'ring'))])
     return [f'{time.strftime("%Y-%m-%d", time.gmtime())}, {model[1] if model else platform.machine()}, '
             f'{len(CPUS)} cores, Linux {platform.release().split("-")[0]}, '
             f'load average at the start {os.getloadavg()[0]:.1f}',
-            f'{", ".join(output(PLUGIN, "--version"))}; {output("cc", "--version")[0]}; '
-            f'{os.path.getsize(PLUGIN) / 1024:.0f} KiB',
+            f'{", ".join(output(PLUGIN, "--version"))}; {output("cc", "--version")[0]}',
             f'Go plugin: {re.search(r"go[0-9.]+", built)[0]}, k8s.io/kms {module["k8s.io/kms"]}, '
-            f'grpc-go {module["google.golang.org/grpc"]}; {os.path.getsize(BUILD + "/peer") / 2**20:.0f} MiB',
+            f'grpc-go {module["google.golang.org/grpc"]}',
+            rust,
             f'{output("h2load", "--version")[0]}, {output("valgrind", "--version")[0]}']
 
 
@@ -314,6 +341,8 @@ def main():
     about = machine()
     try:
         bodies()
+        for subject, program in zip(PLUGINS, (PLUGIN, GO, RUST)):
+            take('bytes', subject, os.path.getsize(program) / 1024)
         for number in range(ROUNDS):
             print(f'round {number + 1} of {ROUNDS}', file=sys.stderr, flush=True)
             one_round()

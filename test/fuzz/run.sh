@@ -32,11 +32,24 @@ run() {
     fi
 }
 
+# unpack NAME: its seeds, a line each with octal escapes, into files for libFuzzer.
+unpack() {
+    rm -rf "build/fuzz/seeds/$1"
+    mkdir -p "build/fuzz/seeds/$1"
+    count=0
+    while IFS= read -r seed; do
+        count=$((count + 1))
+        # shellcheck disable=SC2059 # the escapes are in it; a percent sign is one
+        printf -- "$seed" >"build/fuzz/seeds/$1/$count"
+    done <"test/fuzz/$1.seeds"
+}
+
 for name; do
-    seeds=test/fuzz/corpus/$name
+    seeds=build/fuzz/seeds/$name
     found=build/fuzz/corpus/$name
+    unpack "$name"
     mkdir -p "$found"
-    run "$name" "$(find "$seeds" -type f | wc -l) seeds" -runs=0 "$seeds"
+    run "$name" "$count seeds" -runs=0 "$seeds"
     if [ "$FUZZ_SECONDS" -gt 0 ]; then
         run "$name" "$FUZZ_SECONDS s" -max_total_time="$FUZZ_SECONDS" "$found" "$seeds"
     fi

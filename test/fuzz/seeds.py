@@ -1,13 +1,18 @@
-"""Makes seeds for the fuzzers out of what real clients say to a running plugin.
+"""Makes the fuzzers' seeds anew: test/fuzz/NAME.seeds.
 
-    seeds.py DIRECTORY      files in DIRECTORY/session, kms, parse, rescue
+    seeds.py NAME...        fuzzers built by make fuzz: build/fuzz/NAME
 
-A listener between client and plugin keeps the bytes of grpcio, curl, h2load and of the
-plugin's own probe. The plugin has the fuzzers' KEKs, so that what it sealed opens in them.
-The committed seeds are these and what fuzzing found, minimised: make fuzz-seeds.
+They are the ones there were, what fuzzing found, and what real clients say to a running
+plugin, less what adds no coverage. A listener between client and plugin keeps the bytes
+of grpcio, curl, h2load and of the plugin's own probe. The plugin has the fuzzers' KEKs,
+so that what it sealed opens in them.
+
+A seed is a line, the shortest first. What is not printable ASCII in it, and each \\ and %,
+is three octal digits behind a \\, so that printf(1) makes the seed of it.
 """
 import contextlib
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -15,6 +20,8 @@ import sys
 import threading
 
 HERE = os.path.dirname(os.path.abspath(__file__))
+BUILD = os.path.join(HERE, '../../build/fuzz')
+INPUT_MAX = 700         # bytes of a seed
 sys.path.insert(0, os.path.dirname(HERE))
 import sealed
 from plugin import BINARY, WAIT, Client, Server, fresh_dir, kms, text
@@ -143,21 +150,16 @@ def texts():
     yield from ((7, t) for t in ('plain', 'a "b" =\x01\xff'))
 
 
-def main(directory):
-    def keep(harness, data):
-        folder = os.path.join(directory, harness)
-        os.makedirs(folder, exist_ok=True)
-        count = len(os.listdir(folder))
-        with open(os.path.join(folder, f'seed-{count:03}'), 'wb') as file:
-            file.write(data)
+def heard(keep):
+    """What clients say, and texts and values that are right or nearly so."""
     server = Server(kek=','.join(text(k) for k in KEKS))
     tap = Tap(server.path)
     converse(tap.path)
     server.stop()
-    for heard in tap.heard:
-        keep('session', bytes([0]) + SPLIT + bytes(heard))
-        keep('session', bytes([FRAMED | GREETED]) + SPLIT + steps_of(heard))
-        for body in messages_of(heard):
+    for said in tap.heard:
+        keep('session', bytes([0]) + SPLIT + bytes(said))
+        keep('session', bytes([FRAMED | GREETED]) + SPLIT + steps_of(said))
+        for body in messages_of(said):
             for rpc in range(6):
                 keep('kms', bytes([rpc]) + body)
     for rpc in (0x80, 0x81):
@@ -172,5 +174,43 @@ def main(directory):
              b'\xc0\x05\xc2\xff\xc4\0\xc1\1\xc4\0\xc5\0')
 
 
+def line_of(seed):
+    line = ''.join(chr(b) if 32 <= b < 127 and b not in b'\\%' else f'\\{b:03o}' for b in seed)
+    return re.sub(' $', r'\\040', line)
+
+
+def seed_of(line):
+    return re.sub(rb'\\([0-7]{3})', lambda octal: bytes([int(octal[1], 8)]), line.encode())
+
+
+def renew(fuzzer, new):
+    """Merges all there is for a fuzzer."""
+    file = os.path.join(HERE, fuzzer + '.seeds')
+    with open(file, encoding='ascii') as old:
+        lines = old.read().splitlines()
+    found = os.path.join(BUILD, 'corpus', fuzzer)
+    os.makedirs(found, exist_ok=True)
+    given, merged = fresh_dir(), fresh_dir()
+    for number, seed in enumerate(new + [seed_of(line) for line in lines]):
+        with open(os.path.join(given, str(number)), 'wb') as one:
+            one.write(seed)
+    subprocess.run([os.path.join(BUILD, fuzzer), '-set_cover_merge=1', f'-max_len={INPUT_MAX}', merged, given, found],
+                   stderr=subprocess.DEVNULL, check=True)
+    seeds = []
+    for name in os.listdir(merged):
+        with open(os.path.join(merged, name), 'rb') as one:
+            seeds.append(one.read())
+    with open(file, 'w', encoding='ascii') as out:
+        out.writelines(line_of(seed) + '\n' for seed in sorted(seeds, key=lambda seed: (len(seed), seed)))
+    print(f'{fuzzer}: {len(lines)} seeds before, {len(seeds)} now')
+
+
+def main(fuzzers):
+    new = {fuzzer: [] for fuzzer in fuzzers}
+    heard(lambda fuzzer, seed: new.get(fuzzer, []).append(seed))
+    for fuzzer, seeds in new.items():
+        renew(fuzzer, seeds)
+
+
 if __name__ == '__main__':
-    main(sys.argv[1])
+    main(sys.argv[1:])

@@ -1,6 +1,7 @@
 /*
  * Fuzzes connections: bytes into the session, in pieces, over up to four
- * connections whose sockets may take nothing, at the limits or far from them.
+ * connections of two users, whose sockets may take nothing, at the limits or far
+ * from them.
  *
  *     0   1   what holds: see enum
  *     1   1   seed of the sizes in which bytes arrive
@@ -147,30 +148,36 @@ static struct conn *peer_conn(const struct peer *p) {
     return NULL;
 }
 
-/* What must hold between turns, whatever has come. */
-static void server_check(size_t heap_base, size_t buffered_base, size_t streams_base) {
-    size_t held = 0, conns = 0, streams = 0;
+static size_t base[RESOURCES]; /* what no connection holds, so that the limits are near */
+
+/* What must hold between turns, whatever has come: every sum is that of its parts, and within its limit. */
+static void server_check(void) {
+    size_t sum[RESOURCES] = {0}, of_user[2][RESOURCES] = {{0}};
     for (struct conn *c = server.conns; c; c = c->next) {
-        HOLDS(!c->closed);
-        conns++;
-        held += c->held;
-        size_t unread = 0;
+        HOLDS(!c->closed && c->used[CONNECTIONS] == 1);
+        size_t streams = 0, unread = 0;
         for (struct stream *s = c->streams; s; s = s->next) {
             streams++;
             unread += s->reply_len;
-            HOLDS(!s->borrowed && s->body_len <= s->body_cap && s->reply_sent <= s->reply_len);
+            HOLDS(s->body_len <= s->body_cap && s->reply_sent <= s->reply_len);
         }
-        HOLDS(c->unread == unread);
+        HOLDS(c->used[STREAMS] == streams && c->unread == unread && c->used[BUFFERED] <= c->used[HELD]);
+        for (enum resource r = 0; r < RESOURCES; r++) {
+            sum[r] += c->used[r];
+            of_user[c->user - server.users][r] += c->used[r];
+        }
     }
-    HOLDS(conns == server.conn_count && conns <= server.max_connections);
-    HOLDS(streams_base + streams == server.stream_count && server.stream_count <= ALL_STREAMS_MAX);
-    HOLDS(heap_base + held == server.heap.in_use && server.heap.in_use <= HEAP_MAX);
-    HOLDS(server.buffered >= buffered_base && server.buffered <= BUFFERED_MAX);
-    HOLDS(server.kms.arena.used == 0);
+    for (enum resource r = 0; r < RESOURCES; r++) {
+        HOLDS(server.used[r] == base[r] + sum[r] && server.used[r] <= server.limit[r]);
+        for (size_t i = 0; i < server.user_count; i++)
+            HOLDS(server.users[i].used[r] == of_user[i][r]);
+    }
+    HOLDS(server.heap.in_use == sum[HELD]);
+    HOLDS(server.kms.arena.used == 0 && server.kms.random.left == 0 && !server.page);
 }
 
 /* Turns of the loop until nothing is ready. */
-static void turns(size_t heap_base, size_t buffered_base, size_t streams_base) {
+static void turns(void) {
     for (bool busy = true; busy;) {
         busy = false;
         server_clock(&server);
@@ -187,8 +194,8 @@ static void turns(size_t heap_base, size_t buffered_base, size_t streams_base) {
             }
         }
         server_expire(&server);
-        server_reap(&server);
-        server_check(heap_base, buffered_base, streams_base);
+        server_turn_end(&server);
+        server_check();
     }
 }
 
@@ -208,11 +215,15 @@ static struct peer *peer_open(struct peer *p, unsigned flags) {
 }
 
 static void server_begin(void) {
-    static struct serve_options options = {.uids = {0}, .uid_count = 1};
     if (!server.callbacks)
         HOLDS(kms_init(&server.kms, fuzz_ring()) == 0 && sessions_init(&server) == 0);
-    server.options = &options;
-    server.max_connections = 3;
+    memset(server.users, 0, sizeof server.users);
+    server.user_count = 2;
+    server.users[1].uid = 1;
+    server.limit[CONNECTIONS] = 3;
+    server.limit[STREAMS] = ALL_STREAMS_MAX;
+    server.limit[BUFFERED] = BUFFERED_MAX;
+    server.limit[HELD] = HEAP_MAX;
     server.metrics.statm = -1;
     server.share = IN_BYTES;
     server.next_ms = server.resume_accept_ms = server.drain_ms = INT64_MAX;
@@ -228,15 +239,16 @@ int LLVMFuzzerTestOneInput(const uint8_t *bytes, size_t len) {
     const uint8_t *at = bytes + 3, *end = bytes + len;
     server_begin();
     log_level = flags & LOUD ? LOG_DEBUG : LOG_ERROR;
-    size_t heap = server.heap.in_use = flags & HEAP_TIGHT ? HEAP_MAX - 20 * 1024 - bytes[2] * 256u : 0;
-    size_t buffered = server.buffered = flags & BUFFERED_TIGHT ? BUFFERED_MAX - 2 * 1024 : 0;
-    size_t streams = server.stream_count = flags & STREAMS_TIGHT ? ALL_STREAMS_MAX - 3 : 0;
+    base[STREAMS] = flags & STREAMS_TIGHT ? ALL_STREAMS_MAX - 3 : 0;
+    base[BUFFERED] = flags & BUFFERED_TIGHT ? BUFFERED_MAX - 2 * 1024 : 0;
+    base[HELD] = flags & HEAP_TIGHT ? HEAP_MAX - 20 * 1024 - bytes[2] * 256u : 0;
+    memcpy(server.used, base, sizeof base);
     struct peer *p = peer_open(&peers[0], flags);
     if (!(flags & FRAMED)) {
         peer_say(p, at, (size_t)(end - at));
         at = end;
     }
-    turns(heap, buffered, streams);
+    turns();
     for (int steps = 0; at < end && steps < STEPS_MAX; steps++) {
         uint8_t step = *at++, argument = at < end ? *at : 0;
         if (step >= 0xc0 && at < end)
@@ -267,7 +279,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *bytes, size_t len) {
             if (step >= 0x90) {
                 for (; n > 0; n--, stream += 2)
                     peer_request(p, (step & 0xf) % RPCS, frame_flags, stream, ping, sizeof ping - 1);
-                turns(heap, buffered, streams);
+                turns();
                 continue;
             }
             n = n > (size_t)(end - at) ? (size_t)(end - at) : n;
@@ -279,12 +291,12 @@ int LLVMFuzzerTestOneInput(const uint8_t *bytes, size_t len) {
         } else {
             break;
         }
-        turns(heap, buffered, streams);
+        turns();
     }
     for (struct conn *c = server.conns; c; c = c->next)
         conn_close(c, "the end");
-    server_reap(&server);
-    server_check(heap, buffered, streams);
-    HOLDS(server.heap.in_use == heap && server.buffered == buffered && server.stream_count == streams);
+    server_turn_end(&server);
+    server_check();
+    HOLDS(!server.conns);
     return 0;
 }
