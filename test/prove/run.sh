@@ -24,10 +24,10 @@ level() {
     esac
 }
 
-FUNCTIONS='text_char text_bytes text_value hex_encode in_range base64_decode printable_eight printable_run utf8_check
-    varint_long varint_next field_next is_space
+FUNCTIONS='text_char text_bytes text_escaped text_value hex_encode in_range base64_decode utf8_check
+    varint_next field_next is_space
     sealed_shaped grpc_prefix_write grpc_prefix_len grpc_timeout_us percent_encode field_name is_name is_value is_grpc
-    request_content_length request_path request_known request_init request_other request_field request_head_end decimal
+    request_content_length request_path request_known request_init request_field request_head_end decimal
     timeout_parse value_fail value_open_v1 value_open'
 
 {
@@ -41,7 +41,7 @@ FUNCTIONS='text_char text_bytes text_value hex_encode in_range base64_decode pri
 END
     # constants of one value each, three structs, and the functions
     sed -n '/^enum {$/,/^};$/p' kmsplugin.c | sed '/^};$/q'
-    for type in 'enum http_method' 'enum field_name' 'enum verdict' 'enum api' 'enum value_state' 'struct text' \
+    for type in 'enum http_method' 'enum field_name' 'enum api' 'enum value_state' 'struct text' \
         'struct field' 'struct value'; do
         sed -n "/^$type {.*};/{p;q}; /^$type {/,/^};\$/p" kmsplugin.c
     done
@@ -62,8 +62,7 @@ END
 # Functions whose results Eva keeps apart; one that has a proof of its own; where not even an unsigned number may wrap.
 more() {
     case $1 in
-    prove_field) echo -eva-split-return-function varint_long:full,varint_next:full,field_next:full ;;
-    prove_utf8 | prove_value) echo -eva-split-return-function printable_run:full ;;
+    prove_field) echo -eva-split-return-function varint_next:full,field_next:full ;;
     prove_request_field) echo -eva-use-spec is_name,is_value ;;
     prove_stored) echo -eva-split-return-function find:full -eva-use-spec value_open_v1 ;;
     prove_timeout | prove_content_length | prove_decimal | prove_prefix) echo -warn-unsigned-overflow ;;
