@@ -3,11 +3,11 @@
 /*@ assigns \nothing; ensures \false; */
 void die_usage(const char *format, ...);
 
-/* These have proofs of their own. */
-/*@ requires \valid_read(name + (0 .. len - 1)); assigns \result \from name[0 .. len - 1]; ensures 0 <= \result <= 1; */
-static bool is_name(const uint8_t *name, size_t len);
-/*@ requires \valid_read(value + (0 .. len - 1)); assigns \result \from value[0 .. len - 1]; ensures 0 <= \result <= 1; */
-static bool is_value(const uint8_t *value, size_t len);
+/* nghttp2's. */
+/*@ requires \valid_read(name + (0 .. len - 1)); assigns \result \from name[0 .. len - 1]; */
+int nghttp2_check_header_name(const uint8_t *name, size_t len);
+/*@ requires \valid_read(value + (0 .. len - 1)); assigns \result \from value[0 .. len - 1]; */
+int nghttp2_check_header_value_rfc9113(const uint8_t *value, size_t len);
 
 /* memchr as the standard has it, so that Eva tells its results apart. */
 #define memchr find

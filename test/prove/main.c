@@ -129,19 +129,6 @@ void prove_decimal(void) {
     timeout_parse(text);
 }
 
-void prove_name(void) {
-    MAKE(18);
-    is_name(bytes, len);
-}
-
-static void judge_value(const uint8_t *value, size_t len) {
-    is_value(value, len);
-}
-
-void prove_value(void) {
-    at_every_length(judge_value);
-}
-
 /* One field of a head or of trailers, in whatever state the request is: any name and value that are not too long. */
 void prove_request_field(void) {
     enum { NAME_MOST = 18, VALUE_MOST = 40 };

@@ -19,14 +19,13 @@ PROOF_SECONDS=300
 level() {
     case $1 in
     prove_percent | prove_text_value) echo 400 ;;
-    prove_name) echo 30 ;;
     *) echo 8000 ;;
     esac
 }
 
 FUNCTIONS='text_char text_bytes text_escaped text_value hex_encode in_range base64_decode utf8_check
     varint_next field_next is_space
-    sealed_shaped grpc_prefix_write grpc_prefix_len grpc_timeout_us percent_encode field_name is_name is_value is_grpc
+    sealed_shaped grpc_prefix_write grpc_prefix_len grpc_timeout_us percent_encode field_name is_value is_grpc
     request_content_length request_path request_known request_init request_field request_head_end decimal
     timeout_parse value_fail value_open_v1 value_open'
 
@@ -52,9 +51,9 @@ END
         sed 's/&v2__##type##__descriptor, call/NULL, NULL/; s/ProtobufCMessageDescriptor/void/'
     cat test/prove/assumed.h
     for function in $FUNCTIONS; do
-        grep -q "^\(COLD \)*static [a-z].*[ *]$function(" kmsplugin.c ||
+        grep -q "^static [a-z].*[ *]$function(" kmsplugin.c ||
             { echo "no $function in kmsplugin.c" >&2; exit 1; }
-        sed -n "s/^COLD //; /^static [a-z].*[ *]$function(/,/^}\$/p" kmsplugin.c
+        sed -n "/^static [a-z].*[ *]$function(/,/^}\$/p" kmsplugin.c
     done
     cat test/prove/main.c
 } >"$dir/parsers.c"
@@ -63,7 +62,6 @@ END
 more() {
     case $1 in
     prove_field) echo -eva-split-return-function varint_next:full,field_next:full ;;
-    prove_request_field) echo -eva-use-spec is_name,is_value ;;
     prove_stored) echo -eva-split-return-function find:full -eva-use-spec value_open_v1 ;;
     prove_timeout | prove_content_length | prove_decimal | prove_prefix) echo -warn-unsigned-overflow ;;
     esac
