@@ -2,8 +2,8 @@
 
 VERSION = 0.1.0
 BEARSSL_VERSION ?= 0.6
-# The time that release files bear: the day of the last entry in deploy/debian/changelog.
-SOURCE_DATE_EPOCH ?= $(shell date -ud "$$(sed -n 's/^ -- .*>  //p' deploy/debian/changelog | head -n 1)" +%s)
+# The time that release files bear: the day of the last entry in release/debian/changelog.
+SOURCE_DATE_EPOCH ?= $(shell date -ud "$$(sed -n 's/^ -- .*>  //p' release/debian/changelog | head -n 1)" +%s)
 
 PREFIX ?= /usr/local
 SBINDIR ?= $(PREFIX)/sbin
@@ -45,8 +45,7 @@ help::
 	@echo 'make proto          generate kms.pb-c.[ch] from kms.proto'
 	@echo
 	@echo 'Release:'
-	@echo 'make static         build/static/kmsplugin, on musl; needs dpkg-dev'
-	@echo 'make profile        deploy/profile, which make static builds by: after a change of what is hot; needs h2load'
+	@echo 'make static         build/static/kmsplugin, on musl; needs dpkg-dev, and OFFLINE=1 no network the second time'
 	@echo 'make image          build/image/kmsplugin.tar, an OCI image of it; needs buildah and zopfli'
 	@echo 'make dist           build/$(DIST).tar.gz'
 	@echo 'make sbom           build/sbom/, a CycloneDX document'
@@ -64,51 +63,39 @@ run: kmsplugin
 		echo 'no KMS_KEK is set: this KEK is made up, and gone when the server stops' >&2; fi; \
 		exec ./kmsplugin serve --listen unix://$(RUN_DIR)/kms.sock
 
-# The release build: one static-pie binary on musl, with libraries built from Debian's
-# sources (deploy/static-libs.sh, which makes the compiler bin/cc for it, too). Another
-# ARCH (see there) has its program, and what is made of it, in a folder of its own.
+# The release build: one static-pie binary on musl, with libraries built from Debian's sources (release/static-libs.sh,
+# which makes the compiler bin/cc for it, too). Another ARCH (see there) has its program, and what is made of it, in a
+# folder of its own.
 MACHINE := $(shell uname -m)
 ARCH ?= $(MACHINE)
 ARCH_DIR = $(addsuffix /,$(filter-out $(MACHINE),$(ARCH)))
 STATIC = build/static/$(ARCH_DIR)kmsplugin
-# Nothing is aligned but, on x86_64, functions: 1.5 KB that fit in, for 2 % of CPU.
-# -O2 where that keeps it within 192 KiB, else -Os. aarch64 has room to inline functions of some 12 instructions, which
-# gives the speed back. s390x has none: no tables to jump by (8 bytes an entry), and of the instructions of z196, which
-# Debian builds for, the choice that suits z13, the oldest machine that Go, so Kubernetes, runs on.
-SMALL_aarch64 = -Os --param=max-inline-insns-size=12
-SMALL_s390x = -Os -fno-jump-tables -mtune=z13
-STATIC_FLAGS = $(or $(SMALL_$(ARCH)),-O2) -flto -fPIE \
-	-ffunction-sections -fdata-sections \
-	-fno-asynchronous-unwind-tables -fno-unwind-tables \
-	-fstack-protector-strong \
-	-falign-functions=$(if $(filter x86_64,$(ARCH)),16,1) -falign-jumps=1 -falign-loops=1 -falign-labels=1
-# exclude-libs: s390x' linker else leaves relocations by name, which musl's static-pie start does not do.
-STATIC_LD = -flto-partition=one -static-pie -Wl,--gc-sections -Wl,--exclude-libs,ALL -Wl,-z,relro,-z,now -Wl,-z,noexecstack -Wl,--build-id=none -s \
-	-T $(if $(filter x86_64,$(ARCH)),deploy/x86_64.ld,build/static/$(ARCH)/lib/packed.ld)
-# What runs often, as `make profile` recorded it: the compiler makes that fast and the rest small. The record is committed,
-# so that the same bytes come out anywhere. A function changed since is built as if there were none; make gate notices.
-# The -fno-... leave out what a profile turns on and copies loops and ends of functions for, and code-hoisting, which is a
-# loss here; max-inline-insns-auto (15) lets a little more be inlined where that pays, and libcall leaves out what the
-# compiler makes of short copies: rep movs, which is slow to start.
-PROFILE = $(if $(wildcard deploy/profile/$(ARCH)),-fprofile-use=$(CURDIR)/deploy/profile/$(ARCH) \
-	-fprofile-prefix-path=$(CURDIR) -Wno-missing-profile -Wno-coverage-mismatch \
-	$(if $(filter x86_64,$(ARCH)),-mstringop-strategy=libcall) \
-	--param=max-inline-insns-auto=20 -fno-tracer -fno-code-hoisting -fno-unroll-loops -fno-peel-loops \
-	-fno-unswitch-loops -fno-tree-loop-vectorize -fno-tree-slp-vectorize -fno-reorder-blocks-and-partition)
+STATIC_CC = build/static/$(ARCH)/bin/cc
+# -O2 and LTO: fast, and without what is never called; in one piece, for 1 % of the instructions. Nothing unwinds, so there
+# are no tables for it. No padding in front of loops: 2 KB, and no slower.
+STATIC_FLAGS = -O2 -flto -fPIE -fno-asynchronous-unwind-tables -fstack-protector-strong -falign-loops=1 -falign-jumps=1
+# gc-sections: without what musl has more. exclude-libs: s390x' linker else leaves relocations by name, which a static-pie's
+# start does not do. noseparate-code, the default but on x86: 4 to 8 KB less of padding between pages. pack-relative-relocs,
+# which Debian 12's linker has for x86 alone: 8 KB less.
+STATIC_LD = -static-pie -flto-partition=one -Wl,--gc-sections -Wl,--exclude-libs,ALL -Wl,-z,relro,-z,now -Wl,-z,noexecstack \
+	-Wl,-z,noseparate-code $(STATIC_LD_$(ARCH)) -Wl,--build-id=none -s
+STATIC_LD_x86_64 = -Wl,-z,pack-relative-relocs
+# memcpy and the like on x86_64 that are not musl's; string.c says why.
+STATIC_STRING = $(if $(filter x86_64,$(ARCH)),build/static/$(ARCH)/string.o)
+STATIC_NEEDS = build/static/$(ARCH)/SHA256SUMS $(STATIC_STRING)
 static: $(STATIC)
-$(STATIC): $(SOURCES) $(HEADERS) deploy/x86_64.ld build/static/$(ARCH)/lib/libbearssl.a
-	build/static/$(ARCH)/bin/cc $(STD) $(WARN) $(STATIC_FLAGS) $(PROFILE) -o $@ $(SOURCES) $(STATIC_LD) -Wl,-Map=$@.map $(LIBS)
-build/static/$(ARCH)/lib/libbearssl.a: deploy/static-libs.sh deploy/string.c $(wildcard deploy/*.patch) deploy/nghttp2-fixed.sed $(wildcard deploy/profile/$(ARCH))
-	ARCH=$(ARCH) CC= AR= CFLAGS='$(STATIC_FLAGS) $(PROFILE)' deploy/static-libs.sh
-
-profile:
-	deploy/profile.sh deploy/profile/$(ARCH)
+$(STATIC): $(SOURCES) $(HEADERS) $(STATIC_NEEDS)
+	$(STATIC_CC) $(STD) $(WARN) $(STATIC_FLAGS) -o $@ $(SOURCES) $(STATIC_STRING) $(STATIC_LD) -Wl,-Map=$@.map $(LIBS)
+build/static/$(ARCH)/SHA256SUMS: release/static-libs.sh
+	ARCH=$(ARCH) CC= AR= CFLAGS='$(STATIC_FLAGS)' release/static-libs.sh
+build/static/$(ARCH)/string.o: release/string.c build/static/$(ARCH)/SHA256SUMS
+	$(STATIC_CC) -std=c11 -O2 -fPIE -ffreestanding -fno-tree-loop-distribute-patterns -fno-asynchronous-unwind-tables -c -o $@ $<
 
 # What a release is made of: an OCI image, a tarball, a bill of materials, a Debian package.
 image: build/image/$(ARCH_DIR)kmsplugin.tar
-build/image/$(ARCH_DIR)kmsplugin.tar: $(STATIC) deploy/Dockerfile deploy/image.sh
+build/image/$(ARCH_DIR)kmsplugin.tar: $(STATIC) release/Dockerfile release/image.sh
 	ARCH=$(ARCH) SOURCE_DATE_EPOCH=$(SOURCE_DATE_EPOCH) \
-		deploy/image.sh $(STATIC) $@ localhost/kmsplugin:$(VERSION)
+		release/image.sh $(STATIC) $@ localhost/kmsplugin:$(VERSION)
 
 DIST = kmsplugin-$(VERSION)
 dist:
@@ -118,9 +105,9 @@ dist:
 		--owner=0 --group=0 --numeric-owner --mode=u=rwX,go=rX --format=ustar | gzip -9n >build/$(DIST).tar.gz
 
 sbom: build/sbom/$(ARCH_DIR)kmsplugin-$(VERSION).cdx.json
-build/sbom/$(ARCH_DIR)kmsplugin-$(VERSION).cdx.json: $(STATIC) deploy/sbom.py
+build/sbom/$(ARCH_DIR)kmsplugin-$(VERSION).cdx.json: $(STATIC) release/sbom.py
 	@mkdir -p $(@D)
-	SOURCE_DATE_EPOCH=$(SOURCE_DATE_EPOCH) deploy/sbom.py $(VERSION) $(ARCH) $(STATIC) >$@
+	SOURCE_DATE_EPOCH=$(SOURCE_DATE_EPOCH) release/sbom.py $(VERSION) $(ARCH) $(STATIC) >$@
 
 # Built where it does not touch the tree; the .deb is left in build/deb.
 deb: dist
@@ -128,7 +115,7 @@ deb: dist
 	mkdir -p build/deb
 	cp build/$(DIST).tar.gz build/deb/kmsplugin_$(VERSION).orig.tar.gz
 	tar -xzf build/$(DIST).tar.gz -C build/deb
-	cp -R deploy/debian build/deb/$(DIST)/debian
+	cp -R release/debian build/deb/$(DIST)/debian
 	cd build/deb/$(DIST) && env -u MAKEFLAGS -u MFLAGS -u MAKELEVEL dpkg-buildpackage -us -uc
 
 proto:
@@ -151,6 +138,6 @@ clean:
 	rm -rf kmsplugin build
 
 .DELETE_ON_ERROR:
-.PHONY: all help run static profile image dist sbom deb proto install uninstall clean
+.PHONY: all help run static image dist sbom deb proto install uninstall clean
 
 include test/test.mk

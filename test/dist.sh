@@ -34,7 +34,7 @@ X
 }
 
 check 'make dist' "$MAKE" -s dist
-check 'the version is that of the Debian package' grep -q "^kmsplugin ($version-" deploy/debian/changelog
+check 'the version is that of the Debian package' grep -q "^kmsplugin ($version-" release/debian/changelog
 cp "$tarball" "$tmp/first.tar.gz"
 check 'make dist, later' env TZ=Asia/Tokyo sh -c "umask 077; sleep 1.1; touch README; '$MAKE' -s dist"
 check 'the same bytes twice' cmp "$tmp/first.tar.gz" "$tarball"
@@ -58,9 +58,9 @@ tail -n 1 "$tmp/tests"
 # The sources are fetched once; all else is made twice: the second time with another time zone, locale and umask, and one
 # processor.
 check 'make static, in one folder' "$MAKE" -s -C "$one" static
-mkdir -p "$two/build/src"
-cp -R "$one/build/src/debian" "$two/build/src/"
-check 'make static, in another' sh -c "umask 077; TZ=Asia/Tokyo LC_ALL=C.UTF-8 taskset -c 0 '$MAKE' -s -C '$two' static"
+mkdir "$two/build"
+cp -R "$one/build/src" "$two/build/"
+check 'make static, in another' sh -c "umask 077; OFFLINE=1 TZ=Asia/Tokyo LC_ALL=C.UTF-8 taskset -c 0 '$MAKE' -s -C '$two' static"
 for lib in libc.a libbearssl.a; do # the others hold LTO's intermediate code, which is named at random
     check "$lib is the same" cmp "$one/build/static/$(uname -m)/lib/$lib" "$two/build/static/$(uname -m)/lib/$lib"
 done

@@ -14,7 +14,7 @@ fi
 IMAGE=localhost/kmsplugin:test
 EPOCH=1700000000        # the time that it is to bear
 BYTES_MAX=110000        # of all blobs of the archive
-USER_ID=65532           # as deploy/Dockerfile has it
+USER_ID=65532           # as release/Dockerfile has it
 STRANGER=12345
 MAKE=${MAKE:-make}
 
@@ -105,11 +105,11 @@ logged() {
 
 check 'make' "$MAKE" -s image kmsplugin
 export SOURCE_DATE_EPOCH="$EPOCH"
-check 'the first' deploy/image.sh build/static/kmsplugin "$tmp/first.tar" "$IMAGE"
+check 'the first' release/image.sh build/static/kmsplugin "$tmp/first.tar" "$IMAGE"
 tail -n 1 "$tmp/output"
 sleep 1.1
 check 'the second, elsewhere and later' sh -c "umask 077; cp build/static/kmsplugin '$tmp/other';
-    TZ=Asia/Tokyo TMPDIR=/var/tmp deploy/image.sh '$tmp/other' '$tmp/second.tar' '$IMAGE'"
+    TZ=Asia/Tokyo TMPDIR=/var/tmp release/image.sh '$tmp/other' '$tmp/second.tar' '$IMAGE'"
 check 'the same bytes twice' cmp "$tmp/first.tar" "$tmp/second.tar"
 check 'holds the program alone' contents "$tmp/first.tar"
 tail -n 1 "$tmp/output"
@@ -152,7 +152,7 @@ check 'ends it with status 1' test "$(storage wait private)" -eq 1
 check 'and says so' logged private KMS_KEK_FILE
 
 check 'docker format' \
-    env FORMAT=docker deploy/image.sh build/static/kmsplugin "$tmp/docker.tar" "$IMAGE-docker"
+    env FORMAT=docker release/image.sh build/static/kmsplugin "$tmp/docker.tar" "$IMAGE-docker"
 check 'podman load, docker format' storage load --quiet --input "$tmp/docker.tar"
 check 'starts, docker format' \
     run docker --health-interval disable --volume "$tmp/kek:/kek:ro" --env KMS_KEK_FILE=/kek "$IMAGE-docker"

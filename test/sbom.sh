@@ -12,26 +12,28 @@ label='sbom: '
 
 truth() {
     python3 - "$bom" "$(uname -m)" <<'X'
-import hashlib, json, os, re, subprocess, sys
-bom, sources = json.load(open(sys.argv[1])), 'build/src/debian/'
+import hashlib, json, re, subprocess, sys
+bom, sources = json.load(open(sys.argv[1])), 'build/src/'
 sha256 = lambda path: hashlib.sha256(open(path, 'rb').read()).hexdigest()
 told = subprocess.run(['build/static/kmsplugin', '--version'], capture_output=True, text=True, check=True).stdout
 told = dict(line.lower().split() for line in told.splitlines())
 main = bom['metadata']['component']
 assert main['version'] == told.pop('kmsplugin') and main['hashes'][0]['content'] == sha256('build/static/kmsplugin')
-components = {c['name']: c for c in bom['components']}
+components = {c['name']: c for c in bom['components'] if c['type'] == 'library'}
+files = {c['name']: c['hashes'][0]['content'] for c in bom['components'] if c['type'] == 'file'}
 assert set(components) == {'musl', *told}, components
+assert files == ({'release/string.c': sha256('release/string.c')} if sys.argv[2] == 'x86_64' else {})
 for name, version in told.items(): # a Debian version is the upstream one and more
     assert re.match(re.escape(version) + r'[-+]', components[name]['version']), (name, version)
-archives = {r['url']: r['hashes'][0]['content'] for c in bom['components'] for r in c['externalReferences']}
-have = {f for f in os.listdir(sources) if re.search(r'\.dsc$|\.tar\.', f)}
+archives = {r['url']: r['hashes'][0]['content'] for c in components.values() for r in c['externalReferences']}
+have = {line.split()[1] for line in open(f'build/static/{sys.argv[2]}/SHA256SUMS')}
 assert set(archives) == have and all(sha256(sources + f) == digest for f, digest in archives.items())
 for name, c in components.items():
     (dsc,) = [f for f in have if f.startswith(name + '_') and f.endswith('.dsc')]
     assert re.search(r'^Version: (?:\d+:)?(.*)$', open(sources + dsc).read(), re.M)[1] == c['version']
 refs = {main['bom-ref'], *(c['bom-ref'] for c in bom['components'])}
 (dependency,) = bom['dependencies']
-assert {dependency['ref'], *dependency['dependsOn']} == refs and len(refs) == 5
+assert {dependency['ref'], *dependency['dependsOn']} == refs and len(refs) == 5 + len(files)
 print(*(f'{n} {c["version"]}' for n, c in components.items()), sep=', ')
 X
 }

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """What makes up a release build, from its link map: bytes by library, and the largest parts of each.
 
-    size.py PROGRAM [SOURCES]    PROGRAM.map beside it; SOURCES is build/src/debian
+    size.py PROGRAM [SOURCES]    PROGRAM.map beside it; SOURCES is build/static/ARCH/src
 
 An object of an archive names its library. What link-time optimisation has put into one object is told apart by the name
 of its section, which is that of a function or table: it belongs to the first of the sources that defines such a name.
@@ -9,6 +9,7 @@ of its section, which is that of a function or table: it belongs to the first of
 import collections
 import glob
 import os
+import platform
 import re
 import sys
 
@@ -46,9 +47,9 @@ def parts(path):
                 yield out, match[1], size, match[3]
 
 
-def main(program, sources='build/src/debian'):
+def main(program, sources=f'build/static/{platform.machine()}/src'):
     places = [('kmsplugin.c', definitions(['kmsplugin.c'])), ('kms.pb-c.c', definitions(['kms.pb-c.c'])),
-              *((name, definitions(glob.glob(f'{sources}/{name}-*/{where}')))
+              *((name, definitions(glob.glob(f'{sources}/{name}/{where}')))
                 for name, where in (('nghttp2', 'lib/*.c'), ('protobuf-c', 'protobuf-c/*.c')))]
     total, largest = collections.Counter(), collections.defaultdict(collections.Counter)
     for out, section, size, path in parts(program + '.map'):

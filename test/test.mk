@@ -11,6 +11,7 @@ help::
 	@echo 'make test-ct        nothing depends on a secret but what may; needs valgrind'
 	@echo 'make test-deploy    the files of deploy/ and the guide, under the systemd of Debian 11, 12 and 13 (root)'
 	@echo 'make test-arch      the release build on five architectures, under qemu-user'
+	@echo 'make test-libs      the libraries'\'' own tests, on the objects that make static links'
 	@echo 'make test-release   image, tarball, reproducibility, SBOM, Debian package (root)'
 	@echo 'make soak           SOAK_SECONDS=1800 of load, restarts and hostile peers (root)'
 	@echo 'make fuzz           fuzzers, FUZZ_SECONDS=60 each; needs clang'
@@ -38,8 +39,8 @@ build/unit-asan: test/unit.c test/responses.h $(TESTED)
 
 # The unit tests as the release build would have them.
 UNIT_STATIC = build/static/$(ARCH_DIR)unit
-$(UNIT_STATIC): test/unit.c test/responses.h $(TESTED) deploy/x86_64.ld build/static/$(ARCH)/lib/libbearssl.a
-	build/static/$(ARCH)/bin/cc $(STD) $(WARN) -I. $(STATIC_FLAGS) -o $@ test/unit.c kms.pb-c.c $(STATIC_LD) $(LIBS)
+$(UNIT_STATIC): test/unit.c test/responses.h $(TESTED) $(STATIC_NEEDS)
+	$(STATIC_CC) $(STD) $(WARN) -I. $(STATIC_FLAGS) -o $@ test/unit.c kms.pb-c.c $(STATIC_STRING) $(STATIC_LD) $(LIBS)
 
 build/sandbox: test/sandbox.c $(TESTED)
 	@mkdir -p build
@@ -68,8 +69,8 @@ build/ct: test/ct.c $(TESTED)
 	@mkdir -p build
 	$(CC) $(STD) $(WARN) $(HARDEN_CC) -I. $(CPPFLAGS) $(CFLAGS) -o $@ test/ct.c kms.pb-c.c $(HARDEN_LD) $(LDFLAGS) $(LIBS)
 
-build/ct-static: test/ct.c $(TESTED) deploy/x86_64.ld
-	build/static/$(ARCH)/bin/cc $(STD) $(STATIC_FLAGS) -g -I. -idirafter /usr/include -o $@ test/ct.c kms.pb-c.c \
+build/ct-static: test/ct.c $(TESTED) $(STATIC_NEEDS)
+	$(STATIC_CC) $(STD) $(STATIC_FLAGS) -g -I. -idirafter /usr/include -o $@ test/ct.c kms.pb-c.c $(STATIC_STRING) \
 		$(filter-out -s,$(STATIC_LD)) $(LIBS)
 
 test-ct: build/ct $(if $(wildcard build/static/kmsplugin),build/ct-static)
@@ -129,6 +130,9 @@ test-arch:
 test-release: kmsplugin
 	test/release.sh
 
+test-libs: $(STATIC_NEEDS)
+	CC=$(CURDIR)/$(STATIC_CC) LINK='$(STATIC_STRING:%=$(CURDIR)/%) $(STATIC_FLAGS) $(STATIC_LD)' test/libs.sh build/static/$(ARCH)/src
+
 # Measurements, of the release build unless KMSPLUGIN=./kmsplugin or another asks for it.
 KMSPLUGIN ?= build/static/kmsplugin
 
@@ -154,7 +158,7 @@ lint:
 	cppcheck --quiet --enable=warning,performance,portability --suppress=preprocessorErrorDirective --error-exitcode=1 $(subst -std=,--std=,$(STD)) kmsplugin.c
 	gcc $(STD) -O2 -fanalyzer -Werror -c -o /dev/null kmsplugin.c
 	scan-build --status-bugs -o build/scan clang $(STD) -c -o /dev/null kmsplugin.c >/dev/null
-	shellcheck -x $(wildcard *.sh test/*.sh test/*/*.sh deploy/*.sh) deploy/openrc/kmsplugin deploy/metrics/kmsplugin-textfile .ci/run
+	shellcheck -x $(wildcard *.sh test/*.sh test/*/*.sh release/*.sh) deploy/openrc/kmsplugin deploy/metrics/kmsplugin-textfile .ci/run
 
-.PHONY: test test-kube test-cluster test-hostile test-inject test-ct test-deploy test-arch test-release soak fuzz fuzz-seeds \
+.PHONY: test test-kube test-cluster test-hostile test-inject test-ct test-deploy test-arch test-libs test-release soak fuzz fuzz-seeds \
 	prove lint size gate bench bench-memory bench-doc

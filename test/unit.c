@@ -665,7 +665,7 @@ static void text_of_any_length(void) {
     }
 }
 
-/* What deploy/string.c has in place of the C library's, in the release build. */
+/* What release/string.c has in place of the C library's, in the release build. */
 static void memory_functions(void) {
     enum { SIZE_MAX_TRIED = 300, OFFSETS = 17, ROOM = SIZE_MAX_TRIED + 3 * OFFSETS };
     void *(*volatile set)(void *, int, size_t) = memset;

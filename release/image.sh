@@ -1,8 +1,8 @@
 #!/bin/sh
-# Makes an OCI archive of a release build, by the last stage of deploy/Dockerfile: the same bytes for the same program.
+# Makes an OCI archive of a release build, by the last stage of release/Dockerfile: the same bytes for the same program.
 # Needs buildah, zopfli and Python, and neither a registry nor a daemon.
 #
-#   [ARCH=aarch64] [FORMAT=docker] deploy/image.sh PROGRAM ARCHIVE NAME:TAG
+#   [ARCH=aarch64] [FORMAT=docker] release/image.sh PROGRAM ARCHIVE NAME:TAG
 #
 # FORMAT=docker makes a docker archive instead, whose configuration has the HEALTHCHECK too. SOURCE_DATE_EPOCH is the
 # time that image and file bear (0).

@@ -3,7 +3,8 @@
  *
  * What a request copies, wipes and compares is some ten to a few hundred bytes at a time. musl does the first two with
  * rep movs and rep stos, which take some 30 cycles to start however few bytes there are, and the last byte by byte.
- * SSE2, which every x86_64 has, is enough.
+ * SSE2, which every x86_64 has, is enough. Together they are 7 to 12 % of a request's CPU. That gcc puts loops in place
+ * of calls (-mstringop-strategy=unrolled_loop) gives all but 3 to 5 % of it, but takes 12 KB.
  */
 #include <stddef.h>
 #include <stdint.h>

@@ -3,9 +3,9 @@
 
     sbom.py VERSION ARCH PROGRAM    SOURCE_DATE_EPOCH in the environment
 
-What went into it is read from build/static/ARCH/SHA256SUMS, which deploy/static-libs.sh leaves: a component for each
-library, with the exact version of its source and the SHA-256 of every archive of it. The same build gives the same
-document. (libgcc, of which some architectures take a few routines, goes by the compiler's version.)
+What went into it is read from build/static/ARCH/SHA256SUMS, which release/static-libs.sh leaves: a component for each
+library, with the exact version of its source and the SHA-256 of every archive of it; nothing in those is changed. On
+x86_64 release/string.c is one more. The same build gives the same document. (libgcc, of which some architectures take a few routines, goes by the compiler's version.)
 """
 import datetime
 import hashlib
@@ -17,12 +17,6 @@ import sys
 import uuid
 
 LICENSES = {'musl': 'MIT', 'nghttp2': 'MIT', 'protobuf-c': 'BSD-2-Clause', 'bearssl': 'MIT'}
-CHANGES = {
-    'musl': 'relocations (deploy/musl-relr.patch, deploy/musl-relro.patch), free() and assert() (deploy/static-libs.sh),'
-            ' and on x86_64 memcpy, memmove, memset and memcmp (deploy/string.c)',
-    'nghttp2': 'options and callbacks of sessions are constants (deploy/nghttp2-fixed.sed)',
-    'bearssl': 'no EAX and CCM with AES (deploy/static-libs.sh)',
-}
 
 
 def sha256(path):
@@ -47,19 +41,15 @@ def sources(sums):
             if debian := re.fullmatch(r'[^_]+_(.+)\.dsc', file):
                 library['version'] = debian[1]
                 library['purl'] = f'pkg:deb/debian/{name}@{debian[1].replace("+", "%2B")}?arch=source'
-            elif upstream := re.fullmatch(r'.+-([0-9.]+)\.tar\.gz', file):
-                library['version'] = upstream[1]
-                library['purl'] = f'pkg:generic/{name}@{upstream[1]}'
     if sorted(found) != sorted(LICENSES):
         sys.exit(f'sbom.py: {sums} has {sorted(found)}, not {sorted(LICENSES)}')
     return found
 
 
 def component(name, library):
-    changes = {'pedigree': {'notes': 'Changed: ' + CHANGES[name] + '.'}} if name in CHANGES else {}
     return {
         'type': 'library', 'bom-ref': library['purl'], 'name': name, 'version': library['version'],
-        'licenses': [{'license': {'id': LICENSES[name]}}], 'purl': library['purl'], **changes,
+        'licenses': [{'license': {'id': LICENSES[name]}}], 'purl': library['purl'],
         'externalReferences': [
             {'type': 'distribution', 'url': file, 'hashes': [{'alg': 'SHA-256', 'content': digest}]}
             for file, digest in sorted(library['archives'])],
@@ -70,6 +60,8 @@ def main(version, arch, program):
     libraries = sources(f'build/static/{arch}/SHA256SUMS')
     with open(f'build/static/{arch}/bin/cc', encoding='utf-8') as file:
         compiler = re.search(r'^exec (\S+)', file.read(), re.M)[1]
+    files = [{'type': 'file', 'bom-ref': name, 'name': name, 'hashes': [{'alg': 'SHA-256', 'content': sha256(name)}]}
+             for name in ['release/string.c'] if arch == 'x86_64']
     digest = sha256(program)
     top = f'pkg:generic/kmsplugin@{version}?arch={arch}'
     time = datetime.datetime.fromtimestamp(int(os.environ['SOURCE_DATE_EPOCH']), datetime.timezone.utc)
@@ -85,8 +77,8 @@ def main(version, arch, program):
                                for name, option in (('compiler', '--version'), ('linker', '-Wl,--version'))],
             },
         },
-        'components': [component(name, libraries[name]) for name in sorted(libraries)],
-        'dependencies': [{'ref': top, 'dependsOn': sorted(x['purl'] for x in libraries.values())}],
+        'components': [component(name, libraries[name]) for name in sorted(libraries)] + files,
+        'dependencies': [{'ref': top, 'dependsOn': sorted(x['purl'] for x in libraries.values()) + [x['bom-ref'] for x in files]}],
     }, sys.stdout, indent=2)
     print()
 
