@@ -135,6 +135,7 @@ enum {
     IN_BYTES = 16 * 1024,               /* of that, one peer's at most */
     OUT_BYTES = 64 * 1024,              /* sent a turn: the answers to a full read fit */
     ALLOWED_UIDS_MAX = 32,
+    WAY_MAX = 1024,                     /* the way to a socket, links' targets included: a path of 107 bytes */
     BACKLOG = INT_MAX,                  /* peers that wait to be accepted: as many as net.core.somaxconn lets */
     RESERVED_FILES = 32,                /* descriptors that are not connections */
 
@@ -2757,7 +2758,7 @@ static ssize_t conn_send(struct conn *c) {
         rv = nghttp2_session_send(c->session);
     if (rv == 0)
         rv = conn_settle(c);
-    ssize_t n = rv == 0 ? conn_write(c, s->out, s->out_len) : -1;
+    ssize_t n = rv != 0 ? -1 : s->out_len == 0 ? 0 : conn_write(c, s->out, s->out_len);
     if (n >= 0 && (size_t)n < s->out_len && conn_keep(c, s->out + n, s->out_len - (size_t)n) < 0)
         n = -1;
     wipe(s->out, s->out_len);
@@ -2946,8 +2947,8 @@ static void path_up(char *path) {
 }
 
 /* Puts "first/second" into `out`. False if it does not fit. */
-static bool path_join(char out[PATH_MAX], const char *first, const char *second) {
-    struct text t = {.buf = out, .cap = PATH_MAX};
+static bool path_join(char out[WAY_MAX], const char *first, const char *second) {
+    struct text t = {.buf = out, .cap = WAY_MAX};
     text_add(&t, "%s%s%s", first, first[0] && first[strlen(first) - 1] == '/' ? "" : "/", second);
     if (t.len == t.cap)
         return false;
@@ -2963,7 +2964,7 @@ static bool path_join(char out[PATH_MAX], const char *first, const char *second)
  */
 static void directory_check(const char *path) {
     enum { LINKS_MAX = 40 }; /* as the kernel follows */
-    char at[PATH_MAX] = "/", rest[PATH_MAX], next[PATH_MAX], target[PATH_MAX];
+    char at[WAY_MAX] = "/", rest[WAY_MAX], next[WAY_MAX], target[WAY_MAX];
     struct stat st;
     if (lstat(at, &st) < 0)
         die("/: stat: %s", strerror(errno));
@@ -5175,11 +5176,14 @@ static int relro_protect(struct dl_phdr_info *program, size_t size, void *unused
     return 1;
 }
 
-/* Where a library's assert ends: with a sentence, as everything else. The C library's would bring stdio, 8 KB. */
-_Noreturn void __assert_fail(const char *assertion, const char *file, unsigned line, const char *function);
-_Noreturn void __assert_fail(const char *assertion, const char *file, unsigned line, const char *function) {
-    die("assertion failed: %s, %s:%u, %s", assertion, file, line, function);
+#ifndef __GLIBC__ /* which has stdio anyway, and another declaration */
+/* Where a library's assert ends. musl's own function would bring stdio, 8 KB, and what it prints is 7 KB of text. */
+_Noreturn void __assert_fail(const char *assertion, const char *file, int line, const char *function);
+_Noreturn void __assert_fail(const char *assertion, const char *file, int line, const char *function) {
+    (void)assertion, (void)file, (void)line, (void)function;
+    die("an assertion of a library failed");
 }
+#endif
 
 /* Keeps this process's memory out of core files and debuggers. */
 static void dump_protect(void) {
