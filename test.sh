@@ -1,7 +1,8 @@
 #!/bin/sh
 # Builds and tests all that needs no cluster: the functions (test/unit.c), the
 # generated messages, the running server (test/test_*.py), each program also with
-# sanitizers, and whether doc/tour.md shows what the program says. The last line tells how many tests passed and failed.
+# sanitizers, and whether doc/tour.md shows what the program says. The last line
+# tells how many tests passed and failed.
 #
 #     KMSPLUGIN=PROGRAM ./test.sh     another program than ./kmsplugin
 set -eu
