@@ -165,7 +165,8 @@ bench: $(KMSPLUGIN) build/bench/floor build/bench/load
 	test/bench/run.py $(KMSPLUGIN) build/bench
 
 bench-doc:
-	cp build/bench/bench.md build/bench/bench.svg doc/
+	sed -n '/^## Size and memory/,$$p' doc/bench.md >build/bench/size.md
+	{ cat build/bench/bench.md; echo; cat build/bench/size.md; } >doc/bench.md && cp build/bench/bench.svg doc/
 
 lint:
 	clang-tidy --quiet kmsplugin.c -- $(STD)
