@@ -25,7 +25,7 @@ XAES, GCM, HKDF, KUBERNETES, KMSPLUGIN = 'C2SP XAES', 'SP 800-38D', 'RFC 5869 2.
 
 # Which function looks at a field of a request, and which writes one of a response.
 READ_BY = {':method': 'request_known', ':scheme': 'request_known', ':path': 'request_path',
-           ':authority': 'request_known', 'content-type': 'is_grpc', 'te': 'request_known',
+           ':authority': 'request_known', 'content-type': 'request_known', 'te': 'request_known',
            'grpc-timeout': 'grpc_timeout_us', 'user-agent': 'request_field'}
 WRITTEN_BY = {':status': 'stream_answer', 'content-type': 'stream_answer', 'grpc-status': 'on_data_source_read'}
 

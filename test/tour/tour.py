@@ -41,6 +41,8 @@ SECRET = field(1, field(1, b'db') + field(3, b'default')) + \
     field(2, field(1, b'password') + field(2, b'hunter2')) + field(3, b'Opaque')
 OBJECT = b'k8s\0' + field(1, field(1, b'v1') + field(2, b'Secret')) + field(2, SECRET) + field(3, b'') + field(4, b'')
 
+FUNCTION = r'^ {0,3}\d+  [0-9a-f ]{26} .{68}(\w+)$'     # the last column of a dump
+
 # The sections of kmsplugin.c whose functions the list of calls shows; the others would hide the way.
 SHOWN = ('Event loop', 'Connections', 'HTTP/2', 'HTTP requests', 'gRPC', 'KMS service', 'Sealing')
 HIDDEN = {'is_name', 'is_value', 'field_name', 'stream_find', 'callback_result', 'out_append', 'rpc_uses_kek'}
@@ -63,17 +65,18 @@ def sections():
 
 
 def call_lines(path):
-    """The calls that one request makes, indented, of the sections that are shown."""
+    """The calls that one request makes, indented, of the sections that are shown; and the names of all of them."""
     symbols = {}
     for line in subprocess.run(['nm', PROGRAM], check=True, capture_output=True, text=True).stdout.splitlines():
         address, kind, name = line.rsplit(' ', 2)
         if kind in 'tT':
             symbols[name] = int(address, 16)
     names = {(address - symbols['main']) % 2**64: name for name, address in symbols.items()}
-    where, lines, stack = sections(), [], []
+    where, lines, stack, ran = sections(), [], [], set()
     for line in read(path).splitlines():
         depth, distance = line.split()
         name = names[int(distance, 16)]
+        ran.add(name)
         del stack[int(depth):]
         shown = where.get(name) in SHOWN and name not in HIDDEN
         stack.append(shown)
@@ -84,11 +87,11 @@ def call_lines(path):
             lines[-1][2] += 1
         else:
             lines.append([row, where[name], 1])
-    return [f'{row + (f" x {count}" if count > 1 else ""):42} {section}' for row, section, count in lines]
+    return [f'{row + (f" x {count}" if count > 1 else ""):42} {section}' for row, section, count in lines], ran
 
 
 def capture():
-    """One Encrypt: the flights, the response, and the calls inside of the server."""
+    """One Encrypt: the flights, the response, and the calls inside of the server. What the flights name has run."""
     calls = os.path.join(fresh_dir(), 'calls')
     server = Server(kek=KEK, binary=PROGRAM, env={'TOUR_CALLS': calls})
     watch = Watch(server.path)
@@ -99,7 +102,10 @@ def capture():
     watch.close()
     server.stop()
     assert answer.ciphertext[17:41] == NONCE
-    return flights, answer, call_lines(calls)
+    lines, ran = call_lines(calls)
+    named = {match[1] for _, flight in flights[2:] for line in flight if (match := re.search(FUNCTION, line))}
+    assert named - {'nghttp2', 'kek_init'} <= ran, f'did not run: {named - ran}'    # kek_init has, at the start
+    return flights, answer, lines
 
 
 def values(ciphertext):
@@ -244,7 +250,7 @@ def check_names():
     named = set(re.findall(r'`([a-z]\w*_\w+|[A-Z][A-Z0-9]*_[A-Z0-9_]+)`', document))
     named |= set(re.findall(r'\b[a-z]+_\w+', read(pictures.SOURCE)))
     assert len(named) > 30, named
-    rows = {match[1] for match in re.finditer(r'^ {0,3}\d+  [0-9a-f ]{26} .{68}(\w+)$', document, re.M)} - {'nghttp2'}
+    rows = {match[1] for match in re.finditer(FUNCTION, document, re.M)} - {'nghttp2'}
     assert len(rows) > 10, rows
     missing = (named | rows) - code - set(re.findall(r'\w+', read(os.path.join(HERE, 'metric.sed'))))
     assert not missing, f'not in kmsplugin.c: {sorted(missing)}'
