@@ -17,6 +17,7 @@ help::
 	@echo 'make fuzz           fuzzers, FUZZ_SECONDS=60 each; needs clang'
 	@echo 'make prove          no undefined behaviour in the byte parsers; needs Frama-C'
 	@echo 'make lint           static analysis of C and shell'
+	@echo 'make tour           the octets and pictures of doc/tour.md, captured anew'
 	@echo
 	@echo 'Measurements of the release build:'
 	@echo 'make size           what makes it up, from the link map'
@@ -49,6 +50,19 @@ build/sandbox: test/sandbox.c $(TESTED)
 build/without: test/without.c $(TESTED)
 	@mkdir -p build
 	$(CC) $(STD) $(WARN) -I. $(CPPFLAGS) $(CFLAGS) -o $@ test/without.c kms.pb-c.c $(LDFLAGS) $(LIBS)
+
+# The tour, doc/tour.md: its octets are captured from a build whose random bytes are fixed and whose calls are logged.
+build/tour/program: test/tour/fixed.c $(TESTED)
+	@mkdir -p build/tour
+	$(CC) $(STD) $(WARN) -I. $(CPPFLAGS) -O0 -g -finstrument-functions -o $@ test/tour/fixed.c kms.pb-c.c $(LDFLAGS) $(LIBS)
+
+build/tour/metric: test/tour/metric.sed $(TESTED)
+	@mkdir -p build/tour
+	sed -f $< kmsplugin.c >$@.c && $(CC) $(STD) -I. $(CPPFLAGS) -O0 -o $@ $@.c kms.pb-c.c $(LDFLAGS) $(LIBS)
+
+.PHONY: tour
+tour: kmsplugin build/tour/program
+	/usr/bin/python3 test/tour/tour.py write
 
 build/kmsplugin-asan: $(TESTED)
 	@mkdir -p build
@@ -151,7 +165,8 @@ bench: $(KMSPLUGIN) build/bench/floor build/bench/load
 	test/bench/run.py $(KMSPLUGIN) build/bench
 
 bench-doc:
-	cp build/bench/bench.md build/bench/bench.svg doc/
+	sed -n '/^## Size and memory/,$$p' doc/bench.md >build/bench/size.md
+	{ cat build/bench/bench.md; echo; cat build/bench/size.md; } >doc/bench.md && cp build/bench/bench.svg doc/
 
 lint:
 	clang-tidy --quiet kmsplugin.c -- $(STD)
