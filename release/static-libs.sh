@@ -18,7 +18,7 @@ unset MAKEFLAGS MFLAGS MAKELEVEL    # of a Makefile that calls this: its command
 export LC_ALL=C                     # the order of *.c and *.o, hence of the bytes, must not depend on the locale
 
 ARCH=${ARCH:-$(uname -m)}
-branches= big_endian=
+branches='' big_endian=''
 case $ARCH in
 x86_64)       triplet=x86_64-linux-gnu branches=-fcf-protection ;;               # CET: endbr64 at branch targets
 aarch64)      triplet=aarch64-linux-gnu branches=-mbranch-protection=standard ;; # BTI, signed return addresses
@@ -28,7 +28,7 @@ s390x)        triplet=s390x-linux-gnu big_endian=-DWORDS_BIGENDIAN ;;
 esac
 CC=${CC:-$triplet-gcc}       # a plain gcc, not musl-gcc: the sysroot is made here
 AR=${AR:-$triplet-gcc-ar}    # not ar, which cannot index LTO objects
-CFLAGS=${CFLAGS:--O2 -flto -fPIE -fno-asynchronous-unwind-tables -fstack-protector-strong}
+CFLAGS=${CFLAGS:--O2 -flto -fPIE -fno-asynchronous-unwind-tables -fno-unwind-tables -fstack-protector-strong}
 
 die() {
 	echo "static-libs.sh: $*" >&2
@@ -81,7 +81,7 @@ sha256sum --quiet -c SHA256SUMS >&2 || die 'build/src does not hold what it shou
 rm -rf "$OUT"
 mkdir -p "$OUT/bin" "$OUT/include/nghttp2" "$OUT/include/protobuf-c" "$OUT/lib" "$OUT/src"
 cd "$OUT/src"
-for dsc in $(cut -d ' ' -f 3 "$SRC/SHA256SUMS" | grep '\.dsc$'); do
+cut -d ' ' -f 3 "$SRC/SHA256SUMS" | grep '\.dsc$' | while read -r dsc; do
 	dpkg-source --no-check -x "$SRC/$dsc" "${dsc%%_*}" >"$OUT/log" 2>&1 || { cat "$OUT/log" >&2; exit 1; }
 done
 
