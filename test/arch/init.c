@@ -1,7 +1,7 @@
 /*
  * init - the first and only process of a kernel that test/kernel.sh boots: it tries the release program there.
  *
- *     /init CALLS        CALLS of each RPC to each server
+ *     /init CALLS        of each RPC to each server, and a tenth of it in the imitations
  *
  * Beside the kernel as it is there are three imitations of what is found elsewhere. A seccomp filter answers calls from
  * some number on as an older kernel does, which lacks them (numbers are given in the order of time), or as an old
@@ -14,6 +14,7 @@
 #include <fcntl.h>
 #include <linux/filter.h>
 #include <linux/seccomp.h>
+#include <poll.h>
 #include <signal.h>
 #include <stdarg.h>
 #include <stdbool.h>
@@ -22,9 +23,11 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/ioctl.h>
 #include <sys/klog.h>
 #include <sys/mount.h>
 #include <sys/prctl.h>
+#include <sys/random.h>
 #include <sys/reboot.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
@@ -70,7 +73,7 @@ static const bool has_filter = true; /* the program has a list of calls for this
 #endif
 
 static const struct world *world;
-static const char *mode; /* of --sandbox, or "default" */
+static const char *mode; /* "require" is that of --sandbox */
 static pid_t server;
 static int server_status;
 static char text[256 * 1024];
@@ -144,7 +147,8 @@ static void enter_world(void) {
         _exit(99);
 }
 
-static pid_t start(const char *log, char *const argv[]) {
+/* Runs the program; `prepare` is called in its process before. */
+static pid_t start(const char *log, char *const argv[], void (*prepare)(void)) {
     static char *const environment[] = {"KMS_KEK=AAECAwQFBgcICQoLDA0ODxAREhMUFRYXGBkaGxwdHh8=", NULL};
     pid_t pid = fork();
     if (pid != 0)
@@ -152,7 +156,7 @@ static pid_t start(const char *log, char *const argv[]) {
     int fd = open(log, O_WRONLY | O_CREAT | O_TRUNC | O_APPEND, 0600);
     if (dup2(fd, STDOUT_FILENO) < 0 || dup2(fd, STDERR_FILENO) < 0)
         _exit(98);
-    enter_world();
+    prepare();
     execve(PROGRAM, argv, environment);
     _exit(97);
 }
@@ -220,7 +224,7 @@ static int dial(void) {
 static bool probe(void) {
     char *const argv[] = {"kmsplugin", "probe", "--timeout", "60", ENDPOINT, NULL};
     int status = -1;
-    if (ended(start(PROBE_LOG, argv), &status) && status == 0)
+    if (ended(start(PROBE_LOG, argv, enter_world), &status) && status == 0)
         return true;
     printf("    probe: %s\n", end_text(status));
     show(file_text(PROBE_LOG));
@@ -291,16 +295,64 @@ static bool metrics_count(int calls) {
     return true;
 }
 
+/* --------------------------------------------------------- Random bytes */
+
+/* Early at boot getrandom waits. Here it does until something comes through `release`; `asked` tells of the first call. */
+static int asked[2], release[2];
+
+static bool has_random(void) {
+    char byte;
+    return getrandom(&byte, 1, GRND_NONBLOCK) == 1;
+}
+
+/* Has a process of its own hold each getrandom that the server makes. */
+static void hold_getrandom(void) {
+    struct sock_filter filter[] = {
+        BPF_STMT(BPF_LD | BPF_W | BPF_ABS, offsetof(struct seccomp_data, nr)),
+        BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, SYS_getrandom, 0, 1),
+        BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_USER_NOTIF),
+        BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ALLOW),
+    };
+    struct sock_fprog program = {sizeof filter / sizeof *filter, filter};
+    int calls = (int)syscall(SYS_seccomp, SECCOMP_SET_MODE_FILTER, SECCOMP_FILTER_FLAG_NEW_LISTENER, &program);
+    pid_t pid = fork();
+    if (calls < 0 || pid < 0)
+        _exit(96);
+    if (pid > 0)
+        return; /* to be the server; `calls` closes at execve */
+    close(release[1]);
+    bool holding = true, first = true;
+    for (;;) {
+        struct seccomp_notif call = {0};
+        if (ioctl(calls, SECCOMP_IOCTL_NOTIF_RECV, &call) < 0)
+            continue; /* its process ended meanwhile */
+        if (first)
+            write(asked[1], "", 1);
+        first = false;
+        struct seccomp_notif_resp answer = {.id = call.id, .flags = SECCOMP_USER_NOTIF_FLAG_CONTINUE};
+        char byte;
+        if (holding && call.data.args[2] & GRND_NONBLOCK) {
+            answer.flags = 0;
+            answer.error = -EAGAIN;
+        } else if (holding) {
+            read(release[0], &byte, 1);
+            holding = false;
+        }
+        ioctl(calls, SECCOMP_IOCTL_NOTIF_SEND, &answer);
+    }
+}
+
 /* ----------------------------------------------------------------- Tests */
 
-static void serve(const char *level) {
+static void serve(const char *level, void (*prepare)(void)) {
     char *argv[] = {"kmsplugin", "serve", "--listen", ENDPOINT, "--mode", "0666", "--log-level", (char *)level, NULL,
         NULL, NULL};
-    if (strcmp(mode, "default") != 0) {
+    if (strcmp(mode, "require") == 0) {
         argv[8] = "--sandbox";
-        argv[9] = (char *)mode;
+        argv[9] = "require";
     }
-    server = start(LOG, argv);
+    unlink(LOG); /* what an earlier one said */
+    server = start(LOG, argv, prepare);
 }
 
 static bool stops(void) {
@@ -329,11 +381,53 @@ static void test_refusal(bool allowed) {
         check(access(SOCKET, F_OK) != 0, "leaves no socket");
 }
 
+/* The first process after boot, on a machine without a source of random bytes: a second or so passes until there are. */
+static void test_boot(void) {
+    mode = "boot";
+    if (has_random()) {
+        printf("skip %s, %s: the kernel has random bytes from the start\n", world->name, mode);
+        return;
+    }
+    serve("info", enter_world);
+    bool ready = logged("msg=ready"), random = has_random();
+    check(ready && random, "says ready once there are random bytes");
+    check(probe(), "and answers");
+    check(stops(), "and ends at SIGTERM");
+}
+
+/* The same, as long as it takes. */
+static void test_no_random(void) {
+    mode = "no random bytes";
+    for (int wait = 1; wait >= 0; wait--) {
+        if (pipe2(asked, O_CLOEXEC) != 0 || pipe2(release, O_CLOEXEC) != 0)
+            return;
+        serve("info", hold_getrandom);
+        close(asked[1]);
+        for (double until = seconds() + PATIENCE_SECONDS; seconds() < until && lives();)
+            if (strstr(file_text(LOG), "msg=ready") || poll(&(struct pollfd){.fd = asked[0], .events = POLLIN}, 1, 5) > 0)
+                break;
+        for (int i = 0; i < 40; i++) /* a negative: it would have been ready long since */
+            nap();
+        check(lives() && !strstr(file_text(LOG), "msg=ready"), "is not ready without random bytes");
+        if (wait) {
+            kill(server, SIGTERM);
+            check(ended(server, &server_status), "and ends at SIGTERM");
+            server = 0;
+        } else {
+            write(release[1], "", 1);
+            check(logged("msg=ready") && probe(), "is ready when there are, and answers");
+            check(stops(), "and ends at SIGTERM");
+        }
+        close(asked[0]);
+        close(release[0]);
+        close(release[1]);
+    }
+}
+
 static void test_mode(int calls) {
     bool require = strcmp(mode, "require") == 0;
     double begin = seconds();
-    unlink(LOG);
-    serve("info");
+    serve("info", enter_world);
     bool ready = logged("msg=ready");
     if (!ready && !lives()) {
         test_refusal(world->error == EPERM || (!has_filter && require));
@@ -365,12 +459,14 @@ static void test_mode(int calls) {
     while (lives() && strlen(file_text(LOG)) == before && seconds() < until)
         nap();
     check(strlen(file_text(LOG)) > before && probe() && lives(), "logs SIGHUP and goes on");
-    check(stops(), "ends at SIGTERM, without its socket file: %s", end_text(server_status));
+    bool stopped = stops();
+    check(stopped, "ends at SIGTERM, without its socket file: %s", end_text(server_status));
 
-    serve("debug");
+    serve("debug", enter_world);
     check(logged("msg=ready") && probe() && logged("level=debug"), "logs at level debug");
     check(metrics_count(1) && lives(), "and goes on");
-    check(stops(), "and ends at SIGTERM: %s", end_text(server_status));
+    stopped = stops();
+    check(stopped, "and ends at SIGTERM: %s", end_text(server_status));
 out:
     if (lives()) {
         kill(server, SIGKILL);
@@ -396,6 +492,9 @@ int main(int argc, char **argv) {
     setvbuf(stdout, NULL, _IOLBF, 0);
     uname(&kernel);
     printf("\nkernel %s %s\n", kernel.release, kernel.machine);
+    world = &worlds[0];
+    test_boot();
+    test_no_random();
     for (size_t i = 0; i < sizeof worlds / sizeof *worlds; i++) {
         world = &worlds[i];
 #ifdef __riscv
@@ -405,9 +504,9 @@ int main(int argc, char **argv) {
         }
 #endif
         mode = "default";
-        test_mode(calls);
+        test_mode(i == 0 ? calls : calls / 10);
         mode = "require";
-        test_mode(calls);
+        test_mode(i == 0 ? calls : calls / 10);
     }
     puts("end");
     tcdrain(STDOUT_FILENO);
