@@ -63,7 +63,7 @@ X
 
 # on_kernel: the program on Debian's kernel; the lines of these tests bear the architecture already.
 on_kernel() {
-    run_suite "$label kernel" test/kernel.sh "$arch"
+    run_suite "${label}kernel" test/kernel.sh "$arch"
     sed -n '/^\(ok\|not ok\|skip\) /p' "$tmp/output" >>"$tmp/lines"
     grep -av '^ok ' "$tmp/output" || :
     echo "# ${label}kernel: $(grep -ac '^ok ' "$tmp/output") ok"

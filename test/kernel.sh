@@ -22,8 +22,8 @@ suites() {
     # shellcheck disable=SC2016 # these dollars are apt's
     apt-get indextargets --format '$(ORIGIN)|$(REPO_URI) $(RELEASE) $(COMPONENT)' 'Created-By: Packages' | sort -u |
         sed -n 's,^Debian|,,p' >"$tmp/own"
-    sed -n '/-/!p' "$tmp/own"
-    sed -n '/-/!s, .*,,p' "$tmp/own" | sort -u | while read -r uri; do
+    cat "$tmp/own"
+    sed 's, .*,,' "$tmp/own" | sort -u | while read -r uri; do
         for suite in stable testing sid; do echo "$uri $suite main"; done
     done
 }
