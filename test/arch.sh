@@ -1,7 +1,8 @@
 #!/bin/sh
 # The release build on the architectures that it is made for: the shape of the program, which AES code it chooses, the
-# unit tests, and the tests of the running server over a real socket; those of another processor under qemu-user. Needs
-# what test.sh needs, dpkg-dev, qemu-user-static, and for each the cross compiler and kernel headers:
+# unit tests, and the tests of the running server over a real socket; those of another processor under qemu-user. Then the
+# program on a real kernel, by test/kernel.sh. Needs what test.sh and kernel.sh need, dpkg-dev, qemu-user-static, and for
+# each the cross compiler and kernel headers:
 #
 #     apt-get install gcc-aarch64-linux-gnu gcc-arm-linux-gnueabihf gcc-riscv64-linux-gnu gcc-s390x-linux-gnu
 #     apt-get install linux-libc-dev-arm64-cross linux-libc-dev-armhf-cross linux-libc-dev-riscv64-cross
@@ -10,7 +11,7 @@
 #     test/arch.sh [ARCH...]    x86_64 aarch64 armhf riscv64 s390x, or some of them
 #
 # The last line tells how many tests passed and failed. What an emulator cannot show is skipped, and says so: memory and
-# environment in /proc are qemu's own, and qemu has no seccomp.
+# environment in /proc are qemu's own, and qemu-user has no seccomp.
 set -eu
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-/usr/bin/python3}
@@ -60,6 +61,14 @@ sys.exit(chosen != sys.argv[1])
 X
 }
 
+# on_kernel: the program on Debian's kernel; the lines of these tests bear the architecture already.
+on_kernel() {
+    run_suite "${label}kernel" test/kernel.sh "$arch"
+    sed -n '/^\(ok\|not ok\|skip\) /p' "$tmp/output" >>"$tmp/lines"
+    grep -av '^ok ' "$tmp/output" || :
+    echo "# ${label}kernel: $(grep -ac '^ok ' "$tmp/output") ok"
+}
+
 # emulate FILE QEMU [OPTION...]: makes FILE, which runs the program in an emulator.
 emulate() {
     file=$1
@@ -102,6 +111,7 @@ for arch; do
         fi
         suite unit "$dir/unit"
         suite server env KMSPLUGIN="$program" "$PYTHON" test/run.py
+        on_kernel
         if [ "$arch" != x86_64 ] || [ -z "$qemu" ]; then continue; fi
         emulate "$tmp/$arch/without-aes" "$qemu" -cpu qemu64,-aes,-pclmulqdq
         check 'chooses ct64 on a processor without AES' chooses "$tmp/$arch/without-aes" ct64
@@ -113,6 +123,7 @@ for arch; do
     check "chooses $cipher" chooses "$tmp/$arch/kmsplugin" "$cipher"
     suite unit "$qemu" "$dir/unit"
     suite server env KMSPLUGIN="$tmp/$arch/kmsplugin" KMSPLUGIN_EMULATED=1 "$PYTHON" test/run.py
+    on_kernel
 done
 
 for arch; do
