@@ -33,8 +33,8 @@ export ASAN_OPTIONS UBSAN_OPTIONS
 
 # The contents at the head of kmsplugin.c name its sections, each in its place.
 same_sections() {
-    sed -n 's/^ \*     \([A-Z][A-Za-z0-9\/]*\( [a-z]*\)\{0,1\}\)   *[a-z0-9].*/\1/p; /^#define/q' kmsplugin.c >"$tmp/contents"
-    sed -n 's,^/\* -----* \([A-Z][A-Za-z0-9/ ]*\)\( \*/\)\{0,1\}$,\1,p' kmsplugin.c | sed 's/ *$//' >"$tmp/sections"
+    sed -n '/^#define/q; s/^ \*     \([^ ]\{1,\}\( [^ ]\{1,\}\)\{0,1\}\)  .*/\1/p' kmsplugin.c >"$tmp/contents"
+    sed -n 's|^/\* -\{5,\} \([^*]*[^* ]\).*|\1|p' kmsplugin.c >"$tmp/sections"
     diff "$tmp/contents" "$tmp/sections" && [ "$(wc -l <"$tmp/sections")" -gt 20 ]
 }
 

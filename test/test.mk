@@ -10,6 +10,7 @@ help::
 	@echo 'make test-inject    every call that can fail does, one at a time'
 	@echo 'make test-ct        nothing depends on a secret but what may; needs valgrind'
 	@echo 'make test-deploy    the files of deploy/ and the guide, under the systemd of Debian 11, 12 and 13 (root)'
+	@echo 'make test-distros   what README says, on minimal Debian 12, 13 and sid, or DISTROS=... (root, debootstrap)'
 	@echo 'make test-arch      the release build on five architectures, under qemu-user and on Debian'\''s kernels'
 	@echo 'make test-kernel    the latter alone, under qemu-system (some 15 minutes)'
 	@echo 'make test-libs      the libraries'\'' own tests, on the objects that make static links'
@@ -139,6 +140,9 @@ size: $(STATIC)
 bench-memory: $(STATIC)
 	/usr/bin/python3 test/bench/memory.py $(sort $(STATIC) $(wildcard build/static/*/kmsplugin))
 
+test-distros:
+	test/distros.sh $(DISTROS)
+
 test-arch:
 	test/arch.sh
 
@@ -179,5 +183,5 @@ lint:
 	scan-build --status-bugs -o build/scan clang $(STD) -c -o /dev/null kmsplugin.c >/dev/null
 	shellcheck -x $(wildcard *.sh test/*.sh test/*/*.sh release/*.sh) deploy/openrc/kmsplugin deploy/metrics/kmsplugin-textfile .ci/run
 
-.PHONY: test test-kube test-cluster test-hostile test-inject test-ct test-deploy test-arch test-kernel test-libs test-release soak fuzz fuzz-seeds \
+.PHONY: test test-kube test-cluster test-hostile test-inject test-ct test-deploy test-distros test-arch test-kernel test-libs test-release soak fuzz fuzz-seeds \
 	prove lint size gate bench bench-memory bench-doc

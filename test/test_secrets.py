@@ -130,8 +130,13 @@ class Memory(Case):
 class Snapshot(Case):
     """A machine or a container that is brought back from a snapshot goes on where it was: no nonce may come twice."""
 
+    def waits(self, server):
+        """It is in epoll_pwait, where alone it sleeps; what it does on a loaded machine after an answer is done."""
+        until(lambda: server.proc('stat').rpartition(b')')[2].split()[0] == b'S', 'a server that waits')
+
     def state(self, server):
         """All writable memory, by address."""
+        self.waits(server)
         maps = [line.split() for line in server.proc('maps').decode().splitlines()]
         ranges = [tuple(int(n, 16) for n in m[0].split('-')) for m in maps if m[1].startswith('rw') and m[-1] != '[vvar]']
         with open(f'/proc/{server.pid}/mem', 'rb') as mem:
@@ -142,6 +147,7 @@ class Snapshot(Case):
         return saved
 
     def put_back(self, server, saved):
+        self.waits(server)
         with open(f'/proc/{server.pid}/mem', 'r+b', buffering=0) as mem:
             for low, data in saved:
                 mem.seek(low)

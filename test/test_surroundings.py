@@ -70,6 +70,8 @@ class Kernel(Case):
             for error in (errno.ENOSYS, errno.EPERM):
                 with self.subTest(call=name, error=errno.errorcode[error]):
                     wrapper = denied(number, error)
+                    if run('--version', wrapper=wrapper).returncode == 127:
+                        continue # the dynamic loader cannot do without: fstat, on Debian 13
                     if expected is None or not expected.startswith('!'):
                         server = self.start(wrapper=wrapper)
                         warnings = [line for line in server.lines if 'level=warn' in line]
