@@ -135,8 +135,8 @@ class Textfile(Case):
         for tool in ('sh', 'stat', 'sed', 'setpriv', 'setsid', 'mktemp', 'cat', 'chmod', 'mv', 'rm'):
             os.symlink(shutil.which(tool), f'{tools}/{tool}')
         for mode, folder, path, word in ((0o755, link, None, 'link'), (0o755, self.folder + '/missing', None, 'missing'),
-                                         (0o755, 'relative', None, 'absolute'), (0o755, self.folder, tools, 'needs curl'),
-                                         (0o775, self.folder, None, 'chown'), (0o1777, self.folder, None, 'everybody')):
+                                         (0o755, os.path.relpath(self.folder), None, 'is not the path'), (0o755, self.folder, tools, 'needs curl'),
+                                         (0o775, self.folder, None, 'chown'), (0o1777, self.folder, None, 'chown')):
             with self.subTest(folder=folder, mode=mode):
                 os.chmod(self.folder, mode)
                 status, said = textfile(folder, self.server.path, path or os.environ['PATH'])
