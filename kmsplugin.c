@@ -5195,7 +5195,7 @@ static void serve_announce(const struct server *s, const struct listener *l) {
     endpoint_name(&l->address, l->address_len, name, sizeof name);
     if (l->address.sun_path[0] == '\0')
         log_line(LOG_WARN, "msg=\"any process of this network namespace can take an abstract name first "
-                 "and play the plugin\" endpoint=%s", name);
+                 "and play the plugin, or fill its queue of connects\" endpoint=%s", name);
     log_line(LOG_INFO, "msg=ready endpoint=%s key_id=%s keks=%zu cipher=%s version=" VERSION, name,
              ring->keks[0].key_id, ring->count, ring->suite.name);
 }

@@ -400,6 +400,22 @@ static void body_log(const void *uid) {
     log_line(LOG_DEBUG, "msg=rpc method=%s uid=%s code=%s", "/x", (const char *)uid, "OK");
 }
 
+/* Of each byte: printable ASCII stays as it is, all else comes as \xNN. */
+static void every_byte_is_escaped(void) {
+    for (unsigned c = 0; c < 256; c++) {
+        char in = (char)c, out[8] = "", want[8];
+        struct text t = {.buf = out, .cap = sizeof out};
+        text_escaped(&t, &in, 1);
+        int len = snprintf(want, sizeof want, c >= ' ' && c <= '~' ? "%c" : "\\x%02x", c);
+        row("byte %u: %.8s", c, out);
+        CHECK(t.len == (size_t)len && memcmp(out, want, t.len) == 0);
+        t = (struct text){.buf = out, .cap = sizeof out};
+        text_value(&t, &in, 1);
+        for (size_t i = 0; i < t.len; i++)
+            CHECK(out[i] >= ' ' && out[i] <= '~');
+    }
+}
+
 static void log_lines_cannot_be_forged(void) {
     static char endless[3000];
     memset(endless, '\n', sizeof endless - 1);
@@ -4203,7 +4219,7 @@ static const struct {
 } tests[] = {
 #define TEST(name) {#name, name}
     TEST(text_formats), TEST(text_is_cut_at_cap), TEST(logfmt_quotes), TEST(logfmt_reads_back),
-    TEST(times_are_utc), TEST(log_lines_cannot_be_forged), TEST(log_level_filters),
+    TEST(times_are_utc), TEST(every_byte_is_escaped), TEST(log_lines_cannot_be_forged), TEST(log_level_filters),
     TEST(hex), TEST(base64_vectors), TEST(base64_roundtrip), TEST(base64_refuses_other_bytes),
     TEST(base64_refuses_trailing_bits), TEST(base64_refuses_bad_padding), TEST(base64_keeps_to_cap), TEST(utf8_table),
     TEST(utf8_everything), TEST(text_of_any_length), TEST(memory_functions), TEST(varints), TEST(fields),
