@@ -345,7 +345,7 @@ class Probe(Case):
             with self.subTest(wrong=wrong):
                 plugin = Plugin(**wrong)
                 try:
-                    self.assertEqual(self.assert_printable(f'unix://{plugin.path}', rb'\x1b'), status)
+                    self.assertEqual(self.assert_printable(f'unix://{plugin.path}', rb'31m'), status)
                 finally:
                     plugin.server.stop(0).wait()
 
