@@ -295,6 +295,8 @@ names() { grep -o 'kmsplugin_[a-z_]*' /test/deploy/metrics/kmsplugin.rules.yaml 
 for name in $(names); do
     check "the alerts' $name is a metric" grep -q "^${name}[ {]" /tmp/metrics.now
 done
+doc traces
+check 'traces: the probes of above stand there' grep -q " msg=used pid=[0-9]* uid=0 service=v2 method=Decrypt key_id=$(first) count=1 failed=0" "$said"
 doc textfile
 prom=/var/lib/prometheus/node-exporter/kmsplugin.prom
 check 'textfile: kmsplugin_up is 1' grep -qx 'kmsplugin_up 1' $prom
