@@ -3651,6 +3651,29 @@ static void session_renders_once(void) {
     session_server_free(s);
 }
 
+/* Lines that peers cause: each user has an even share of a minute's, and what is left out is told when it is over. */
+static void session_lines_a_minute(void) {
+    struct server *s = session_server();
+    struct user *first = &s->users[0], *second = &s->users[1];
+    s->user_count = 2;
+    s->minute_ms = s->now_ms - MINUTE_MS;
+    for (unsigned i = 0; i < LINES_A_MINUTE / 2; i++)
+        CHECK(server_may_log(s, first));
+    CHECK(!server_may_log(s, first) && !server_may_log(s, first) && server_may_log(s, second));
+    CHECK(s->lines_left_out == 2 && s->next_ms == s->minute_ms + MINUTE_MS);
+    enum log_level before = log_level;
+    log_level = LOG_ERROR;
+    s->now_ms += MINUTE_MS - 1;
+    server_expire(s);
+    CHECK(s->lines_left_out == 2);
+    s->now_ms++;
+    server_expire(s);
+    CHECK(s->lines_left_out == 0);
+    log_level = before;
+    CHECK(server_may_log(s, first));
+    session_server_free(s);
+}
+
 /* When the timer would go off, in milliseconds from now; 0 if it is not set. */
 static int64_t timer_left(const struct server *s) {
     struct itimerspec left;
@@ -4241,7 +4264,7 @@ static const struct {
 #ifndef __SANITIZE_ADDRESS__
     TEST(session_stack_depth),
 #endif
-    TEST(session_slow_reader), TEST(session_metrics),
+    TEST(session_slow_reader), TEST(session_metrics), TEST(session_lines_a_minute),
     TEST(session_large_head), TEST(session_deadlines), TEST(session_timer), TEST(session_renders_once), TEST(session_random_bytes),
     TEST(session_without_memory),
     TEST(session_idlest), TEST(session_heaviest), TEST(session_without_memory_for_a_queue),
