@@ -147,7 +147,7 @@ enum {
     ACCEPT_PAUSE_MS = 100,              /* no descriptors: how long to leave newcomers waiting */
     REFUSED_LOG_MS = 1000,              /* at most one line of refused peers in this time */
     MINUTE_MS = 60 * 1000,              /* between two lines of a connection on its use of a method */
-    LINES_A_MINUTE = 120,               /* that peers can cause: two megabytes a day at most */
+    LINES_A_MINUTE = 120,               /* that peers can cause: some 30 megabytes a day at most */
     TIDY_AFTER_MS = 1000,               /* quiet time after which kept memory goes back */
     STALE_RETRY_MS = 100,               /* a socket bound but not yet listening gets this long */
 
@@ -374,11 +374,14 @@ struct user {
     uid_t uid;
     size_t used[RESOURCES];
     uint64_t uses[RPCS], failures[RPCS];
+    unsigned minute_lines; /* that it has caused in the server's minute */
 };
 
 /* What a connection has done with KEKs by one method since the last line in the log. */
 struct trace {
     const struct kek *kek; /* the last one, or NULL */
+    unsigned keks; /* those that have had a line, by their place in the ring */
+    bool several; /* KEKs since the last line */
     uint64_t uses, failures;
     int64_t due_ms; /* no line before this */
 };
@@ -471,9 +474,8 @@ struct server {
     int64_t resume_accept_ms, drain_ms; /* INT64_MAX: not under way */
     int64_t refused_logged_ms;
     uint64_t refused_unlogged;
-    int64_t minute_ms; /* the minute that the next two are of */
-    unsigned minute_lines;
-    uint64_t lines_left_out;
+    int64_t minute_ms; /* the minute that lines are counted in */
+    uint64_t lines_left_out; /* in it */
     struct ucred refused_peer; /* the last one */
     size_t share; /* bytes that a peer may be read for in this turn */
     size_t out_len;
@@ -2035,23 +2037,35 @@ static void server_due(struct server *s, int64_t ms) {
         s->next_ms = ms;
 }
 
+/* Tells how many lines were left out, once their minute is over or, with `end`, at once. */
+static void server_log_left_out(struct server *s, bool end) {
+    if (s->lines_left_out == 0)
+        return;
+    if (!end && s->now_ms < s->minute_ms + MINUTE_MS) {
+        server_due(s, s->minute_ms + MINUTE_MS);
+        return;
+    }
+    log_line(LOG_WARN, "msg=\"lines left out\" count=%llu", (unsigned long long)s->lines_left_out);
+    s->lines_left_out = 0;
+}
+
 /*
  * Whether one more line may be logged that peers can cause at will: LINES_A_MINUTE, so that
- * they cannot fill a disk. What is left out is counted, and told with the next minute's first.
+ * they cannot fill a disk, and of them each uid its even share, so that none hides another's.
  */
-static bool server_may_log(struct server *s) {
+static bool server_may_log(struct server *s, struct user *user) {
     if (s->now_ms >= s->minute_ms + MINUTE_MS) {
+        server_log_left_out(s, true);
         s->minute_ms = s->now_ms;
-        s->minute_lines = 0;
-        if (s->lines_left_out > 0)
-            log_line(LOG_WARN, "msg=\"lines left out\" count=%llu", (unsigned long long)s->lines_left_out);
-        s->lines_left_out = 0;
+        for (size_t i = 0; i < s->user_count; i++)
+            s->users[i].minute_lines = 0;
     }
-    if (s->minute_lines == LINES_A_MINUTE) {
+    if (user->minute_lines >= LINES_A_MINUTE / s->user_count) {
         s->lines_left_out++;
+        server_log_left_out(s, false);
         return false;
     }
-    s->minute_lines++;
+    user->minute_lines++;
     return true;
 }
 
@@ -2092,28 +2106,32 @@ static void stream_free(struct stream *s) {
 /* Logs what a connection has done with KEKs by a method, and begins anew to count. */
 static void trace_log(struct conn *c, enum rpc rpc) {
     struct trace *t = &c->traces[rpc];
-    if (server_may_log(c->server))
+    if (server_may_log(c->server, c->user))
         log_line(LOG_INFO, "msg=used pid=%d uid=%u service=%s method=%s key_id=%s count=%llu failed=%llu", c->peer.pid,
-                 c->peer.uid, rpcs[rpc].service, rpcs[rpc].method, t->kek ? t->kek->key_id : "",
+                 c->peer.uid, rpcs[rpc].service, rpcs[rpc].method, t->several ? "several" : t->kek ? t->kek->key_id : "",
                  (unsigned long long)t->uses, (unsigned long long)t->failures);
+    t->several = false;
     t->uses = t->failures = 0;
     t->due_ms = c->server->now_ms + MINUTE_MS;
 }
 
-/* Counts a use of a KEK. The first by a method gives a line at once, and then there is one a minute. */
+/* Counts a use of a KEK. The first of each by a method gives a line at once, and then there is one a minute. */
 static void trace_use(struct conn *c, enum rpc rpc, const struct answer *a) {
     struct trace *t = &c->traces[rpc];
-    bool failed = a->code != GRPC_OK;
-    if (a->kek && a->kek != t->kek) {
-        if (t->uses > 0)
-            trace_log(c, rpc);
+    unsigned kek = a->kek ? 1u << (a->kek - c->server->kms.ring->keks) : 0;
+    bool failed = a->code != GRPC_OK, first = kek & ~t->keks;
+    if (first && t->uses > 0)
+        trace_log(c, rpc);
+    if (a->kek) {
+        t->several |= t->uses > 0 && t->kek && t->kek != a->kek;
         t->kek = a->kek;
     }
+    t->keks |= kek;
     t->uses++;
     t->failures += failed;
     c->user->uses[rpc]++;
     c->user->failures[rpc] += failed;
-    if (c->server->now_ms >= t->due_ms)
+    if (first || c->server->now_ms >= t->due_ms)
         trace_log(c, rpc);
     else
         server_due(c->server, t->due_ms);
@@ -2184,7 +2202,7 @@ static bool server_shed(struct server *s, struct user *user, enum resource r, co
     struct conn *c = server_heaviest_conn(s, user, r);
     if (!c || c == self)
         return false;
-    if (server_may_log(s))
+    if (server_may_log(s, user))
         log_line(LOG_WARN, "msg=shed pid=%d uid=%u streams=%zu buffered=%zu held=%zu", c->peer.pid, c->peer.uid,
                  c->used[STREAMS], c->used[BUFFERED], c->used[HELD]);
     conn_close(c, "holds most");
@@ -3374,6 +3392,7 @@ static void server_expire(struct server *s) {
     }
     server_due(s, s->resume_accept_ms);
     server_log_refused(s);
+    server_log_left_out(s, false);
 }
 
 /* SIGTERM and SIGINT. The first: no new work; what has begun gets DRAIN_TIMEOUT_MS. The second: the end. */
@@ -3555,6 +3574,7 @@ static struct server *server_new(struct ring *ring, const struct serve_options *
 static void server_free(struct server *s) {
     for (struct conn *c = s->conns; c; c = c->next)
         conn_close(c, "the end");
+    server_log_left_out(s, true);
     server_turn_end(s);
     nghttp2_session_callbacks_del(s->callbacks);
     nghttp2_option_del(s->session_options);
@@ -3673,6 +3693,9 @@ static void filter_allow(struct filter *f) {
 #endif
 #ifdef SYS_lstat /* listener_close */
         SYS_lstat,
+#endif
+#ifdef SYS_lstat64
+        SYS_lstat64,
 #endif
 #ifdef SYS_newfstatat
         SYS_newfstatat,
@@ -4286,7 +4309,7 @@ static void rehearse_server(const struct serve_options *asked, int listener, boo
         privileges_freeze();
         capabilities_drop();
         if (seccomp_install(SECCOMP_RET_TRAP, other) < 0)
-            die("seccomp: %s", strerror(errno));
+            die("the kernel takes no filter of ours: %s", strerror(errno));
     }
     server_watch(s, &s->listeners[0].source);
     server_warm_up(s);
@@ -5199,7 +5222,7 @@ static void serve_announce(const struct server *s, const struct listener *l) {
     endpoint_name(&l->address, l->address_len, name, sizeof name);
     if (l->address.sun_path[0] == '\0')
         log_line(LOG_WARN, "msg=\"any process of this network namespace can take an abstract name first "
-                 "and play the plugin\" endpoint=%s", name);
+                 "and play the plugin, or fill its queue of connects\" endpoint=%s", name);
     log_line(LOG_INFO, "msg=ready endpoint=%s key_id=%s keks=%zu cipher=%s version=" VERSION, name,
              ring->keks[0].key_id, ring->count, ring->suite.name);
 }

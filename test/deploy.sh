@@ -43,7 +43,7 @@ takes_pod_command() {
     python3 - <<'X'
 import sys, yaml
 pod = yaml.safe_load(open('deploy/kubeadm/kmsplugin.yaml'))['spec']['containers'][0]
-assert pod['command'] == ['/kmsplugin', 'serve'], pod['command']
+assert pod['command'] == ['/kmsplugin', 'serve', '--sandbox', 'require'], pod['command']
 X
 }
 

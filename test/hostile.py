@@ -11,6 +11,9 @@ block of another client lies between, the pages around it stay: so a round may a
 KEPT_MAX of it and no longer grow.
 glibc keeps what it once had: a round must not grow. What leaks does so in every round.
 
+Then the same plugin with two users: under each hoard of one (NEIGHBOURS) every call of the other
+has to succeed, at the first attempt, and its idle connections have to stay.
+
 Timing is a bound on starvation and nothing else: the slowest call has to come in under
 LATENCY_MS in one of ATTEMPTS, since the machine may have other things to do.
 """
@@ -26,7 +29,7 @@ import sys
 import time
 
 import plugin
-from plugin import MEMORY_MAX, WAIT, Server, until
+from plugin import MEMORY_MAX, STRANGER, WAIT, Server, until
 from raw import (DECRYPT, EMPTY, ENCRYPT, ENCRYPT_V1, FRAME_MAX, PREFACE, PROTOCOL_ERROR, STATUS, WINDOW, Raw,
                  field, message, request)
 from hpack import Encoder
@@ -40,6 +43,11 @@ SETTLE = 12.0           # seconds: longest time-out of the plugin, and some
 CASE_SECONDS = 240
 LIMIT = 10.0            # seconds: the plugin's own time-outs
 METER = '--meter'       # runs the other client
+VICTIM = '--victim'     # runs the other user's
+IDLE = 8                # connections of the other user that rest
+BURST = 200             # its requests that are open at a time
+HOARD_SECONDS = 4.0
+FAILED = 'FAILED'
 CONNECTIONS = 256       # the plugin's own limit
 STREAMS = 256           # of a connection
 ALL_STREAMS = 4096
@@ -212,6 +220,73 @@ class Meter:
         assert not wrong.strip(), f'the other client got {wrong[:300]} after {calls} calls'
         assert int(calls) > 0
         return float(worst), int(again)
+
+
+class Victim:
+    """A process of root's: it works on two connections of its own, on fresh ones, and has idle ones. Nothing of it may fail."""
+
+    def __init__(self, path):
+        self.process = subprocess.Popen([sys.executable, os.path.abspath(__file__), VICTIM, path],
+                                        stdout=subprocess.PIPE, text=True)
+        assert self.process.stdout.readline() == 'ready\n', 'the other user died'
+
+    @staticmethod
+    def burst(raw):
+        """So many requests that all wait for their last byte, and then get it: what a client that works holds."""
+        body = v1_encrypt(200)
+        streams = [raw.open(request(ENCRYPT_V1)) for _ in range(BURST)]
+        raw.send(*[frame(DATA, 0, stream, body[:-1]) for stream in streams])
+        raw.send(*[frame(DATA, END_STREAM, stream, body[-1:]) for stream in streams])
+        for stream in streams:
+            answer = raw.wait(stream)
+            assert answer.status == 0, f'of a burst: {answer}'
+            del raw.answers[stream]
+
+    @staticmethod
+    def work(path, stop):
+        """The slowest call in seconds, and how many there were."""
+        worst, calls, body = 0.0, 0, message(field(1, b'0123456789abcdef') + field(2, b'victim'))
+        with contextlib.ExitStack() as stack:
+            idle = [stack.enter_context(Raw(path)) for _ in range(IDLE)]
+            steady, worker = (stack.enter_context(Raw(path)) for _ in range(2))
+            for raw in idle:
+                assert raw.works()
+            print('ready', flush=True)
+            while calls == 0 or not stop:
+                begin = time.monotonic()
+                assert steady.call(ENCRYPT, body).status == 0, f'of the steady connection: {steady.answers}'
+                worst = max(worst, time.monotonic() - begin)
+                if calls % 4 == 3:
+                    with Raw(path) as fresh:
+                        assert fresh.call(ENCRYPT, body).status == 0, f'of a fresh connection: {fresh.answers}'
+                if calls % 16 == 15:
+                    Victim.burst(worker)
+                steady.answers.clear()
+                calls += 1
+                time.sleep(0.003)
+            for number, raw in enumerate(idle):
+                assert raw.works(), f'idle connection {number}'
+        return worst, calls
+
+    @staticmethod
+    def run(path):
+        stop = []
+        signal.signal(signal.SIGTERM, lambda *_: stop.append(1))
+        signal.alarm(CASE_SECONDS)
+        try:
+            worst, calls = Victim.work(path, stop)
+            print(f'{1000 * worst} {calls} ', flush=True)
+        except (AssertionError, OSError) as error:
+            print(f'0 0 {error!r}'[:300].replace('\n', ' '), flush=True)
+
+    def stop(self):
+        """Milliseconds of the slowest call, and how many calls there were."""
+        self.process.terminate()
+        told, _ = self.process.communicate()
+        assert told, 'the other user died'
+        worst, calls, wrong = told.split(' ', 2)
+        assert not wrong.strip(), f'the other user lost something: {wrong.strip()}'
+        return float(worst), int(calls)
 
 
 # ------------------------------------------------------------------- Attacks
@@ -815,15 +890,112 @@ ATTACKS = (
 )
 
 
+# -------------------------------------------------------------------- Hoards
+#
+# Of a user beside another one. Each is spread over many connections, none of which holds much; what is closed comes again.
+
+def hoard(path, count, fill=b'', settings=b'', seconds=HOARD_SECONDS):
+    """That many connections of the stranger, which have sent the same; how many of them had to give way."""
+    def stranger():
+        os.seteuid(STRANGER)
+        try:
+            peer = Peer(path, settings)
+        finally:
+            os.seteuid(0)
+        peer.send(fill)
+        return peer
+
+    crowd, lost, end = [], 0, time.monotonic() + seconds
+    try:
+        while time.monotonic() < end:
+            if len(crowd) < count:
+                crowd.append(stranger())
+                continue
+            for i, peer in enumerate(crowd):
+                peer.send()
+                peer.hear()
+                if peer.closed:
+                    peer.close()
+                    crowd[i] = stranger()
+                    lost += 1
+            time.sleep(0.01)
+    finally:
+        for peer in crowd:
+            peer.close()
+    return lost
+
+
+def unfinished(streams, body):
+    """Requests that lack their last byte."""
+    return b''.join(frame(HEADERS, END_HEADERS, n, head(ENCRYPT_V1)) + frame(DATA, 0, n, body[:-1])
+                    for n in range(1, 2 * streams, 2))
+
+
+def thin_streams(path, _):
+    return f'254 connections of 16 unfinished streams, {hoard(path, 254, unfinished(16, EMPTY + b"x"))} gave way'
+
+
+def thin_memory(path, _):
+    table = frame(HEADERS, END_HEADERS | END_STREAM, 1, head('/x') + b''.join(b'\x40\x04k%03d\x01v' % i for i in range(110)))
+    fill = table + unfinished(16, v1_encrypt(30))[len(unfinished(1, v1_encrypt(30))):]
+    return f'254 connections with a table and 15 requests of 30 bytes, {hoard(path, 254, fill)} gave way'
+
+
+def thin_bodies(path, _):
+    return f'254 connections with 17 KB of a body, {hoard(path, 254, unfinished(1, v1_encrypt(16000)))} gave way'
+
+
+def thin_answers(path, _):
+    block = b''.join(literal(n, v) for n, v in ((b':method', b'GET'), (b':scheme', b'http'), (b':path', b'/metrics')))
+    fill = b''.join(frame(HEADERS, END_HEADERS | END_STREAM, n, block) for n in (1, 3, 5))
+    return f'254 connections with 3 unread /metrics, {hoard(path, 254, fill, SHUT)} gave way'
+
+
+def many_connections(path, _):
+    return f'400 connections that rest, {hoard(path, 400)} gave way'
+
+
+def many_descriptors(path, server):
+    before = resource.prlimit(server.pid, resource.RLIMIT_NOFILE)
+    used = server.descriptors()
+    resource.prlimit(server.pid, resource.RLIMIT_NOFILE, (used + 20, before[1]))
+    try:
+        return f'60 connections where 20 descriptors were left, {hoard(path, 60)} gave way'
+    finally:
+        resource.prlimit(server.pid, resource.RLIMIT_NOFILE, before)
+
+
+def all_ask_for_metrics(path, _):
+    """In one turn, and over and over: rendered once a turn (test/unit.c), and copied for each."""
+    block = b''.join(literal(n, v) for n, v in ((b':method', b'GET'), (b':scheme', b'http'), (b':path', b'/metrics')))
+    asked, number, end = 0, 1, time.monotonic() + HOARD_SECONDS
+    os.seteuid(STRANGER)
+    try:
+        with peers(path, 200, WIDE) as crowd:
+            while time.monotonic() < end:
+                for peer in crowd:
+                    asked += peer.send(frame(WINDOW_UPDATE, 0, 0, struct.pack('>I', 1 << 20)) +
+                                       frame(HEADERS, END_HEADERS | END_STREAM, number, block))
+                for peer in crowd:
+                    peer.hear()
+                number += 2
+    finally:
+        os.seteuid(0)
+    return f'{asked} GET /metrics on 200 connections'
+
+
+NEIGHBOURS = (thin_streams, thin_memory, thin_bodies, thin_answers, many_connections, many_descriptors, all_ask_for_metrics)
+
+
 # -------------------------------------------------------------------- Verdict
 
 class Subject:
     """The plugin under attack, and what /proc says of it."""
 
-    def __init__(self):
+    def __init__(self, *options):
         limit = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (limit[1], limit[1]))
-        self.server = Server()
+        self.server = Server(*options)
         with open(plugin.BINARY, 'rb') as file:     # musl's malloc gives back, glibc's keeps for reuse
             self.static = b'ld-linux' not in file.read()
         with Raw(self.server.path) as raw:
@@ -910,24 +1082,59 @@ def judge(subject, attack):
     return done, max(row[1] for row in rows), more[-1] - before[1], worst
 
 
-def main(words):
-    chosen = [a for a in ATTACKS if not words or any(word in a.__name__ for word in words)]
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
-    signal.signal(signal.SIGALRM, late)
-    subject, rows, failed = Subject(), [], 0
-    for attack in chosen:
+def judge_neighbour(subject, attack):
+    """The same of a hoard beside another user, who must not lose anything in any round."""
+    rows = []
+    for _ in range(ATTEMPTS):
+        subject.reset_peak()
+        victim, done = Victim(subject.server.path), None
+        try:
+            done = attack(subject.server.path, subject.server)
+        finally:
+            if done is None:
+                with contextlib.suppress(AssertionError):
+                    victim.stop()
+        worst, calls = victim.stop()
+        assert subject.server.process.poll() is None, 'the plugin is gone:\n' + subject.server.log()[-2000:]
+        rows.append((f'{done}; {calls} calls of the other user', subject.status('VmHWM'), worst))
+        assert rows[-1][1] <= MEMORY_MAX, f'{rows[-1][1] >> 10} KiB at the peak ({done})'
+        after = subject.calm(subject.before)
+        assert after[0] == subject.before[0], f'{after[0]} descriptors, {subject.before[0]} before'
+        if worst < LATENCY_MS:
+            break
+    done, _, worst = min(rows, key=lambda row: row[2])
+    assert worst < LATENCY_MS, f'another user waited {worst:.0f} ms'
+    return done, max(row[1] for row in rows), after[1] - subject.before[1], worst
+
+
+def judge_all(attacks, judge_one, *options):
+    """Runs them against one plugin. The rows of the table; of one that failed, without figures."""
+    subject, rows = Subject(*options) if attacks else None, []
+    for attack in attacks:
         signal.alarm(CASE_SECONDS)
         try:
-            row = judge(subject, attack)
+            row = judge_one(subject, attack)
             print(f'ok {attack.__name__}', flush=True)
         except Exception as error:
             print(f'not ok {attack.__name__}: {type(error).__name__}: {error}', flush=True)
-            row, failed = ('FAILED', 0, 0, 0.0), failed + 1
+            row = (FAILED, 0, 0, 0.0)
             subject.server.kill()
-            subject = Subject()
+            subject = Subject(*options)
         signal.alarm(0)
         rows.append((attack.__name__, *row))
-    subject.server.stop()
+    if subject:
+        subject.server.stop()
+    return rows
+
+
+def main(words):
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+    signal.signal(signal.SIGALRM, late)
+    def chosen(attacks):
+        return [a for a in attacks if not words or any(word in a.__name__ for word in words)]
+    rows = judge_all(chosen(ATTACKS), judge)
+    rows += judge_all(chosen(NEIGHBOURS), judge_neighbour, '--mode', '0666', '--allow-uid', f'0,{STRANGER}')
+    failed = sum(row[1] == FAILED for row in rows)
     print(f'\n{"case":22} {"peak KiB":>8} {"kept KiB":>8} {"worst ms":>8}  what was done')
     for name, done, peak, kept, worst in rows:
         print(f'{name:22} {peak >> 10:8} {kept >> 10:8} {worst:8.1f}  {done}')
@@ -943,5 +1150,7 @@ if __name__ == '__main__':
     assert os.geteuid() == 0, 'needs root, for /proc'
     if sys.argv[1:2] == [METER]:
         Meter.measure(sys.argv[2])
+    elif sys.argv[1:2] == [VICTIM]:
+        Victim.run(sys.argv[2])
     else:
         sys.exit(main(sys.argv[1:]))

@@ -14,7 +14,7 @@ fi
 IMAGE=localhost/kmsplugin:test
 EPOCH=1700000000        # the time that it is to bear
 BYTES_MAX=140000        # of all blobs of the archive
-USER_ID=65532           # as release/Dockerfile has it
+USER_ID=65521           # as release/Dockerfile has it
 STRANGER=12345
 MAKE=${MAKE:-make}
 
@@ -44,7 +44,7 @@ index = json.load(archive.extractfile('./index.json'))
 manifest = json.loads(get(index['manifests'][0]))
 config = json.loads(get(manifest['config']))
 assert len(index['manifests']) == 1 and len(manifest['layers']) == 1 and len(blobs) == 3
-assert config['config'] == {'User': '65532:65532', 'Entrypoint': ['/kmsplugin'], 'Env': config['config']['Env']}, config
+assert config['config'] == {'User': '65521:65521', 'Entrypoint': ['/kmsplugin'], 'Env': config['config']['Env']}, config
 assert [e for e in config['config']['Env'] if not e.startswith('PATH=')] == []
 layer = tarfile.open(fileobj=io.BytesIO(gzip.decompress(get(manifest['layers'][0]))))
 (file,) = layer.getmembers()

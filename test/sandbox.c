@@ -54,6 +54,9 @@ static const int allowed[] = {
 #ifdef SYS_lstat
     SYS_lstat,
 #endif
+#ifdef SYS_lstat64
+    SYS_lstat64,
+#endif
 #ifdef SYS_newfstatat
     SYS_newfstatat,
 #endif

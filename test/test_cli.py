@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import grpc
 
-from plugin import (KEK, ROOT, STRANGER, WAIT, Case, as_user, fresh_dir, fresh_name, key_id, kms,
+from plugin import (BINARY, KEK, ROOT, STRANGER, WAIT, Case, as_user, fresh_dir, fresh_name, key_id, kms,
                     needs_root, public_binary, run)
 import sealed
 from sealed import V1, V2
@@ -219,8 +219,8 @@ class Plugin:
 
     def Status_v2(self, _, context):
         if 'status' in self.wrong:
-            context.abort(grpc.StatusCode.INTERNAL, 'broken')
-        return kms.StatusResponse(version=self.wrong.get('version', 'v2'), key_id=key_id(KEK),
+            context.abort(grpc.StatusCode.INTERNAL, self.wrong['status'])
+        return kms.StatusResponse(version=self.wrong.get('version', 'v2'), key_id=self.wrong.get('status_key_id', key_id(KEK)),
                                   healthz=self.wrong.get('healthz', 'ok'))
 
     def Encrypt_v2(self, asked, _):
@@ -233,7 +233,7 @@ class Plugin:
 
     def Version_v1beta1(self, *_):
         return kms.V1beta1.VersionResponse(version=self.wrong.get('version_v1', 'v1beta1'),
-                                           runtime_name='python', runtime_version='0.0.1')
+                                           runtime_name='python', runtime_version=self.wrong.get('runtime', '0.0.1'))
 
     def Encrypt_v1beta1(self, asked, _):
         return kms.V1beta1.EncryptResponse(cipher=sealed.seal(KEK, asked.plain, V1))
@@ -329,6 +329,35 @@ class Probe(Case):
                        b'\0\0\0\4\0\0\0\0\0', b'\0\0\0\4\0\0\0\0\0' + b'\0\0\x08\7' + bytes(13)):
             with self.subTest(answer=answer[:20]):
                 self.assert_unwell(self.answering(answer))
+
+    def assert_printable(self, endpoint, word):
+        """Nothing that a terminal obeys comes out of a probe, and the word of the peer does."""
+        done = subprocess.run([BINARY, 'probe', endpoint, '--timeout', '10'], capture_output=True, timeout=WAIT, check=False)
+        self.assertRegex(done.stdout + done.stderr, rb'\A[ -~\n]+\Z')
+        self.assertIn(word, done.stdout + done.stderr)
+        return done.returncode
+
+    def test_what_a_peer_says_is_escaped(self):
+        """ESC, C1 controls as UTF-8, and the direction of writing, wherever a plugin has words of its own."""
+        evil = 'a\x1b[31m\u009b31m\u202e\n'
+        for wrong, status in (({'key_id': evil}, 1), ({'key_id': evil, 'status_key_id': evil}, 0), ({'version': evil}, 1),
+                              ({'healthz': evil}, 1), ({'version_v1': evil}, 1), ({'runtime': evil}, 0), ({'status': evil}, 1)):
+            with self.subTest(wrong=wrong):
+                plugin = Plugin(**wrong)
+                try:
+                    self.assertEqual(self.assert_printable(f'unix://{plugin.path}', rb'31m'), status)
+                finally:
+                    plugin.server.stop(0).wait()
+
+    def test_raw_bytes_of_a_peer_are_escaped(self):
+        """Each byte that a header field may hold and each that it may not, as grpc-message."""
+        for text in (b'\x9b31m', b'\xc2\x9b31m', b'\x1b[31m', b'%1B[31m', b'%9B31m', b'%C2%9B', bytes(range(128, 256)), bytes(range(1, 32))):
+            with self.subTest(text=text):
+                block = b''.join(b'\0' + bytes([len(n)]) + n + b'\x7f' * (len(v) >= 127) + bytes([len(v) - 127 * (len(v) >= 127)]) + v
+                                 for n, v in ((b':status', b'200'), (b'content-type', b'application/grpc'),
+                                              (b'grpc-status', b'13'), (b'grpc-message', text)))
+                head = b'\0' + len(block).to_bytes(2, 'big') + b'\1\5\0\0\0\1'
+                self.assertEqual(self.assert_printable(self.answering(b'\0\0\0\4\0\0\0\0\0' + head + block), b'Status'), 1)
 
     def test_a_plugin_that_is_well(self):
         """A real gRPC server of other make understands the probe."""

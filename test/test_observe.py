@@ -290,6 +290,36 @@ class Traces(Case):
         server.wait_log(f'key_id={key_id(OTHER)} count=1 failed=0')
         self.assertEqual([line['count'] for line in self.used(server, key_id=key_id(KEK))], ['1', '1'])
 
+    def test_keks_in_turn(self):
+        """Each has a line at its first use, and a burst of them no more: as when an API server starts after a rotation."""
+        server = self.start(kek=f'{text(KEK)},{text(OTHER)}')
+        with Raw(server.path) as raw:
+            for i in range(100):
+                kek = (KEK, OTHER)[i % 2]
+                body = field(1, sealed.seal(kek, b'x', sealed.V2)) + field(3, key_id(kek).encode())
+                self.assertEqual(raw.call(DECRYPT, message(body)).status, 0)
+        server.wait_log('key_id=several count=98 failed=0')
+        self.assertEqual([(line['key_id'], line['count']) for line in self.used(server)],
+                         [(key_id(KEK), '1'), (key_id(OTHER), '1'), ('several', '98')])
+
+    @needs_root
+    def test_a_flood_hides_no_other_user(self):
+        """One uid uses up its lines; what another does is logged, and what was left out is told."""
+        server = self.start('--mode', '0666', '--allow-uid', f'0,{STRANGER}')
+        os.seteuid(STRANGER)
+        try:
+            raws = [Raw(server.path) for _ in range(130)]
+        finally:
+            os.seteuid(0)
+        for raw in [*raws, Raw(server.path)]:
+            with raw:
+                self.assertEqual(raw.call(ENCRYPT, message(field(1, b'x'))).status, 0)
+        server.wait_log('msg=used.* uid=0 ')
+        server.stop()
+        told, left_out = len(self.used(server, uid=str(STRANGER))), server.wait_log('msg="lines left out" count=([0-9]+)')
+        self.assertEqual(told + sum(int(m[1]) for m in left_out), 130)
+        self.assertLess(told, 130)
+
     def test_a_flood_of_connections_does_not_fill_the_log(self):
         server = self.start()
         for _ in range(300):

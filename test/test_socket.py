@@ -35,6 +35,24 @@ for _ in range(count):
     print(len(got))
 '''
 
+# Connects to PATH as fast as it can, many at a time.
+FLOOD = r'''
+import socket, sys
+path = sys.argv[1].replace("@", "\0")
+print("ready", flush=True)
+while True:
+    held = []
+    for _ in range(300):
+        held.append(socket.socket(socket.AF_UNIX))
+        held[-1].setblocking(False)
+        try:
+            held[-1].connect(path)
+        except OSError:
+            pass
+    for connection in held:
+        connection.close()
+'''
+
 # Puts descriptors at 3 and up, and becomes the program as systemd starts it.
 ACTIVATE = r'''
 import fcntl, os, sys
@@ -235,7 +253,7 @@ class Abstract(Case):
             self.assertTrue(raw.works())
         with socket.socket(socket.AF_UNIX) as other, self.assertRaises(ConnectionRefusedError):
             other.connect('\0' + name + '\0')
-        self.assertEqual(len(server.wait_log('level=warn')), 1)
+        self.assertEqual(len(server.wait_log('level=warn.*take an abstract name first.*fill its queue')), 1)
 
     @unittest.skipIf(EMULATED, 'it warns that the emulator has no seccomp')
     def test_file_sockets_warn_of_nothing(self):
@@ -248,6 +266,69 @@ class Abstract(Case):
         taken, _ = listening('@' + name)
         with taken:
             self.assertIn(name, self.dies('serve', '--listen', f'unix:///@{name}', kek=KEK))
+
+
+@needs_root
+class Floods(Case):
+    """A refused user connects as fast as it can. grpc-go connects non-blocking: EAGAIN if the queue is full."""
+
+    @staticmethod
+    def connect(path):
+        """As Go does; None when it is to try again later."""
+        connection = socket.socket(socket.AF_UNIX)
+        connection.setblocking(False)
+        try:
+            connection.connect(path)
+            return connection
+        except BlockingIOError:
+            connection.close()
+            return None
+
+    def flood(self, path):
+        process = subprocess.Popen([*as_user(STRANGER), sys.executable, '-c', FLOOD, path.replace('\0', '@')],
+                                   stdout=subprocess.PIPE, text=True)
+        self.addCleanup(process.stdout.close)
+        self.addCleanup(process.wait)
+        self.addCleanup(process.kill)
+        self.assertEqual(process.stdout.readline(), 'ready\n')
+        return process
+
+    def test_a_file_that_strangers_may_not_open(self):
+        """With mode 0600 they do not come as far as the queue."""
+        server = self.start()
+        flood = self.flood(server.path)
+        for _ in range(200):
+            connection = self.connect(server.path)
+            self.assertIsNotNone(connection, 'the queue was full')
+            connection.close()
+            time.sleep(0.002)
+        with Raw(server.path) as raw:
+            self.assertTrue(raw.works())
+        flood.kill()
+        server.stop()
+        self.assertNotIn('msg=refused', server.log())
+
+    def test_a_socket_that_all_may_open(self):
+        """Some connects find the queue full (doc/security.md, not defended); who tries again gets in, and is served."""
+        name = fresh_name()
+        server = self.start('--mode', '0666', '--listen', f'unix:///@{name}')
+        for path in (server.path, '\0' + name):
+            flood = self.flood(path)
+            for _ in range(20):
+                until(lambda at=path: self.served(at), 'served during the flood')
+            flood.kill()
+        until(lambda: self.served(server.path), 'served after it')
+        server.wait_log(f'msg=refused.*uid={STRANGER} ')
+        server.stop()
+        self.assertLess(len(server.lines), 60)
+
+    def served(self, path):
+        connection = self.connect(path)
+        if not connection:
+            return False
+        connection.close()
+        with Raw(path) as raw:
+            return raw.works()
 
 
 @needs_root

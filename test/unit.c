@@ -400,6 +400,22 @@ static void body_log(const void *uid) {
     log_line(LOG_DEBUG, "msg=rpc method=%s uid=%s code=%s", "/x", (const char *)uid, "OK");
 }
 
+/* Of each byte: printable ASCII stays as it is, all else comes as \xNN. */
+static void every_byte_is_escaped(void) {
+    for (unsigned c = 0; c < 256; c++) {
+        char in = (char)c, out[8] = "", want[8];
+        struct text t = {.buf = out, .cap = sizeof out};
+        text_escaped(&t, &in, 1);
+        int len = snprintf(want, sizeof want, c >= ' ' && c <= '~' ? "%c" : "\\x%02x", c);
+        row("byte %u: %.8s", c, out);
+        CHECK(t.len == (size_t)len && memcmp(out, want, t.len) == 0);
+        t = (struct text){.buf = out, .cap = sizeof out};
+        text_value(&t, &in, 1);
+        for (size_t i = 0; i < t.len; i++)
+            CHECK(out[i] >= ' ' && out[i] <= '~');
+    }
+}
+
 static void log_lines_cannot_be_forged(void) {
     static char endless[3000];
     memset(endless, '\n', sizeof endless - 1);
@@ -3635,6 +3651,29 @@ static void session_renders_once(void) {
     session_server_free(s);
 }
 
+/* Lines that peers cause: each user has an even share of a minute's, and what is left out is told when it is over. */
+static void session_lines_a_minute(void) {
+    struct server *s = session_server();
+    struct user *first = &s->users[0], *second = &s->users[1];
+    s->user_count = 2;
+    s->minute_ms = s->now_ms - MINUTE_MS;
+    for (unsigned i = 0; i < LINES_A_MINUTE / 2; i++)
+        CHECK(server_may_log(s, first));
+    CHECK(!server_may_log(s, first) && !server_may_log(s, first) && server_may_log(s, second));
+    CHECK(s->lines_left_out == 2 && s->next_ms == s->minute_ms + MINUTE_MS);
+    enum log_level before = log_level;
+    log_level = LOG_ERROR;
+    s->now_ms += MINUTE_MS - 1;
+    server_expire(s);
+    CHECK(s->lines_left_out == 2);
+    s->now_ms++;
+    server_expire(s);
+    CHECK(s->lines_left_out == 0);
+    log_level = before;
+    CHECK(server_may_log(s, first));
+    session_server_free(s);
+}
+
 /* When the timer would go off, in milliseconds from now; 0 if it is not set. */
 static int64_t timer_left(const struct server *s) {
     struct itimerspec left;
@@ -4203,7 +4242,7 @@ static const struct {
 } tests[] = {
 #define TEST(name) {#name, name}
     TEST(text_formats), TEST(text_is_cut_at_cap), TEST(logfmt_quotes), TEST(logfmt_reads_back),
-    TEST(times_are_utc), TEST(log_lines_cannot_be_forged), TEST(log_level_filters),
+    TEST(times_are_utc), TEST(every_byte_is_escaped), TEST(log_lines_cannot_be_forged), TEST(log_level_filters),
     TEST(hex), TEST(base64_vectors), TEST(base64_roundtrip), TEST(base64_refuses_other_bytes),
     TEST(base64_refuses_trailing_bits), TEST(base64_refuses_bad_padding), TEST(base64_keeps_to_cap), TEST(utf8_table),
     TEST(utf8_everything), TEST(text_of_any_length), TEST(memory_functions), TEST(varints), TEST(fields),
@@ -4225,7 +4264,7 @@ static const struct {
 #ifndef __SANITIZE_ADDRESS__
     TEST(session_stack_depth),
 #endif
-    TEST(session_slow_reader), TEST(session_metrics),
+    TEST(session_slow_reader), TEST(session_metrics), TEST(session_lines_a_minute),
     TEST(session_large_head), TEST(session_deadlines), TEST(session_timer), TEST(session_renders_once), TEST(session_random_bytes),
     TEST(session_without_memory),
     TEST(session_idlest), TEST(session_heaviest), TEST(session_without_memory_for_a_queue),

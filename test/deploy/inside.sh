@@ -295,11 +295,37 @@ names() { grep -o 'kmsplugin_[a-z_]*' /test/deploy/metrics/kmsplugin.rules.yaml 
 for name in $(names); do
     check "the alerts' $name is a metric" grep -q "^${name}[ {]" /tmp/metrics.now
 done
+doc traces
+check 'traces: the probes of above stand there' grep -q " msg=used pid=[0-9]* uid=0 service=v2 method=Decrypt key_id=$(first) count=1 failed=0" "$said"
 doc textfile
 prom=/var/lib/prometheus/node-exporter/kmsplugin.prom
 check 'textfile: kmsplugin_up is 1' grep -qx 'kmsplugin_up 1' $prom
 check 'textfile: promtool takes it' promtool check metrics <$prom
 check 'textfile: the timer runs' systemctl is-active kmsplugin-textfile.timer
+# The folder is another user's, and so is what lies there (test_textfile.py plays that user). Root itself, in this unit, does
+# not reach a KEK.
+chown prometheus: /var/lib/prometheus/node-exporter
+check 'textfile: runs in a folder of another user' systemctl start kmsplugin-textfile.service
+check 'textfile: the file is of that user' same "$(stat -c '%U %a' $prom)" 'prometheus 644'
+cat >/usr/local/sbin/peek <<'X'
+#!/bin/sh
+grep '^CapBnd' /proc/self/status
+cat /etc/kmsplugin/kek /run/credentials/kmsplugin.service/kek 2>&1
+echo peeked
+X
+chmod 755 /usr/local/sbin/peek
+peek=/run/systemd/system/kmsplugin-textfile.service.d/peek.conf
+mkdir -p ${peek%/*}
+printf '[Service]\nExecStart=\nExecStart=/usr/local/sbin/peek\n' >$peek
+systemctl daemon-reload
+check 'textfile: another program runs in its place' systemctl start kmsplugin-textfile.service
+rm $peek
+systemctl daemon-reload
+peeked() { journalctl --no-pager -o cat -u kmsplugin-textfile.service >/tmp/peeked && grep -qx peeked /tmp/peeked; }
+check 'textfile: which has had a look' soon peeked
+check 'textfile: it could become another user, and nothing else' grep -q '^CapBnd:[[:space:]]*00000000000000c0$' /tmp/peeked
+check 'textfile: it reached no KEK' same "$(grep -c '/kek: \(Permission denied\|No such file\)' /tmp/peeked)" 2
+check 'textfile: and has not said one' not grep -qF "$(cat /etc/kmsplugin/kek)" /tmp/peeked
 systemd-run --quiet --unit=node-exporter-test prometheus-node-exporter --collector.disable-defaults --collector.textfile \
     --collector.textfile.directory=/var/lib/prometheus/node-exporter --web.listen-address=127.0.0.1:9100
 scrape() { curl -s --fail http://127.0.0.1:9100/metrics >/tmp/scraped && grep -qx 'kmsplugin_up 1' /tmp/scraped; }

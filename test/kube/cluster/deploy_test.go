@@ -198,7 +198,7 @@ func TestDeployStaticPod(t *testing.T) {
 		"no new privileges":       !*c.SecurityContext.AllowPrivilegeEscalation,
 		"a read-only root":        *c.SecurityContext.ReadOnlyRootFilesystem,
 		"no capability":           slices.Equal(c.SecurityContext.Capabilities.Drop, []corev1.Capability{"ALL"}) && len(c.SecurityContext.Capabilities.Add) == 0,
-		"what the image has":      slices.Equal(c.Command, []string{"/kmsplugin", "serve"}) && len(c.Args) == 0,
+		"what the image has":      slices.Equal(c.Command, []string{"/kmsplugin", "serve", "--sandbox", "require"}) && len(c.Args) == 0,
 		"no registry":             strings.HasPrefix(c.Image, "localhost/kmsplugin:") && c.ImagePullPolicy == corev1.PullIfNotPresent,
 		"a probe by exec":         slices.Equal(c.LivenessProbe.Exec.Command, []string{"/kmsplugin", "probe"}),
 		"five seconds for it":     c.LivenessProbe.TimeoutSeconds == 5,
