@@ -145,7 +145,7 @@ class Documents(Case):
         targets = re.findall(r"^\t@echo 'make ([a-z-]+)", text_of('test/test.mk'), re.M)
         self.assertIn('test', targets)
         for target in targets:
-            self.assertIn(f'`make {target}`', text_of('doc/contributing.md'))
+            self.assertTrue(f'`make {target}`' in text_of('doc/contributing.md'), target)
 
     @unittest.skipUnless(shutil.which('mandoc'), 'needs mandoc')
     def test_man_page_is_clean(self):
