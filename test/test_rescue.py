@@ -8,12 +8,12 @@ import json
 import os
 import re
 import resource
+import sqlite3
 import stat
-import subprocess
 import sys
 
 import sealed
-from plugin import KEK, OTHER, SANITIZED, Case, fresh_dir, fresh_kek, key_id, kms, run, text
+from plugin import KEK, OTHER, ROOT, SANITIZED, Case, fresh_dir, fresh_kek, key_id, kms, run, text
 
 ETCD_KEY = b'/registry/secrets/default/name'
 OBJECT = b'k8s\0\n\x0c\n\x02v1\x12\x06Secret' + os.urandom(100)
@@ -173,7 +173,7 @@ JSON = json.dumps({'header': {'revision': 7}, 'kvs': [
 BARE = kms.Etcd.KeyValue(key=ETCD_KEY, value=V2, create_revision=3).SerializeToString()
 COUNTED = b'\x0a\x02\x08\x01\x20\x05'
 SNAPSHOT = bytes(8) + b'\x04\0\0\0\0\0\0\0' + bytes.fromhex('edda0ced02000000') + bytes(400)
-DUMP = subprocess.run(['xxd'], input=V2, capture_output=True, check=True).stdout
+DUMP = b'00000000: 6b38 733a 656e 633a 6b6d 733a 7632 3a6e  k8s:enc:kms:v2:n\n'
 K = ETCD_KEY.decode()
 RANDOM = b'\xa7\x01' + os.urandom(200).replace(b'k8s:', b'')
 
@@ -484,6 +484,82 @@ class All(Case):
         self.assertEqual(done.returncode, 1, done.stderr)
         self.assertIn('/big cannot be written: File too large', done.stderr)
         self.assertEqual(os.listdir(self.dir), ['small'])
+
+
+class Kine(Case):
+    """What the query files print of kine's table; test/deploy and test/kube have sqlite3 itself read them."""
+    def setUp(self):
+        self.database = sqlite3.connect(':memory:')
+        self.addCleanup(self.database.close)
+        self.database.execute(
+            'CREATE TABLE kine (id INTEGER PRIMARY KEY AUTOINCREMENT, name TEXT, created INTEGER, deleted INTEGER, '
+            'create_revision INTEGER, prev_revision INTEGER, lease INTEGER, value BLOB, old_value BLOB)')
+        self.row(b'compact_rev_key', b'')
+        self.row(b'gap-3', None)
+
+    def row(self, name, value, old=None, deleted=0):
+        self.database.execute('INSERT INTO kine (name, created, deleted, value, old_value) VALUES (?, 1, ?, ?, ?)',
+                              (name.decode(), deleted, value, old))
+
+    def query(self, name, prefix=None):
+        with open(f'{ROOT}/deploy/k3s/{name}.sql', encoding='ascii') as file:
+            text_of = ''.join(line for line in file if not line.startswith('.'))
+        self.database.isolation_level = None
+        printed = []
+        for statement in re.sub('(?m)--.*$', '', text_of).split(';'):
+            bound = {'prefix': prefix} if ':prefix' in statement else {}
+            printed += [line for line, in self.database.execute(statement, bound)]
+        self.database.execute('DROP VIEW entry')
+        self.database.execute('DROP TABLE wanted')
+        return bytes.fromhex(''.join(printed))
+
+    def entries(self, answer):
+        """By Google's decoder, which also wants the message to be one."""
+        answer = kms.Etcd.RangeResponse.FromString(answer)
+        self.assertEqual(answer.count, len(answer.kvs))
+        return [(kv.key, kv.value) for kv in answer.kvs]
+
+    def test_newest_rows(self):
+        name = b'/registry/secrets/a/'
+        new, old = sealed.etcd_v2(KEK, name + b'1', OBJECT), sealed.etcd_v2(OTHER, name + b'1', OBJECT)
+        self.row(name + b'1', old)
+        self.row(name + b'2', OBJECT)
+        self.row(name + b'1', new, old)
+        self.row(name + b'2', OBJECT, OBJECT, deleted=1)
+        self.row(b'/registry/secretsx', OBJECT)
+        self.row(b'/registry/configmaps/a/1', OBJECT)
+        answer = self.query('rangeresponse')
+        self.assertEqual(self.entries(answer), [(name + b'1', new)])
+        done = run('audit', '--strict', kek=KEK, stdin=answer)
+        self.assertEqual((done.returncode, done.stderr), (0, ''))
+        self.assertEqual(run('unseal', kek=KEK, stdin=answer).stderr, '')
+        self.assertEqual(self.entries(self.query('rangeresponse', '/registry/configmaps/')),
+                         [(b'/registry/configmaps/a/1', OBJECT)])
+        self.assertEqual(sorted(self.entries(self.query('history'))),
+                         sorted([(name + b'1', old), (name + b'1', old), (name + b'1', new), *[(name + b'2', OBJECT)] * 3]))
+        self.assertIn('2 values are not under', self.dies_audit(self.query('history')))
+
+    def dies_audit(self, stdin):
+        done = run('audit', kek=KEK, stdin=stdin)
+        self.assertEqual(done.returncode, 1)
+        return done.stderr
+
+    def test_sizes(self):
+        """Where a length takes another byte, and names that are not ASCII."""
+        sizes = (0, 1, 127, 128, 16383, 16384, 1 << 20, 2097151, 2097152)
+        rows = [('/registry/secrets/\u00e4%d' % size, os.urandom(size)) for size in sizes]
+        for name, value in rows:
+            self.row(name.encode(), value)
+        self.row(b'/registry/secrets/null', None)
+        self.assertEqual(sorted(self.entries(self.query('rangeresponse'))),
+                         sorted([(name.encode(), value) for name, value in rows] + [(b'/registry/secrets/null', b'')]))
+        self.assertEqual(len(self.entries(self.query('history'))), len(sizes) - 1)
+
+    def test_empty(self):
+        for name in ('rangeresponse', 'history'):
+            self.assertEqual(self.entries(self.query(name)), [])
+            self.assertIn('no entry: does the prefix exist?', self.dies_audit(self.query(name)))
+            self.assertIn('no entry: does the etcd key exist?', self.dies('unseal', K, kek=KEK, stdin=self.query(name)))
 
 
 def varint(n):
