@@ -4552,6 +4552,8 @@ static int fields_find(struct field fields[FIELDS + 1], const char wire_types[FI
     return more;
 }
 
+enum { KMS_PREFIX_LEN = sizeof "k8s:enc:kms:v1:" - 1 };
+
 enum input_kind {
     INPUT_OTHER,    /* nothing that can be used */
     INPUT_PLAIN,    /* an object of Kubernetes as it is */
@@ -4687,8 +4689,9 @@ static struct input input_judge_whole(const uint8_t *bytes, size_t len) {
     if (fields_find(o, encrypted_object, bytes, len) == 0 && o[OBJECT_KEY_ID].len == KEY_ID_LEN &&
         sealed_shaped(o[OBJECT_SOURCE].bytes, o[OBJECT_SOURCE].len))
         return (struct input){INPUT_OTHER, "is an EncryptedObject without its k8s:enc:kms:v2:NAME: in front"};
-    if (memmem(bytes, len, "k8s:enc:kms:", strlen("k8s:enc:kms:")))
-        return (struct input){INPUT_OTHER, "has something in front of a value: cut that off, up to k8s:enc:"};
+    for (at = bytes; len - (size_t)(at - bytes) >= KMS_PREFIX_LEN; at++)
+        if (memcmp(at, "k8s:enc:kms:v", KMS_PREFIX_LEN - 2) == 0)
+            return (struct input){INPUT_OTHER, "has something in front of a value: cut that off, up to k8s:enc:"};
     return (struct input){INPUT_OTHER, alphabet_name(bytes, len)};
 }
 
@@ -4823,8 +4826,9 @@ static void value_open_v1(struct value *v, const struct ring *ring, const struct
     value_fail(v, VALUE_BROKEN, "has a data key that kmsplugin did not seal, or is damaged or cut short");
     while (at == bytes || at - bytes < V1_NAME_MAX) {
         at = memchr(at, ':', (size_t)(end - at));
-        if (!at++)
+        if (!at)
             return;
+        at++;
         size_t left = (size_t)(end - at), sealed_len = left < 2 ? 0 : (size_t)at[0] << 8 | at[1];
         if (left < 2 || sealed_len > left - 2 || !sealed_shaped(at + 2, sealed_len))
             continue;
@@ -4881,13 +4885,12 @@ static void value_open_v2(struct value *v, const struct ring *ring, const struct
 /* Opens the value of an etcd key, if it is one of ours and can be opened. */
 static void value_open(struct value *v, const struct ring *ring, const struct field *etcd_key, const uint8_t *bytes,
                        size_t len) {
-    enum { PREFIX_LEN = sizeof "k8s:enc:kms:v1:" - 1 };
     struct input in = input_judge(bytes, len);
     *v = (struct value){.api = in.kind == INPUT_V1 ? API_V1 : API_V2};
     if (in.kind == INPUT_V1)
-        value_open_v1(v, ring, etcd_key, bytes + PREFIX_LEN, len - PREFIX_LEN);
+        value_open_v1(v, ring, etcd_key, bytes + KMS_PREFIX_LEN, len - KMS_PREFIX_LEN);
     else if (in.kind == INPUT_V2)
-        value_open_v2(v, ring, etcd_key, bytes + PREFIX_LEN, len - PREFIX_LEN);
+        value_open_v2(v, ring, etcd_key, bytes + KMS_PREFIX_LEN, len - KMS_PREFIX_LEN);
     else
         value_fail(v, in.kind == INPUT_PLAIN ? VALUE_PLAIN : in.kind == INPUT_FOREIGN ? VALUE_FOREIGN : VALUE_BROKEN, in.what);
 }
@@ -5049,13 +5052,14 @@ static bool text_replaced(const uint8_t *bytes, size_t len) {
 static void raw_open(struct value *v, const struct ring *ring, const struct field *etcd_key, uint8_t *bytes, size_t len) {
     struct value undone = {.state = VALUE_BROKEN};
     value_open_line(v, ring, etcd_key, bytes, len);
-    if (v->state != VALUE_BROKEN)
+    if (v->state == VALUE_OPENED || v->state == VALUE_UNKNOWN_KEY)
         return;
     size_t left = crlf_undo(bytes, 0, len);
     if (left < len)
         value_open_line(&undone, ring, etcd_key, bytes, left);
-    if (undone.state == VALUE_OPENED) {
+    if (undone.state == VALUE_OPENED)
         note("unseal: the value came through a terminal: each \\r\\n is taken for the newline that it was");
+    if (undone.state == VALUE_OPENED || undone.state == VALUE_UNKNOWN_KEY) {
         *v = undone;
     } else if (text_replaced(bytes, left)) {
         value_fail(v, VALUE_BROKEN, "went through a program that took it for text: octets are lost, fetch it anew");
