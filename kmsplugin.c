@@ -1428,8 +1428,7 @@ static const char *key_mistake(const char *text, size_t len, const uint8_t *deco
     if (!is_of(text, len, ascii))
         return memchr(text, '\0', len) ? "holds a NUL, so it is binary or UTF-16: base64 is wanted, as ASCII text"
                                        : "is not text: base64 is wanted (base64 <FILE)";
-    if (memchr(text, ';', len) || memchr(text, ' ', len) || memchr(text, '\t', len) || memchr(text, '\n', len) ||
-        memchr(text, '\r', len))
+    if (!is_of(text, len, "!:<~")) /* printable, but no space and no semicolon */
         return "has white space or a semicolon in it: put commas between keys, and nothing into one";
     if (len == BASE64_LEN - 1 && is_of(text, len, standard))
         return "has 43 characters in place of 44: it lacks its padding, the = at the end, or another one";
@@ -4842,17 +4841,25 @@ static void value_open_v1(struct value *v, const struct ring *ring, const struct
     }
 }
 
+/*
+ * Whether kmsplugin has made an EncryptedObject, going by its keyID. No plugin has an empty
+ * one, and a damaged one does not disown a value: a sealed DEK under a KEK of the ring is ours.
+ */
+static bool object_is_ours(const struct field *key_id, const struct kek *kek) {
+    bool ours = key_id->len == KEY_ID_LEN;
+    for (size_t i = 0; i < key_id->len && ours; i++)
+        ours = key_id->bytes[i] && strchr("0123456789abcdef", key_id->bytes[i]);
+    return ours || key_id->len == 0 || kek;
+}
+
 /* v2, behind the prefix. The provider's name holds no colon. */
 static void value_open_v2(struct value *v, const struct ring *ring, const struct field *etcd_key,
                           const uint8_t *bytes, size_t len) {
     enum { TYPE_KEY, TYPE_SEED };
     const uint8_t *colon = memchr(bytes, ':', len);
     struct field o[FIELDS + 1];
-    if (!colon) {
-        value_fail(v, VALUE_BROKEN, "is cut short");
-        return;
-    }
-    if (fields_find(o, encrypted_object, colon + 1, len - (size_t)(colon + 1 - bytes)) < 0) {
+    if (!colon || fields_find(o, encrypted_object, colon + 1, len - (size_t)(colon + 1 - bytes)) < 0 ||
+        utf8_check(o[OBJECT_KEY_ID].bytes, o[OBJECT_KEY_ID].len) < 0) {
         value_fail(v, VALUE_BROKEN, "is no EncryptedObject: it is damaged or cut short");
         return;
     }
@@ -4861,18 +4868,11 @@ static void value_open_v2(struct value *v, const struct ring *ring, const struct
     bool shaped = sealed_shaped(sealed->bytes, sealed->len);
     if (shaped)
         hex_encode(sealed->bytes + 1, FINGERPRINT_BYTES, sealing_id);
-    bool ours = id->len == KEY_ID_LEN;
-    for (size_t i = 0; i < id->len && ours; i++)
-        ours = id->bytes[i] && strchr("0123456789abcdef", id->bytes[i]);
-    if (id->len == 0 || (shaped && ring_find(ring, sealed->bytes + 1)))
-        ours = true; /* no plugin has an empty keyID; and a damaged one does not disown a value */
     const uint8_t *type_at = o[OBJECT_TYPE].bytes;
     uint64_t type = TYPE_KEY;
-    if (o[OBJECT_TYPE].len > 0)
+    if (o[OBJECT_TYPE].number)
         varint_next(&type_at, type_at + o[OBJECT_TYPE].len, &type);
-    if (utf8_check(id->bytes, id->len) < 0)
-        value_fail(v, VALUE_BROKEN, "is no EncryptedObject: it is damaged");
-    else if (!ours)
+    if (!object_is_ours(id, shaped ? ring_find(ring, sealed->bytes + 1) : NULL))
         value_fail(v, VALUE_FOREIGN, "was sealed by another KMS plugin: its keyID is none of kmsplugin's");
     else if (id->len != strlen(sealing_id) || memcmp(id->bytes, sealing_id, id->len) != 0 || o[OBJECT_ANNOTATIONS].number)
         value_fail(v, VALUE_BROKEN, "has a keyID that is not its data key's, or annotations: it is damaged");
