@@ -27,7 +27,7 @@
  *     Confinement    what is given up before the first request
  *     Probe          a gRPC client that tries every RPC
  *     Rehearsal      whether a confined server can work here, tried before it is one
- *     Rescue         opening etcd values without an API server
+ *     Rescue         telling what somebody has at hand, and opening etcd values without an API server
  *     Options        the command line
  *     Main           one function a verb
  *
@@ -103,6 +103,7 @@ enum {
     /* Keys. */
     KEK_MAX = 16,                       /* a rotation needs two, a long-lived cluster some more */
     KEK_TEXT_MAX = 4096,                /* sixteen keys of 44 characters with much white space */
+    KEY_JUDGED_BYTES = 45,              /* of what a text stands for: a key's own text and a newline, encoded twice */
     KEY_ID_LEN = 2 * FINGERPRINT_BYTES,
 
     /* Messages. */
@@ -161,7 +162,9 @@ enum {
     STACK_WIPE_BYTES = 6 * 1024,        /* a turn was 4,384 bytes deep at most (s390x) */
 
     /* Rescue. */
-    RESCUE_INPUT_MAX = 64 * 1024 * 1024, /* etcd refuses values over 1.5 MiB by default */
+    ENTRY_MAX = 4 * 1024 * 1024,        /* etcd refuses values over 1.5 MiB by default */
+    JUDGED_BYTES = 4096,                /* of the input, to tell what it is */
+    V1_NAME_MAX = 1024,                 /* where colons of a provider's name are looked for */
     AUDIT_ROWS_MAX = 64,                /* pairs of API and key_id in one cluster */
 
     LOG_VALUE_MAX = 64,                 /* of a peer's words in a line: Kubernetes' uids have 36 */
@@ -653,6 +656,15 @@ static void complain(const char *format, va_list args) {
     text_escaped(&escaped, words, t.len);
     line[escaped.len++] = '\n';
     write_all(STDERR_FILENO, line, escaped.len);
+}
+
+/* One sentence on stderr, and goes on. */
+__attribute__((format(printf, 1, 2)))
+static void note(const char *format, ...) {
+    va_list args;
+    va_start(args, format);
+    complain(format, args);
+    va_end(args);
 }
 
 /* Ends the program with one sentence on stderr and exit status 1. */
@@ -1367,6 +1379,67 @@ static bool is_space(char c) {
     return c == ' ' || (c >= '\t' && c <= '\r');
 }
 
+/* Whether all of it is of an alphabet, given as ranges: "09" are the digits. */
+static bool is_of(const char *text, size_t len, const char *ranges) {
+    for (size_t i = 0; i < len; i++) {
+        const char *r = ranges;
+        while (*r && !in_range((uint8_t)text[i], (uint8_t)r[0], (uint8_t)r[1]))
+            r += 2;
+        if (!*r)
+            return false;
+    }
+    return true;
+}
+
+static bool starts_with(const char *text, size_t len, const char *start) {
+    size_t n = strlen(start);
+    return len >= n && memcmp(text, start, n) == 0;
+}
+
+/*
+ * What a text is that is no key in base64, as far as it can be told without telling of the
+ * key: its kind and length are no secret. `decoded` are the bytes that it stands for if they
+ * are no more than KEY_JUDGED_BYTES, and n is their number, or -1.
+ */
+static const char *key_mistake(const char *text, size_t len, const uint8_t *decoded, long n) {
+    enum { HEX_LEN = 2 * KEK_BYTES, BASE64_LEN = (KEK_BYTES + 2) / 3 * 4 };
+    static const char standard[] = "AZaz09++//==", url_safe[] = "AZaz09--__==", hex[] = "09afAF", ascii[] = "\t\r ~";
+    static const struct {
+        const char *start, *what;
+    } starts[] = {
+        {"\xef\xbb\xbf", "begins with a byte order mark: save it without"},
+        {"\xff\xfe", "is UTF-16, as PowerShell's > writes it: save it as ASCII"},
+        {"\xfe\xff", "is UTF-16: save it as ASCII"},
+        {"KMS_KEK", "begins with the name of a variable: leave that out"},
+        {"export ", "is a command of a shell: the key alone is wanted"},
+        {"-----BEGIN", "is PEM: 32 random bytes in base64 are wanted"},
+        {"\"", "is in quotes: leave them out"},
+        {"'", "is in quotes: leave them out"},
+        {"#", "is a comment: a key file has none"},
+    };
+    for (size_t i = 0; i < sizeof starts / sizeof *starts; i++)
+        if (starts_with(text, len, starts[i].start))
+            return starts[i].what;
+    if (len == HEX_LEN && is_of(text, len, hex))
+        return "is hexadecimal: base64 is wanted (xxd -r -p | base64)";
+    if (n > BASE64_LEN + 1)
+        return "does not decode to 32 bytes, but to more";
+    if (n >= BASE64_LEN && is_of((const char *)decoded, BASE64_LEN, standard))
+        return "is in base64 twice: decode it once (base64 -d)";
+    if (n >= 0)
+        return n < KEK_BYTES ? "does not decode to 32 bytes, but to fewer" : "does not decode to 32 bytes, but to more";
+    if (!is_of(text, len, ascii))
+        return memchr(text, '\0', len) ? "holds a NUL, so it is binary or UTF-16: base64 is wanted, as ASCII text"
+                                       : "is not text: base64 is wanted (base64 <FILE)";
+    if (!is_of(text, len, "!:<~")) /* printable, but no space and no semicolon */
+        return "has white space or a semicolon in it: put commas between keys, and nothing into one";
+    if (len == BASE64_LEN - 1 && is_of(text, len, standard))
+        return "has 43 characters in place of 44: it lacks its padding, the = at the end, or another one";
+    if (is_of(text, len, url_safe))
+        return "is in URL-safe base64: standard base64 has + for - and / for _";
+    return "is not standard base64 with padding";
+}
+
 /* Adds the key that `text` spells. Returns NULL, or what is wrong with it. */
 static const char *ring_add(struct ring *ring, const char *text, size_t len) {
     while (len > 0 && is_space(text[0]))
@@ -1377,14 +1450,12 @@ static const char *ring_add(struct ring *ring, const char *text, size_t len) {
         return "is empty";
     if (ring->count == KEK_MAX)
         return "is one too many: at most 16 keys are taken";
-    uint8_t key[KEK_BYTES];
+    uint8_t key[KEY_JUDGED_BYTES];
     const char *wrong = NULL;
     long n = base64_decode(text, len, key, sizeof key);
-    if (n < 0)
-        wrong = "is not standard base64 with padding";
-    else if (n != KEK_BYTES)
-        wrong = "does not decode to 32 bytes";
-    else if (!(wrong = kek_weakness(key))) {
+    if (n != KEK_BYTES) {
+        wrong = key_mistake(text, len, key, n);
+    } else if (!(wrong = kek_weakness(key))) {
         struct kek *kek = &ring->keks[ring->count];
         kek_init(kek, &ring->suite, key);
         if (ring_find(ring, kek->fingerprint))
@@ -1443,7 +1514,8 @@ static size_t key_file_read(const char *path, char *text, size_t cap) {
 /* The configured ring, ready to seal and open. Dies with a sentence when there is none. */
 static struct ring *ring_load(void) {
     struct ring *ring = ring_new();
-    const char *path = getenv("KMS_KEK_FILE"), *source = "KMS_KEK";
+    const char *path = getenv("KMS_KEK_FILE");
+    char source[LOG_LINE_MAX / 2] = "KMS_KEK";
     bool variable = environment_take(ring->text, sizeof ring->text);
     if (variable && path)
         die("both KMS_KEK and KMS_KEK_FILE are set: keep one");
@@ -1452,8 +1524,12 @@ static struct ring *ring_load(void) {
     size_t len = strlen(ring->text);
     if (len == KEK_TEXT_MAX)
         die("KMS_KEK: %d bytes or more", KEK_TEXT_MAX);
-    if (path)
-        source = "KMS_KEK_FILE", len = key_file_read(path, ring->text, sizeof ring->text);
+    if (path) {
+        struct text t = {.buf = source, .cap = sizeof source - 1};
+        text_add(&t, "KMS_KEK_FILE %s", path);
+        source[t.len] = '\0';
+        len = key_file_read(path, ring->text, sizeof ring->text);
+    }
     ring_parse(ring, source, ring->text, len);
     wipe(ring->text, sizeof ring->text);
     stack_wipe();
@@ -4460,7 +4536,222 @@ static bool serve_rehearse(const struct serve_options *options, const struct rin
  *
  * with the etcd key as associated data. Nothing is given out before its tag has
  * been checked.
+ *
+ * Who needs this is in trouble, and pastes what is at hand: input_judge tells a
+ * value and etcd's RangeResponse from all that may come in their place, and gives
+ * that its name.
  */
+
+#define RESPONSE_SOURCE "what etcdctl get --prefix ... -w protobuf prints"
+
+/* The tags of a RangeResponse's fields. */
+enum { RANGE_HEADER = 1 << 3 | 2, RANGE_KVS = 2 << 3 | 2, RANGE_MORE = 3 << 3 | 0, RANGE_COUNT = 4 << 3 | 0 };
+
+enum { FIELDS = 5 }; /* of the messages that are read here, all of whose fields have numbers up to that */
+
+/* KeyValue and EncryptedObject of kms.proto: their wire types and the fields that matter. */
+static const char key_value[] = "20002", encrypted_object[] = "22220";
+enum { KV_KEY = 1, KV_VALUE = 5 };
+enum { OBJECT_DATA = 1, OBJECT_KEY_ID, OBJECT_SOURCE, OBJECT_ANNOTATIONS, OBJECT_TYPE };
+
+/*
+ * Finds the fields of a message, each where it stands last; one that is missing is empty.
+ * They borrow the bytes. 0, or -1 if this is no message of these wire types.
+ */
+static int fields_find(struct field fields[FIELDS + 1], const char wire_types[FIELDS + 1], const uint8_t *bytes,
+                       size_t len) {
+    const uint8_t *end = bytes + len;
+    struct field f;
+    int more;
+    for (size_t i = 0; i <= FIELDS; i++)
+        fields[i] = (struct field){.bytes = bytes};
+    while ((more = field_next(&bytes, end, &f)) > 0) {
+        if (f.number > FIELDS)
+            continue;
+        if (f.wire_type != (unsigned)(wire_types[f.number - 1] - '0'))
+            return -1;
+        fields[f.number] = f;
+    }
+    return more;
+}
+
+enum { KMS_PREFIX_LEN = sizeof "k8s:enc:kms:v1:" - 1 };
+
+enum input_kind {
+    INPUT_OTHER,    /* nothing that can be used */
+    INPUT_PLAIN,    /* an object of Kubernetes as it is */
+    INPUT_FOREIGN,  /* a value of another provider */
+    INPUT_V1,       /* a value of KMS v1 */
+    INPUT_V2,       /* and of KMS v2 */
+    INPUT_KEY_LINE, /* an etcd key, a newline, and one of those */
+    INPUT_RESPONSE, /* a RangeResponse */
+};
+
+/* What some bytes are. `what` says it behind "standard input" or "the value". */
+struct input {
+    enum input_kind kind;
+    const char *what;
+};
+
+#define FORM(start, kind, what) {start, sizeof start - 1, kind, what}
+#define OTHER(start, what) FORM(start, INPUT_OTHER, what)
+#define ETCD_JSON "is JSON of etcdctl: ask for -w protobuf in place of -w json"
+#define ERROR_TEXT "is an error message: what should have written a value has failed"
+#define SQLITE "is a database of SQLite: have rangeresponse.sql read it (deploy/k3s)"
+#define COMPRESSED(by) "is compressed by " by ": decompress it first"
+
+/* By their first bytes. The longer one stands first where one begins another. */
+static const struct form {
+    const char *start;
+    size_t len;
+    enum input_kind kind;
+    const char *what;
+} forms[] = {
+    FORM("k8s:enc:kms:v1:", INPUT_V1, "is a value of KMS v1"),
+    FORM("k8s:enc:kms:v2:", INPUT_V2, "is a value of KMS v2"),
+    FORM("k8s:enc:", INPUT_FOREIGN, "is encrypted by another provider than KMS"),
+    FORM("k8s\0", INPUT_PLAIN, "is not encrypted: it is the object itself"),
+    OTHER("\x1f\x8b", COMPRESSED("gzip")),
+    OTHER("\x28\xb5\x2f\xfd", COMPRESSED("zstd")),
+    OTHER("\xfd" "7zXZ", COMPRESSED("xz")),
+    OTHER("BZh", COMPRESSED("bzip2")),
+    OTHER("PK\3\4", COMPRESSED("zip")),
+    OTHER("SQLite format 3", SQLITE),
+    OTHER("\x37\x7f\x06", "is the write-ahead log of SQLite: name the database beside it"),
+    OTHER("\xff\xfe", "is UTF-16, as PowerShell's > writes it: its octets are lost, fetch it anew"),
+    OTHER("\xfe\xff", "is UTF-16: its octets are lost, fetch it anew"),
+    OTHER("\xef\xbb\xbf", "has a byte order mark: an editor has saved it, fetch it anew"),
+    OTHER("{\"level\":", ERROR_TEXT),
+    OTHER("Error", ERROR_TEXT),
+    OTHER("error", ERROR_TEXT),
+    OTHER("Unable to connect", ERROR_TEXT),
+    OTHER("context deadline exceeded", ERROR_TEXT),
+    OTHER("null", "is the word null: jq has found nothing; does the etcd key exist?"),
+    OTHER("apiVersion:", "is YAML of kubectl: an object that is readable, not what etcd holds"),
+    OTHER("kind:", "is YAML of kubectl: an object that is readable, not what etcd holds"),
+    OTHER("\"ClusterID\"", "is text of etcdctl: ask for -w protobuf in place of -w fields"),
+    OTHER("\\x", "is hexadecimal with \\x: decode it first (tr -d '\\\\x' | xxd -r -p)"),
+    OTHER("X'", "is hexadecimal of SQL: take what is between the quotes (xxd -r -p)"),
+    OTHER("0x", "is hexadecimal: decode it first, without its 0x (xxd -r -p)"),
+    OTHER("0000000", "is a hex dump: undo it first (xxd -r)"),
+    OTHER("PRAGMA", "is SQL: give the database to sqlite3, with rangeresponse.sql (deploy/k3s)"),
+    OTHER("-----BEGIN", "is PEM, a certificate or a key, and no value of etcd"),
+    OTHER("b'k8s:enc:", "is a literal of Python: write the octets themselves"),
+    OTHER("\"", "is a string in quotes: write it raw (jq -r), then decode it (base64 -d)"),
+};
+
+/* `etcdctl -w json` as a whole or in parts, by the first member. */
+static bool json_of_etcd(const uint8_t *bytes, size_t len) {
+    static const char *const members[] = {"\"header\"", "\"kvs\"", "\"key\"", "\"count\"", "\"create_revision\""};
+    size_t at = 1;
+    while (at < len && is_space((char)bytes[at]))
+        at++;
+    for (size_t i = 0; i < sizeof members / sizeof *members; i++)
+        if (len - at >= strlen(members[i]) && memcmp(bytes + at, members[i], strlen(members[i])) == 0)
+            return true;
+    return false;
+}
+
+/* Text of one alphabet, or none: hexadecimal, base64 (a KEK's too), other words, or octets. */
+static const char *alphabet_name(const uint8_t *bytes, size_t len) {
+    bool hex = true, base64 = true, text = true;
+    size_t letters = 0;
+    while (len > 0 && is_space((char)bytes[len - 1]))
+        len--;
+    for (size_t i = 0; i < len; i++) {
+        unsigned c = bytes[i];
+        bool space = is_space((char)c), digit = c >= '0' && c <= '9', letter = (c | 32) >= 'a' && (c | 32) <= 'z';
+        hex &= space || digit || (letter && (c | 32) <= 'f');
+        base64 &= space || digit || letter || (c && strchr("+/-_=", (int)c));
+        text &= space || (c >= ' ' && c != 0x7f);
+        letters += !space;
+    }
+    return letters >= 8 && hex ? "is hexadecimal: decode it first (xxd -r -p)"
+           : base64 && letters == 44 && bytes[len - 1] == '='
+               ? "looks like a KEK, not like a value: a KEK goes into KMS_KEK_FILE"
+           : letters >= 8 && base64 ? "is base64: decode it first (base64 -d)"
+           : text                   ? "is text, and no value of etcd"
+                                    : "is none of the forms that etcd has, or is damaged at its beginning";
+}
+
+/* Whether an etcd RangeResponse begins like that. A header has nothing but four varints. */
+static bool response_starts(const uint8_t *bytes, size_t len) {
+    const uint8_t *at = bytes, *end = bytes + len;
+    uint64_t tag, n;
+    for (bool first = true; at < end; first = false) {
+        if (varint_next(&at, end, &tag) < 0 || varint_next(&at, end, &n) < 0)
+            return false;
+        if (tag == RANGE_KVS)
+            return at == end || n == 0 || *at == (KV_KEY << 3 | 2);
+        if (tag == RANGE_COUNT || tag == RANGE_MORE)
+            continue;
+        struct field f;
+        const uint8_t *header_end = at + n;
+        if (tag != RANGE_HEADER || !first || n > (uint64_t)(end - at))
+            return tag == RANGE_HEADER && !first;
+        while (at < header_end)
+            if (field_next(&at, header_end, &f) <= 0 || f.number > 4 || f.wire_type != 0)
+                return false;
+    }
+    return len > 0;
+}
+
+/* Beyond their first bytes. */
+static struct input input_judge_whole(const uint8_t *bytes, size_t len) {
+    static const uint8_t bolt_magic[] = {0xed, 0xda, 0x0c, 0xed}; /* of a bbolt page: https://github.com/etcd-io/bbolt */
+    enum { BOLT_MAGIC_AT = 16 };
+    struct field o[FIELDS + 1], first;
+    const uint8_t *at = bytes;
+    if (len >= BOLT_MAGIC_AT + sizeof bolt_magic && memcmp(bytes + BOLT_MAGIC_AT, bolt_magic, sizeof bolt_magic) == 0)
+        return (struct input){INPUT_OTHER, "is a snapshot or database of etcd: restore it first (etcdutl snapshot restore)"};
+    if (response_starts(bytes, len))
+        return (struct input){INPUT_RESPONSE, "is a RangeResponse of etcd"};
+    if (field_next(&at, bytes + len, &first) > 0 && first.number == KV_KEY && first.wire_type == 2 && first.len > 0 &&
+        first.bytes[0] == '/')
+        return (struct input){INPUT_OTHER, "is a KeyValue of etcd's database: take its value alone, and name its etcd key"};
+    if (fields_find(o, encrypted_object, bytes, len) == 0 && o[OBJECT_KEY_ID].len == KEY_ID_LEN &&
+        sealed_shaped(o[OBJECT_SOURCE].bytes, o[OBJECT_SOURCE].len))
+        return (struct input){INPUT_OTHER, "is an EncryptedObject without its k8s:enc:kms:v2:NAME: in front"};
+    for (at = bytes; len - (size_t)(at - bytes) >= KMS_PREFIX_LEN; at++)
+        if (memcmp(at, "k8s:enc:kms:v", KMS_PREFIX_LEN - 2) == 0)
+            return (struct input){INPUT_OTHER, "has something in front of a value: cut that off, up to k8s:enc:"};
+    return (struct input){INPUT_OTHER, alphabet_name(bytes, len)};
+}
+
+static const struct form *form_find(const uint8_t *bytes, size_t len) {
+    for (size_t i = 0; i < sizeof forms / sizeof *forms; i++)
+        if (len >= forms[i].len && memcmp(bytes, forms[i].start, forms[i].len) == 0)
+            return &forms[i];
+    return NULL;
+}
+
+/* What a value is, or the beginning of standard input. */
+static struct input input_judge(const uint8_t *bytes, size_t len) {
+    const struct form *form = form_find(bytes, len);
+    size_t blank = 0;
+    if (form)
+        return (struct input){form->kind, form->what};
+    while (blank < len && is_space((char)bytes[blank]))
+        blank++;
+    if (blank == len)
+        return (struct input){INPUT_OTHER, len == 0 ? "is empty: has what should have written a value failed?"
+                                                    : "is white space alone: does the etcd key exist?"};
+    if (bytes[0] == '{')
+        return json_of_etcd(bytes, len) ? (struct input){INPUT_OTHER, ETCD_JSON}
+                                        : (struct input){INPUT_PLAIN, "is not encrypted: it is an object in JSON"};
+    if (bytes[0] != '/')
+        return input_judge_whole(bytes, len);
+    const uint8_t *newline = memchr(bytes, '\n', len);
+    size_t left = newline ? len - (size_t)(newline + 1 - bytes) : 0;
+    if (left == 0 || newline[1] == '/')
+        return (struct input){INPUT_OTHER, "has an etcd key and no value: ask without --keys-only"};
+    form = form_find(newline + 1, left);
+    if (!form)
+        return (struct input){INPUT_OTHER, "has an etcd key on its first line, and no value of Kubernetes behind it"};
+    if (form->kind == INPUT_V1 || form->kind == INPUT_V2)
+        return (struct input){INPUT_KEY_LINE, "has the etcd key on a line before the value"};
+    return (struct input){form->kind, form->what};
+}
 
 enum value_state {
     VALUE_OPENED,
@@ -4475,7 +4766,7 @@ struct value {
     enum value_state state;
     enum api api;
     char key_id[KEY_ID_LEN + 1]; /* of the KEK that seals it; empty if that cannot be told */
-    const char *why;             /* unless it opened */
+    const char *why;             /* behind "the value", unless it opened */
     uint8_t *object;             /* if it opened; the caller's to wipe and free */
     size_t len;
 };
@@ -4483,124 +4774,6 @@ struct value {
 static void value_fail(struct value *v, enum value_state state, const char *why) {
     v->state = state;
     v->why = why;
-}
-
-/* Opens the DEK and then nonce[12] ciphertext tag[16] with it, or with what a seed and info make. */
-static void value_open_data(struct value *v, const struct ring *ring, const uint8_t *sealed, size_t sealed_len,
-                            const uint8_t *key, size_t key_len, const uint8_t *data, size_t len, bool seed) {
-    enum { INFO_BYTES = 32, GCM_NONCE_BYTES = 12 };
-    uint8_t dek[V2_CIPHERTEXT_MAX], expanded[KEK_BYTES], info[INFO_BYTES + 1];
-    size_t dek_len = sealed_len - SEALED_OVERHEAD, info_len = seed ? INFO_BYTES : 0;
-    if (!sealed_shaped(sealed, sealed_len) || sealed_len > V2_CIPHERTEXT_MAX) {
-        value_fail(v, VALUE_BROKEN, "its data key was not sealed by kmsplugin, or is damaged");
-        return;
-    }
-    hex_encode(sealed + 1, FINGERPRINT_BYTES, v->key_id);
-    switch (open_sealed(ring, v->api, sealed, sealed_len, dek)) {
-    case OPENED:
-        break;
-    case OPEN_UNKNOWN_KEY:
-        value_fail(v, VALUE_UNKNOWN_KEY, "its KEK is not configured");
-        return;
-    default:
-        value_fail(v, VALUE_BROKEN, "its data key does not open: the value is damaged");
-        return;
-    }
-    const uint8_t *aes_key = dek;
-    size_t aes_len = dek_len;
-    if (seed && len >= info_len) { /* HKDF-Expand, RFC 5869: one block, T(1) */
-        memcpy(info, data, info_len);
-        info[info_len] = 0x01;
-        hmac_sha256(dek, dek_len, info, sizeof info, expanded, sizeof expanded);
-        aes_key = expanded;
-        aes_len = sizeof expanded;
-    }
-    if (len < info_len + GCM_NONCE_BYTES + TAG_BYTES || (aes_len != 16 && aes_len != 24 && aes_len != 32)) {
-        value_fail(v, VALUE_BROKEN, "it is cut short, or its data key has no AES length");
-    } else {
-        const uint8_t *nonce = data + info_len, *ciphertext = nonce + GCM_NONCE_BYTES;
-        v->len = len - info_len - GCM_NONCE_BYTES - TAG_BYTES;
-        v->object = malloc(v->len + 1);
-        if (!v->object)
-            die("out of memory");
-        v->state = VALUE_OPENED;
-        if (gcm_crypt(&ring->suite, false, aes_key, aes_len, nonce, key, key_len, ciphertext, v->len, v->object) < 0) {
-            free(v->object);
-            v->object = NULL;
-            value_fail(v, VALUE_BROKEN,
-                       v->api == API_V2 ? "it does not open: damaged, or of another etcd key"
-                                        : "it does not open: damaged, of another etcd key, or AES-CBC "
-                                          "(Kubernetes up to 1.24), which carries no tag and is not opened");
-        }
-    }
-    wipe(dek, sizeof dek);
-    wipe(expanded, sizeof expanded);
-}
-
-static void value_open_v1(struct value *v, const struct ring *ring, const uint8_t *key, size_t key_len,
-                          const uint8_t *bytes, size_t len) {
-    size_t sealed_len = len < 2 ? 0 : (size_t)bytes[0] << 8 | bytes[1];
-    if (len < 2 || sealed_len > len - 2)
-        value_fail(v, VALUE_BROKEN, "it is cut short");
-    else
-        value_open_data(v, ring, bytes + 2, sealed_len, key, key_len, bytes + 2 + sealed_len, len - 2 - sealed_len,
-                        false);
-}
-
-static void value_open_v2(struct value *v, const struct ring *ring, const uint8_t *key, size_t key_len,
-                          const uint8_t *bytes, size_t len) {
-    const ProtobufCMessageDescriptor *type = &v2__etcd__encrypted_object__descriptor;
-    V2__Etcd__EncryptedObject *o = NULL;
-    if (strings_check(type, bytes, len) == 0)
-        o = (void *)protobuf_c_message_unpack(type, NULL, len, bytes);
-    char sealing_id[KEY_ID_LEN + 1] = "";
-    if (!o) {
-        value_fail(v, VALUE_BROKEN, "it is no EncryptedObject: damaged");
-        return;
-    }
-    ProtobufCBinaryData sealed = o->encrypted_dek_source;
-    if (sealed_shaped(sealed.data, sealed.len))
-        hex_encode(sealed.data + 1, FINGERPRINT_BYTES, sealing_id);
-    size_t id_len = strlen(o->key_id);
-    bool ours = id_len == KEY_ID_LEN && strspn(o->key_id, "0123456789abcdef") == id_len;
-    if (id_len == 0 || (sealing_id[0] && ring_find(ring, sealed.data + 1)))
-        ours = true; /* no plugin has an empty keyID; and a damaged one does not disown a value */
-    if (!ours)
-        value_fail(v, VALUE_FOREIGN, "it was sealed by another KMS plugin: its keyID is none of kmsplugin's");
-    else if (strcmp(o->key_id, sealing_id) != 0 || o->n_annotations > 0)
-        value_fail(v, VALUE_BROKEN, "its keyID and its sealed data key disagree, or it has annotations: damaged");
-    else if (o->encrypted_dek_source_type > V2__ETCD__DEKSOURCE_TYPE__HKDF_SHA256_XNONCE_AES_GCM_SEED)
-        value_fail(v, VALUE_BROKEN, "its data key is of a kind that this version does not know");
-    else
-        value_open_data(v, ring, sealed.data, sealed.len, key, key_len, o->encrypted_data.data, o->encrypted_data.len,
-                        o->encrypted_dek_source_type == V2__ETCD__DEKSOURCE_TYPE__HKDF_SHA256_XNONCE_AES_GCM_SEED);
-    protobuf_c_message_free_unpacked(&o->base, NULL);
-}
-
-/* Opens the value of an etcd key, if it is one of ours and can be opened. */
-static void value_open(struct value *v, const struct ring *ring, const uint8_t *key, size_t key_len,
-                       const uint8_t *bytes, size_t len) {
-    static const char any[] = "k8s:enc:", v1[] = "k8s:enc:kms:v1:", v2[] = "k8s:enc:kms:v2:";
-    enum { PREFIX_LEN = sizeof v1 - 1 };
-    memset(v, 0, sizeof *v);
-    if (len < sizeof any - 1 || memcmp(bytes, any, sizeof any - 1) != 0) {
-        value_fail(v, VALUE_PLAIN, "it is not encrypted");
-        return;
-    }
-    bool is_v2 = len >= PREFIX_LEN && memcmp(bytes, v2, PREFIX_LEN) == 0;
-    bool is_v1 = len >= PREFIX_LEN && memcmp(bytes, v1, PREFIX_LEN) == 0;
-    if (!is_v1 && !is_v2) {
-        value_fail(v, VALUE_FOREIGN, "it is encrypted by another provider than KMS");
-        return;
-    }
-    v->api = is_v2 ? API_V2 : API_V1;
-    const uint8_t *name_end = memchr(bytes + PREFIX_LEN, ':', len - PREFIX_LEN);
-    if (!name_end) {
-        value_fail(v, VALUE_BROKEN, "it is cut short");
-        return;
-    }
-    size_t left = len - (size_t)(name_end + 1 - bytes);
-    (is_v2 ? value_open_v2 : value_open_v1)(v, ring, key, key_len, name_end + 1, left);
 }
 
 static void value_wipe(struct value *v) {
@@ -4611,41 +4784,210 @@ static void value_wipe(struct value *v) {
     }
 }
 
+/* Opens  nonce[12] ciphertext tag[16]  under an AES key. */
+static void value_open_object(struct value *v, const struct ring *ring, const struct field *etcd_key,
+                              const uint8_t *aes_key, size_t aes_len, const uint8_t *data, size_t len) {
+    enum { GCM_NONCE_BYTES = 12 };
+    if (len < GCM_NONCE_BYTES + TAG_BYTES || (aes_len != 16 && aes_len != 24 && aes_len != 32)) {
+        value_fail(v, VALUE_BROKEN, "is cut short, or its data key has no AES length");
+        return;
+    }
+    v->len = len - GCM_NONCE_BYTES - TAG_BYTES;
+    v->object = malloc(v->len + 1);
+    if (!v->object)
+        die("out of memory");
+    v->state = VALUE_OPENED;
+    if (gcm_crypt(&ring->suite, false, aes_key, aes_len, data, etcd_key->bytes, etcd_key->len, data + GCM_NONCE_BYTES,
+                  v->len, v->object) == 0)
+        return;
+    value_wipe(v);
+    value_fail(v, VALUE_BROKEN,
+               v->api == API_V2 ? "does not open: it is damaged, or of another etcd key"
+                                : "does not open: it is damaged, of another etcd key, or AES-CBC "
+                                  "(Kubernetes up to 1.24), which carries no tag and is not opened");
+}
+
+/* Opens the DEK, and with it, or with what a seed and the info[32] in front of the data make, the data. */
+static void value_open_data(struct value *v, const struct ring *ring, const struct field *etcd_key,
+                            const uint8_t *sealed, size_t sealed_len, const uint8_t *data, size_t len, bool seed) {
+    enum { INFO_BYTES = 32 };
+    uint8_t dek[V2_CIPHERTEXT_MAX], expanded[KEK_BYTES], info[INFO_BYTES + 1];
+    if (!sealed_shaped(sealed, sealed_len) || sealed_len > V2_CIPHERTEXT_MAX) {
+        value_fail(v, VALUE_BROKEN, "has a data key that kmsplugin did not seal, or is damaged or cut short");
+        return;
+    }
+    hex_encode(sealed + 1, FINGERPRINT_BYTES, v->key_id);
+    enum opened opened = open_sealed(ring, v->api, sealed, sealed_len, dek);
+    size_t dek_len = sealed_len - SEALED_OVERHEAD;
+    if (opened == OPEN_UNKNOWN_KEY) {
+        value_fail(v, VALUE_UNKNOWN_KEY, "needs a KEK that is not configured");
+    } else if (opened != OPENED) {
+        value_fail(v, VALUE_BROKEN, "has a data key that does not open: it is damaged");
+    } else if (!seed) {
+        value_open_object(v, ring, etcd_key, dek, dek_len, data, len);
+    } else if (len < INFO_BYTES) {
+        value_fail(v, VALUE_BROKEN, "is cut short");
+    } else { /* HKDF-Expand, RFC 5869: one block, T(1) */
+        memcpy(info, data, INFO_BYTES);
+        info[INFO_BYTES] = 0x01;
+        hmac_sha256(dek, dek_len, info, sizeof info, expanded, sizeof expanded);
+        value_open_object(v, ring, etcd_key, expanded, sizeof expanded, data + INFO_BYTES, len - INFO_BYTES);
+    }
+    wipe(dek, sizeof dek);
+    wipe(expanded, sizeof expanded);
+}
+
+/*
+ * v1, behind the prefix. The provider's name ends at a colon and may hold others (ARNs do):
+ * each is tried, and a true tag decides. Else the first that a sealed DEK follows does, which
+ * says what is missing. The limit bounds what a made-up value costs.
+ */
+static void value_open_v1(struct value *v, const struct ring *ring, const struct field *etcd_key,
+                          const uint8_t *bytes, size_t len) {
+    const uint8_t *at = bytes, *end = bytes + len;
+    bool shaped = false;
+    value_fail(v, VALUE_BROKEN, "has a data key that kmsplugin did not seal, or is damaged or cut short");
+    while (at == bytes || at - bytes < V1_NAME_MAX) {
+        at = memchr(at, ':', (size_t)(end - at));
+        if (!at)
+            return;
+        at++;
+        size_t left = (size_t)(end - at), sealed_len = left < 2 ? 0 : (size_t)at[0] << 8 | at[1];
+        if (left < 2 || sealed_len > left - 2 || !sealed_shaped(at + 2, sealed_len))
+            continue;
+        struct value reading = {.api = API_V1};
+        value_open_data(&reading, ring, etcd_key, at + 2, sealed_len, at + 2 + sealed_len, left - 2 - sealed_len, false);
+        if (reading.state == VALUE_OPENED || !shaped)
+            *v = reading;
+        if (reading.state == VALUE_OPENED)
+            return;
+        shaped = true;
+    }
+}
+
+/*
+ * Whether kmsplugin has made an EncryptedObject, going by its keyID. No plugin has an empty
+ * one, and a damaged one does not disown a value: a sealed DEK under a KEK of the ring is ours.
+ */
+static bool object_is_ours(const struct field *key_id, const struct kek *kek) {
+    bool ours = key_id->len == KEY_ID_LEN;
+    for (size_t i = 0; i < key_id->len && ours; i++)
+        ours = key_id->bytes[i] && strchr("0123456789abcdef", key_id->bytes[i]);
+    return ours || key_id->len == 0 || kek;
+}
+
+/* v2, behind the prefix. The provider's name holds no colon. */
+static void value_open_v2(struct value *v, const struct ring *ring, const struct field *etcd_key,
+                          const uint8_t *bytes, size_t len) {
+    enum { TYPE_KEY, TYPE_SEED };
+    const uint8_t *colon = memchr(bytes, ':', len);
+    struct field o[FIELDS + 1];
+    if (!colon || fields_find(o, encrypted_object, colon + 1, len - (size_t)(colon + 1 - bytes)) < 0 ||
+        utf8_check(o[OBJECT_KEY_ID].bytes, o[OBJECT_KEY_ID].len) < 0) {
+        value_fail(v, VALUE_BROKEN, "is no EncryptedObject: it is damaged or cut short");
+        return;
+    }
+    const struct field *id = &o[OBJECT_KEY_ID], *sealed = &o[OBJECT_SOURCE], *data = &o[OBJECT_DATA];
+    char sealing_id[KEY_ID_LEN + 1] = "";
+    bool shaped = sealed_shaped(sealed->bytes, sealed->len);
+    if (shaped)
+        hex_encode(sealed->bytes + 1, FINGERPRINT_BYTES, sealing_id);
+    const uint8_t *type_at = o[OBJECT_TYPE].bytes;
+    uint64_t type = TYPE_KEY;
+    if (o[OBJECT_TYPE].number)
+        varint_next(&type_at, type_at + o[OBJECT_TYPE].len, &type);
+    if (!object_is_ours(id, shaped ? ring_find(ring, sealed->bytes + 1) : NULL))
+        value_fail(v, VALUE_FOREIGN, "was sealed by another KMS plugin: its keyID is none of kmsplugin's");
+    else if (id->len != strlen(sealing_id) || memcmp(id->bytes, sealing_id, id->len) != 0 || o[OBJECT_ANNOTATIONS].number)
+        value_fail(v, VALUE_BROKEN, "has a keyID that is not its data key's, or annotations: it is damaged");
+    else if (type > TYPE_SEED)
+        value_fail(v, VALUE_BROKEN, "has a data key of a kind that this version does not know");
+    else
+        value_open_data(v, ring, etcd_key, sealed->bytes, sealed->len, data->bytes, data->len, type == TYPE_SEED);
+}
+
+/* Opens the value of an etcd key, if it is one of ours and can be opened. */
+static void value_open(struct value *v, const struct ring *ring, const struct field *etcd_key, const uint8_t *bytes,
+                       size_t len) {
+    struct input in = input_judge(bytes, len);
+    *v = (struct value){.api = in.kind == INPUT_V1 ? API_V1 : API_V2};
+    if (in.kind == INPUT_V1)
+        value_open_v1(v, ring, etcd_key, bytes + KMS_PREFIX_LEN, len - KMS_PREFIX_LEN);
+    else if (in.kind == INPUT_V2)
+        value_open_v2(v, ring, etcd_key, bytes + KMS_PREFIX_LEN, len - KMS_PREFIX_LEN);
+    else
+        value_fail(v, in.kind == INPUT_PLAIN ? VALUE_PLAIN : in.kind == INPUT_FOREIGN ? VALUE_FOREIGN : VALUE_BROKEN, in.what);
+}
+
+/* Makes \n of each \r\n behind `from`. Returns the length that is left. */
+static size_t crlf_undo(uint8_t *bytes, size_t from, size_t len) {
+    size_t to = from;
+    for (size_t i = from; i < len; i++)
+        if (bytes[i] != '\r' || i + 1 == len || bytes[i + 1] != '\n')
+            bytes[to++] = bytes[i];
+    return to;
+}
+
 /* Standard input, read as far as is needed. */
 struct reader {
+    const char *verb;
     uint8_t *bytes;
     size_t at, len, cap;
-    bool header, more; /* of an etcd RangeResponse: it has one; it says that it is not all */
+    bool crlf;               /* a terminal has made \r\n of each \n: to be undone */
+    bool header, more;       /* of an etcd RangeResponse: it has one; it says that it is not all */
     uint64_t entries, count; /* seen, and announced (behind them) */
+    uint64_t total;          /* entries of all responses: several may follow each other */
 };
+
+__attribute__((noreturn))
+static void reader_die(const struct reader *r, const char *what) {
+    die("%s: standard input %s", r->verb, what);
+}
 
 /* Makes the next n bytes available at r->bytes + r->at; false when there are not as many. */
 static bool reader_need(struct reader *r, size_t n) {
-    if (r->len - r->at >= n)
+    size_t need = n + r->crlf; /* the last of them could be a \r that goes */
+    if (r->len - r->at >= need)
         return true;
-    if (n > RESCUE_INPUT_MAX)
-        die("standard input: more than 64 MiB for one value");
+    if (n > ENTRY_MAX)
+        reader_die(r, "has more than 4 MiB for one value, which etcd does not");
     if (r->at > 0)
         memmove(r->bytes, r->bytes + r->at, r->len - r->at);
     r->len -= r->at;
     r->at = 0;
-    if (r->cap < n + IN_BYTES) {
-        r->cap = 2 * n + IN_BYTES;
+    if (r->cap < need + IN_BYTES) {
+        r->cap = 2 * r->cap > need + IN_BYTES ? 2 * r->cap : need + IN_BYTES;
         r->bytes = realloc(r->bytes, r->cap);
         if (!r->bytes)
             die("out of memory");
     }
-    while (r->len < n) {
+    while (r->len < need) {
         ssize_t got = read(STDIN_FILENO, r->bytes + r->len, r->cap - r->len);
         if (got < 0 && errno == EINTR)
             continue;
         if (got < 0)
-            die("standard input: %s", strerror(errno));
+            reader_die(r, strerror(errno));
         if (got == 0)
-            return false;
+            return r->len >= n;
+        size_t from = r->len - (r->len > 0 && r->bytes[r->len - 1] == '\r');
         r->len += (size_t)got;
+        if (r->crlf)
+            r->len = crlf_undo(r->bytes, from, r->len);
     }
     return true;
+}
+
+/* Judges what standard input begins with. Of one that came through a terminal, a RangeResponse is told, and read. */
+static struct input reader_judge(struct reader *r) {
+    reader_need(r, JUDGED_BYTES);
+    bool terminal = r->len >= 2 && memcmp(r->bytes, "\r\n", 2) == 0; /* where a header has its \n */
+    if (terminal)
+        r->len = crlf_undo(r->bytes, 0, r->len);
+    struct input in = input_judge(r->bytes, r->len);
+    r->crlf = terminal && in.kind == INPUT_RESPONSE;
+    if (r->crlf)
+        note("%s: standard input came through a terminal: each \\r\\n is taken for the newline that it was", r->verb);
+    return in;
 }
 
 /* Reads a varint; false at the end of input. */
@@ -4656,90 +4998,284 @@ static bool reader_varint(struct reader *r, uint64_t *value) {
     if (r->len == r->at)
         return false;
     if (varint_next(&at, r->bytes + r->len, value) < 0)
-        die("standard input is no etcd RangeResponse (etcdctl get ... -w protobuf)");
+        reader_die(r, "is no whole RangeResponse of etcd: it is damaged or cut off");
     r->at += (size_t)(at - start);
     return true;
 }
 
-/* The next entry of an etcd RangeResponse, or NULL behind the last one. Dies on anything else. */
-static V2__Etcd__KeyValue *range_next(struct reader *r) {
-    enum { HEADER = 1 << 3 | 2, KVS = 2 << 3 | 2, MORE = 3 << 3 | 0, COUNT = 4 << 3 | 0 };
-    static const char no_response[] = "standard input is no etcd RangeResponse (etcdctl get ... -w protobuf)";
-    V2__Etcd__KeyValue *kv = NULL;
+/* Dies if not all of a response has been read. etcd writes a header first, and the number of entries last. */
+static void range_end(const struct reader *r) {
+    if (r->entries == 0 && r->count > 0)
+        reader_die(r, "has the number of entries alone: ask without --count-only");
+    if (r->more || ((r->header || r->count > 0) && r->count != r->entries))
+        die("%s: %llu of %llu entries: the response was cut off, or asked for with --limit", r->verb,
+            (unsigned long long)r->entries, (unsigned long long)r->count);
+}
+
+/*
+ * Finds the fields of the next entry of an etcd RangeResponse, which stay until the next one
+ * is asked for; false behind the last. Another response may follow a whole one: two prefixes
+ * in one pipe. Dies on anything else.
+ */
+static bool range_next(struct reader *r, struct field entry[FIELDS + 1]) {
     uint64_t tag, n;
-    while (!kv && reader_varint(r, &tag)) {
+    while (reader_varint(r, &tag)) {
         if (!reader_varint(r, &n))
-            die("standard input ends in the middle of a field");
-        if (tag == MORE) {
+            reader_die(r, "ends in the middle of a field");
+        if (tag == RANGE_MORE) {
             r->more = n != 0;
-        } else if (tag == COUNT) {
+        } else if (tag == RANGE_COUNT) {
             r->count = n;
-        } else if (tag == HEADER || tag == KVS) {
-            if (n > RESCUE_INPUT_MAX || !reader_need(r, (size_t)n))
-                die("standard input ends in the middle of an entry");
+        } else if (tag == RANGE_HEADER || tag == RANGE_KVS) {
+            if (n > ENTRY_MAX)
+                reader_die(r, "has more than 4 MiB for one entry, which etcd does not");
+            if (!reader_need(r, (size_t)n))
+                reader_die(r, "ends in the middle of an entry");
             const uint8_t *bytes = r->bytes + r->at;
             r->at += (size_t)n;
-            r->header |= tag == HEADER;
-            if (tag == KVS)
-                kv = (void *)protobuf_c_message_unpack(&v2__etcd__key_value__descriptor, NULL, (size_t)n, bytes);
-            if (tag == KVS && !kv)
-                die("%s", no_response);
+            if (tag == RANGE_KVS) {
+                if (fields_find(entry, key_value, bytes, (size_t)n) < 0)
+                    reader_die(r, "has an entry that is none of etcd's");
+                r->entries++;
+                r->total++;
+                return true;
+            }
+            bool another = r->header || r->entries > 0;
+            r->header = true;
+            if (another)
+                range_end(r);
+            r->entries = r->count = 0;
         } else {
-            die("%s", no_response);
+            reader_die(r, "is no RangeResponse of etcd from some point on: it is damaged");
         }
     }
-    if (kv)
-        r->entries++;
-    return kv;
+    return false;
 }
 
-/* Whether all of a response has been read: etcd writes a header first, and the number of entries last. */
-static bool range_complete(const struct reader *r) {
-    return !r->more && (r->header || r->count > 0 ? r->count == r->entries : true);
+/* As value_open, of a value behind which there may be the newline that `etcdctl get` ends with. */
+static void value_open_line(struct value *v, const struct ring *ring, const struct field *etcd_key,
+                            const uint8_t *bytes, size_t len) {
+    struct value without;
+    value_open(v, ring, etcd_key, bytes, len);
+    if (v->state != VALUE_BROKEN || len == 0 || bytes[len - 1] != '\n')
+        return;
+    value_open(&without, ring, etcd_key, bytes, len - 1);
+    if (without.state != VALUE_BROKEN)
+        *v = without;
 }
 
-/* Writes the object of an opened value, or dies saying why there is none. */
-static int unseal_finish(struct value *v) {
-    if (v->state == VALUE_UNKNOWN_KEY)
-        die("unseal: no KEK is configured with key_id %s", v->key_id);
-    if (v->state != VALUE_OPENED)
-        die("unseal: the value does not open: %s", v->why);
-    int rv = write_all(STDOUT_FILENO, v->object, v->len);
-    int error = errno;
-    value_wipe(v);
+/* Whether a program has taken octets for text: it puts U+FFFD for most of those over 0x7f. */
+static bool text_replaced(const uint8_t *bytes, size_t len) {
+    size_t replaced = 0;
+    for (size_t i = 0; i + 3 <= len; i++)
+        replaced += memcmp(bytes + i, "\xef\xbf\xbd", 3) == 0;
+    return replaced > len / 32;
+}
+
+/* Opens a raw value, which it changes: if it does not open as it is, perhaps a terminal's \r\n are to be undone. */
+static void raw_open(struct value *v, const struct ring *ring, const struct field *etcd_key, uint8_t *bytes, size_t len) {
+    struct value undone = {.state = VALUE_BROKEN};
+    value_open_line(v, ring, etcd_key, bytes, len);
+    if (v->state == VALUE_OPENED || v->state == VALUE_UNKNOWN_KEY)
+        return;
+    size_t left = crlf_undo(bytes, 0, len);
+    if (left < len)
+        value_open_line(&undone, ring, etcd_key, bytes, left);
+    if (undone.state == VALUE_OPENED)
+        note("unseal: the value came through a terminal: each \\r\\n is taken for the newline that it was");
+    if (undone.state == VALUE_OPENED || undone.state == VALUE_UNKNOWN_KEY) {
+        *v = undone;
+    } else if (text_replaced(bytes, left)) {
+        value_fail(v, VALUE_BROKEN, "went through a program that took it for text: octets are lost, fetch it anew");
+    }
+}
+
+/* Opens a raw value on standard input, whose etcd key is given, or stands on a line before it, or both. */
+static void unseal_raw(struct value *v, const struct ring *ring, const char *etcd_key, struct reader *r,
+                       enum input_kind kind) {
+    while (reader_need(r, r->len + 1)) /* all there is */
+        continue;
+    uint8_t *bytes = r->bytes;
+    size_t len = r->len;
+    struct field key = {.bytes = (const uint8_t *)etcd_key, .len = etcd_key ? strlen(etcd_key) : 0};
+    if (kind == INPUT_KEY_LINE) {
+        size_t line = (size_t)((uint8_t *)memchr(bytes, '\n', len) - bytes), line_len = line - (bytes[line - 1] == '\r');
+        if (etcd_key && (line_len != key.len || memcmp(bytes, etcd_key, line_len) != 0))
+            reader_die(r, "has another etcd key on its first line than the one named");
+        note("unseal: standard input has an etcd key on its first line: the value is taken for that key's");
+        key = (struct field){.bytes = bytes, .len = line_len};
+        bytes += line + 1;
+        len -= line + 1;
+    }
+    raw_open(v, ring, &key, bytes, len);
+}
+
+/*
+ * Opens the one entry of a RangeResponse, or the one of etcd_key. Not before the response
+ * is known to be whole, so the entry is kept meanwhile.
+ */
+static void unseal_response(struct value *v, const struct ring *ring, const char *etcd_key, struct reader *r) {
+    struct field entry[FIELDS + 1], key = {0};
+    uint8_t *kept = NULL;
+    size_t len = 0;
+    while (range_next(r, entry)) {
+        const struct field *k = &entry[KV_KEY];
+        if (etcd_key && (k->len != strlen(etcd_key) || memcmp(k->bytes, etcd_key, k->len) != 0))
+            continue;
+        if (kept)
+            reader_die(r, etcd_key ? "has several entries of this etcd key"
+                                   : "has several entries: name one etcd key, or use --all, or audit");
+        len = entry[KV_VALUE].len;
+        kept = malloc(k->len + len + 1);
+        if (!kept)
+            die("out of memory");
+        memcpy(kept, k->bytes, k->len);
+        memcpy(kept + k->len, entry[KV_VALUE].bytes, len);
+        key = (struct field){.bytes = kept, .len = k->len};
+    }
+    range_end(r);
+    if (!kept)
+        reader_die(r, etcd_key && r->total > 0 ? "has no entry of this etcd key" : "has no entry: does the etcd key exist?");
+    if (etcd_key)
+        note("unseal: standard input is a RangeResponse: its entry of this etcd key is taken");
+    value_open(v, ring, &key, kept + key.len, len);
+    free(kept);
+}
+
+/* Opens one value from stdin and writes the object, or dies saying why there is none. */
+static int unseal(const struct ring *ring, const char *etcd_key) {
+    struct reader r = {.verb = "unseal"};
+    struct value v;
+    struct input in = reader_judge(&r);
+    if (in.kind == INPUT_RESPONSE)
+        unseal_response(&v, ring, etcd_key, &r);
+    else if (in.kind == INPUT_KEY_LINE || (etcd_key && (in.kind == INPUT_V1 || in.kind == INPUT_V2)))
+        unseal_raw(&v, ring, etcd_key, &r, in.kind);
+    else if (in.kind == INPUT_V1 || in.kind == INPUT_V2)
+        die("unseal: standard input %s: name its etcd key, too", in.what);
+    else
+        reader_die(&r, in.what);
+    free(r.bytes);
+    if (v.state == VALUE_UNKNOWN_KEY)
+        die("unseal: no KEK is configured with key_id %s", v.key_id);
+    if (v.state != VALUE_OPENED)
+        die("unseal: the value %s", v.why);
+    int rv = write_all(STDOUT_FILENO, v.object, v.len), error = errno;
+    value_wipe(&v);
     if (rv < 0)
         die("standard output: %s", strerror(error));
     return 0;
 }
 
-/* Opens one value from stdin: raw, if its etcd key is given, else in a RangeResponse. */
-static int unseal(const struct ring *ring, const char *etcd_key) {
-    struct reader r = {0};
-    struct value v;
-    if (etcd_key) {
-        while (reader_need(&r, r.len - r.at + 1)) /* all there is */
-            continue;
-        const uint8_t *key = (const uint8_t *)etcd_key;
-        value_open(&v, ring, key, strlen(etcd_key), r.bytes, r.len);
-        if (v.state == VALUE_BROKEN && r.len > 0 && r.bytes[r.len - 1] == '\n') { /* etcdctl --print-value-only */
-            struct value without;
-            value_open(&without, ring, key, strlen(etcd_key), r.bytes, r.len - 1);
-            if (without.state != VALUE_BROKEN)
-                v = without;
-        }
-        free(r.bytes);
-        return unseal_finish(&v);
+/*
+ * A file name for a part of an etcd key between slashes: letters, digits and what
+ * Kubernetes has in names stay, all else becomes %XX, so none is ".", "..", hidden, or
+ * anything to a shell. -1 with errno if it is too long.
+ */
+static int file_name(char name[NAME_MAX + 1], const uint8_t *part, size_t len) {
+    struct text t = {.buf = name, .cap = NAME_MAX + 1};
+    for (size_t i = 0; i < len; i++) {
+        unsigned c = part[i];
+        bool alphanumeric = in_range(c, '0', '9') || in_range(c | 32, 'a', 'z');
+        if (alphanumeric || (i > 0 && c && strchr(".-", (int)c)) || (c && strchr("_:@+=", (int)c)))
+            text_char(&t, (char)c);
+        else
+            text_add(&t, "%%%02x", c);
     }
-    V2__Etcd__KeyValue *kv = range_next(&r);
-    if (!kv)
-        die("unseal: standard input holds no entry: does the etcd key exist?");
-    V2__Etcd__KeyValue *second = range_next(&r);
-    if (second || !range_complete(&r))
-        die("unseal: standard input is not one whole entry: name one etcd key, or use audit");
-    value_open(&v, ring, kv->key.data, kv->key.len, kv->value.data, kv->value.len);
-    protobuf_c_message_free_unpacked(&kv->base, NULL);
+    if (len == 0)
+        text_char(&t, '%');
+    if (t.len == t.cap) {
+        errno = ENAMETOOLONG;
+        return -1;
+    }
+    name[t.len] = '\0';
+    return 0;
+}
+
+/* Makes a directory in another one if it is not there, and opens it: no link. -1 with errno. */
+static int directory_enter(int dir, const char *name) {
+    if (mkdirat(dir, name, 0700) < 0 && errno != EEXIST)
+        return -1;
+    return openat(dir, name, O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC);
+}
+
+/* Writes a new file, whole or not at all. 0, or -1 with errno. */
+static int object_write(int dir, const char *name, const uint8_t *bytes, size_t len) {
+    int fd = openat(dir, name, O_WRONLY | O_CREAT | O_EXCL | O_NOFOLLOW | O_CLOEXEC, 0600);
+    if (fd < 0)
+        return -1;
+    int rv = write_all(fd, bytes, len), error = errno;
+    if (close(fd) < 0 && rv == 0)
+        rv = -1, error = errno;
+    if (rv < 0)
+        unlinkat(dir, name, 0);
+    errno = error;
+    return rv;
+}
+
+/* Writes an object to the path that its etcd key is below `top`. 0, or -1 with errno. */
+static int object_save(int top, const struct field *etcd_key, const struct value *v) {
+    const uint8_t *at = etcd_key->bytes, *end = at + etcd_key->len, *slash;
+    char name[NAME_MAX + 1];
+    int dir = top, rv = 0;
+    if (at < end && *at == '/')
+        at++;
+    while (rv == 0 && (slash = memchr(at, '/', (size_t)(end - at)))) {
+        int below = file_name(name, at, (size_t)(slash - at)) < 0 ? -1 : directory_enter(dir, name);
+        int error = errno;
+        if (dir != top)
+            close(dir);
+        errno = error;
+        if (below < 0)
+            return -1;
+        dir = below;
+        at = slash + 1;
+    }
+    rv = file_name(name, at, (size_t)(end - at)) < 0 ? -1 : object_write(dir, name, v->object, v->len);
+    int error = errno;
+    if (dir != top)
+        close(dir);
+    errno = error;
+    return rv;
+}
+
+/* Opens all values of a RangeResponse on stdin into files below a directory. What gives no file is named: exit status 1. */
+static int unseal_all(const struct ring *ring, const char *path) {
+    struct reader r = {.verb = "unseal"};
+    struct field entry[FIELDS + 1];
+    uint64_t written = 0;
+    struct input in = reader_judge(&r);
+    if (in.kind != INPUT_RESPONSE)
+        die("unseal: standard input %s%s", in.what, in.kind == INPUT_OTHER ? "" : ": --all reads " RESPONSE_SOURCE);
+    int top = directory_enter(AT_FDCWD, path);
+    if (top < 0)
+        die("unseal: %s: %s", path, strerror(errno));
+    while (range_next(&r, entry)) {
+        const struct field *key = &entry[KV_KEY];
+        struct value v;
+        value_open(&v, ring, key, entry[KV_VALUE].bytes, entry[KV_VALUE].len);
+        if (v.state == VALUE_UNKNOWN_KEY)
+            note("%.*s needs the KEK with key_id %s", (int)key->len, (const char *)key->bytes, v.key_id);
+        else if (v.state != VALUE_OPENED)
+            note("%.*s %s", (int)key->len, (const char *)key->bytes, v.why);
+        else if (object_save(top, key, &v) < 0)
+            note("%.*s cannot be written: %s", (int)key->len, (const char *)key->bytes, strerror(errno));
+        else
+            written++;
+        value_wipe(&v);
+    }
+    if (syncfs(top) < 0)
+        die("unseal: %s: %s", path, strerror(errno));
+    close(top);
     free(r.bytes);
-    return unseal_finish(&v);
+    print(STDOUT_FILENO, "written values=%llu\n", (unsigned long long)written);
+    range_end(&r);
+    if (r.total == 0)
+        reader_die(&r, "has no entry: does the prefix exist?");
+    if (written < r.total)
+        die("unseal: %llu of %llu values were not written", (unsigned long long)(r.total - written),
+            (unsigned long long)r.total);
+    return 0;
 }
 
 /* What an audit has counted: values of ours by API and KEK, and the others. */
@@ -4752,18 +5288,23 @@ struct audit {
     } rows[AUDIT_ROWS_MAX];
     size_t row_count;
     uint64_t plain, foreign, broken;
+    uint64_t missing; /* under KEKs that have no row any more */
 };
 
+/* There is always a row for each KEK of the ring; of what is missing anybody may have made up any number. */
 static void audit_count(struct audit *a, const struct value *v) {
-    size_t i = 0;
+    enum { ROWS_KNOWN = 2 * KEK_MAX };
+    size_t i = 0, max = v->state == VALUE_OPENED ? AUDIT_ROWS_MAX : AUDIT_ROWS_MAX - ROWS_KNOWN;
     if (v->state != VALUE_OPENED && v->state != VALUE_UNKNOWN_KEY) {
         (*(v->state == VALUE_PLAIN ? &a->plain : v->state == VALUE_FOREIGN ? &a->foreign : &a->broken))++;
         return;
     }
     while (i < a->row_count && (a->rows[i].api != v->api || strcmp(a->rows[i].key_id, v->key_id) != 0))
         i++;
-    if (i == AUDIT_ROWS_MAX)
-        die("audit: more than %d key_ids", AUDIT_ROWS_MAX);
+    if (i == a->row_count && a->row_count >= max) {
+        a->missing++;
+        return;
+    }
     if (i == a->row_count) {
         a->rows[a->row_count] = (struct audit_row){.api = v->api, .state = v->state};
         memcpy(a->rows[a->row_count++].key_id, v->key_id, sizeof v->key_id);
@@ -4771,44 +5312,60 @@ static void audit_count(struct audit *a, const struct value *v) {
     a->rows[i].count++;
 }
 
+/* How audit calls what is not under the sealing KEK. */
+static const char *const audit_labels[] = {"other-kek", "plaintext", "foreign", "missing-kek", "broken"};
+
 /* Prints an etcd key, which could hold anything, on a line of its own. */
-static void audit_list(const char *label, ProtobufCBinaryData key) {
+static void audit_list(const char *label, const struct field *key) {
     char line[LOG_LINE_MAX];
     struct text t = {.buf = line, .cap = sizeof line};
-    text_value(&t, (const char *)key.data, key.len);
+    text_value(&t, (const char *)key->bytes, key->len);
     print(STDOUT_FILENO, "%s %.*s\n", label, (int)t.len, line);
+}
+
+/* Prints the rows. Returns how many values are under the sealing KEK. */
+static uint64_t audit_print(const struct audit *a, const char *sealing_id) {
+    uint64_t sealing = 0;
+    for (size_t i = 0; i < a->row_count; i++) {
+        const struct audit_row *row = &a->rows[i];
+        bool seals = strcmp(row->key_id, sealing_id) == 0;
+        print(STDOUT_FILENO, "%s key_id=%s values=%llu %s\n", row->api == API_V2 ? "v2" : "v1", row->key_id,
+              (unsigned long long)row->count, seals ? "sealing-kek" : audit_labels[row->state]);
+        sealing += seals ? row->count : 0;
+    }
+    if (a->missing > 0)
+        print(STDOUT_FILENO, "further key_ids values=%llu missing-kek\n", (unsigned long long)a->missing);
+    print(STDOUT_FILENO, "plaintext values=%llu\nforeign values=%llu\nbroken values=%llu\n", (unsigned long long)a->plain,
+          (unsigned long long)a->foreign, (unsigned long long)a->broken);
+    return sealing;
 }
 
 /* May a KEK be retired? Counts the values of a RangeResponse on stdin: 0, or exit status 1. */
 static int audit(const struct ring *ring, bool strict, bool list) {
-    static const char *const labels[] = {"other-kek", "plaintext", "foreign", "missing-kek", "broken"};
-    struct reader r = {0};
+    struct reader r = {.verb = "audit"};
     struct audit a = {0};
-    uint64_t sealing = 0, other = 0;
+    struct field entry[FIELDS + 1];
     const char *sealing_id = ring->keks[0].key_id;
-    V2__Etcd__KeyValue *kv;
-    while ((kv = range_next(&r))) {
+    uint64_t empty = 0;
+    struct input in = reader_judge(&r);
+    if (in.kind != INPUT_RESPONSE)
+        die("audit: standard input %s%s", in.what, in.kind == INPUT_OTHER ? "" : ": audit reads " RESPONSE_SOURCE);
+    while (range_next(&r, entry)) {
         struct value v;
-        value_open(&v, ring, kv->key.data, kv->key.len, kv->value.data, kv->value.len);
+        value_open(&v, ring, &entry[KV_KEY], entry[KV_VALUE].bytes, entry[KV_VALUE].len);
         audit_count(&a, &v);
+        empty += entry[KV_VALUE].len == 0;
         if (list && (v.state != VALUE_OPENED || strcmp(v.key_id, sealing_id) != 0))
-            audit_list(labels[v.state], kv->key);
+            audit_list(audit_labels[v.state], &entry[KV_KEY]);
         value_wipe(&v);
-        protobuf_c_message_free_unpacked(&kv->base, NULL);
     }
     free(r.bytes);
-    for (size_t i = 0; i < a.row_count; i++) {
-        const struct audit_row *row = &a.rows[i];
-        bool seals = strcmp(row->key_id, sealing_id) == 0;
-        print(STDOUT_FILENO, "%s key_id=%s values=%llu %s\n", row->api == API_V2 ? "v2" : "v1", row->key_id,
-              (unsigned long long)row->count, seals ? "sealing-kek" : labels[row->state]);
-        *(seals ? &sealing : &other) += row->count;
-    }
-    print(STDOUT_FILENO, "plaintext values=%llu\nforeign values=%llu\nbroken values=%llu\n",
-          (unsigned long long)a.plain, (unsigned long long)a.foreign, (unsigned long long)a.broken);
-    if (!range_complete(&r))
-        die("audit: %llu of %llu entries: the response was cut off, or asked for with --limit",
-            (unsigned long long)r.entries, (unsigned long long)r.count);
+    uint64_t sealing = audit_print(&a, sealing_id), other = r.total - sealing - a.plain - a.foreign - a.broken;
+    range_end(&r);
+    if (r.total == 0)
+        reader_die(&r, "has no entry: does the prefix exist?");
+    if (empty == r.total)
+        reader_die(&r, "has etcd keys without values: ask without --keys-only");
     if (other + a.broken > 0)
         die("audit: %llu values are not under the sealing KEK, %llu do not open: keep every KEK",
             (unsigned long long)other, (unsigned long long)a.broken);
@@ -4824,7 +5381,7 @@ static int audit(const struct ring *ring, bool strict, bool list) {
 
 struct options {
     struct serve_options serve;
-    const char *argument, *expected_key_id;
+    const char *argument, *expected_key_id, *all;
     int64_t timeout_ms;
     bool strict, list;
 };
@@ -4855,6 +5412,9 @@ static const char help[] =
     "Options of probe:\n"
     "  --timeout SECONDS           for all of it (3)\n"
     "  --expect-key-id KEY_ID      fail when the server seals under another KEK\n"
+    "Options of unseal:\n"
+    "  --all DIR                   every value of etcdctl get --prefix ... -w protobuf, each\n"
+    "                              to a new file of its etcd key's name below DIR\n"
     "Options of audit:\n"
     "  --strict                    plaintext and foreign values count as failures\n"
     "  --list                      name the etcd keys not under the sealing KEK\n"
@@ -5080,6 +5640,12 @@ static void set_expect_key_id(struct options *o, const char *value) {
     o->expected_key_id = value;
 }
 
+static void set_all(struct options *o, const char *value) {
+    if (value[0] == '\0')
+        die_usage("--all needs a directory");
+    o->all = value;
+}
+
 static void set_strict(struct options *o, const char *value) {
     (void)value;
     o->strict = true;
@@ -5107,6 +5673,7 @@ static bool options_set(struct options *o, enum verb verb, const char *name, con
         {"--log-level", SERVE, true, set_log_level},
         {"--timeout", PROBE, true, set_timeout},
         {"--expect-key-id", PROBE, true, set_expect_key_id},
+        {"--all", UNSEAL, true, set_all},
         {"--strict", AUDIT, false, set_strict},
         {"--list", AUDIT, false, set_list},
     };
@@ -5166,6 +5733,8 @@ static enum verb options_parse(struct options *o, int argc, char **argv) {
             o->argument = argv[i];
         }
     }
+    if (o->all && o->argument)
+        die_usage("unseal: one ETCD_KEY, or --all");
     return verb;
 }
 
@@ -5324,7 +5893,10 @@ static int keyid(const struct ring *ring) {
 /* Runs a verb that needs the ring and ends with it. */
 static int with_ring(enum verb verb, const struct options *o) {
     struct ring *ring = ring_load();
-    int rv = verb == KEYID ? keyid(ring) : verb == UNSEAL ? unseal(ring, o->argument) : audit(ring, o->strict, o->list);
+    int rv = verb == KEYID   ? keyid(ring)
+             : verb == AUDIT ? audit(ring, o->strict, o->list)
+             : o->all        ? unseal_all(ring, o->all)
+                             : unseal(ring, o->argument);
     ring_free(ring);
     stack_wipe();
     return rv;

@@ -18,7 +18,8 @@ from sealed import V1, V2
 
 VERBS = ('serve', 'probe', 'genkey', 'keyid', 'unseal', 'audit')
 OPTIONS = ('--listen', '--mode', '--group', '--allow-uid', '--max-connections', '--sandbox',
-           '--log-level', '--timeout', '--expect-key-id', '--strict', '--list', '--version', '--help')
+           '--log-level', '--timeout', '--expect-key-id', '--all', '--strict', '--list', '--version',
+           '--help')
 
 
 class Usage(Case):
@@ -65,7 +66,8 @@ class Usage(Case):
                      ('probe', 'unix:///a/b', 'unix:///c/d'), ('probe', '--listen', 'x'),
                      ('genkey', 'extra'), ('keyid', 'extra'), ('unseal', 'a', 'b'),
                      ('genkey', '--nonsense'), ('audit', 'extra'), ('audit', '--nonsense'),
-                     ('unseal', '--nonsense')):
+                     ('unseal', '--nonsense'), ('unseal', '--all'), ('unseal', '--all='),
+                     ('unseal', '--all', 'a', 'b'), ('audit', '--all', 'a')):
             with self.subTest(args=args):
                 self.dies(*args, code=2, kek=KEK)
 

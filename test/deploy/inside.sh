@@ -259,6 +259,9 @@ check 'rescued as it was' cmp example.bin /tmp/values/object
 rm example.bin
 doc rescue-raw
 check 'rescued from the raw value' cmp example.bin /tmp/values/object
+doc rescue-all
+check 'all rescued' cmp objects/registry/secrets/default/example /tmp/values/object
+rm -rf objects
 doc putback
 etcdctl get /registry/secrets/default/example --print-value-only >value
 check 'put back in plaintext' cmp -n "$(wc -c </tmp/values/object)" value /tmp/values/object
@@ -279,10 +282,22 @@ row() { echo "INSERT INTO kine (name, created, deleted, value) VALUES ('/registr
     row stranger 0 "$(blob stranger)"
 } | sqlite3 /var/lib/rancher/k3s/server/db/state.db
 rm -f example.bin
+cp /test/deploy/k3s/*.sql .
 doc sqlite
 check 'opened from SQLite' cmp example.bin /tmp/values/object
-doc sqlite-audit
-check 'SQLite: names what does not open' same "$(sort "$said" | tr '\n' ' ')" '/registry/secrets/default/plain /registry/secrets/default/stranger '
+docfails sqlite-audit
+check 'SQLite: names what does not open' same "$(grep ' /registry' "$said" | sort | tr '\n' ' ')" \
+    'missing-kek /registry/secrets/default/stranger plaintext /registry/secrets/default/plain '
+docfails sqlite-history
+check 'SQLite: plaintext of a row that was deleted' grep -q '^plaintext values=3$' "$said"
+docfails sqlite-all
+check 'SQLite: all that open' same "$(cd objects && find . -type f | sort | tr '\n' ' ')" \
+    './registry/secrets/default/example ./registry/secrets/default/older '
+check 'SQLite: as they were' cmp objects/registry/secrets/default/older /tmp/values/object
+rm -rf objects
+doc sqlite-copy
+check 'SQLite: a copy' test "$(sqlite3 -readonly copy.db 'SELECT count(*) FROM kine')" = 7
+rm copy.db
 
 # ---- metrics
 check 'alert rules: syntax' promtool check rules /test/deploy/metrics/kmsplugin.rules.yaml

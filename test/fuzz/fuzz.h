@@ -17,24 +17,22 @@
 #define getrandom fuzz_getrandom
 #define clock_gettime fuzz_clock_gettime
 #define open fuzz_open
+#ifdef FUZZ_EXITS /* what is fuzzed ends in exit(), and leaves its memory to the system */
+#define malloc fuzz_malloc
 #define realloc fuzz_realloc
 #define free fuzz_free
-#define protobuf_c_message_unpack fuzz_unpack
-#define protobuf_c_message_free_unpacked fuzz_free_unpacked
+#endif
 int kmsplugin_main(int argc, char **argv);
 #include "../../kmsplugin.c"
 #undef main
 #undef exit
+#undef malloc
 #undef realloc
 #undef free
-#undef protobuf_c_message_unpack
-#undef protobuf_c_message_free_unpacked
 
 #include <setjmp.h>
 
-ProtobufCMessage *protobuf_c_message_unpack(const ProtobufCMessageDescriptor *, ProtobufCAllocator *, size_t,
-                                            const uint8_t *);
-void protobuf_c_message_free_unpacked(ProtobufCMessage *, ProtobufCAllocator *);
+void *malloc(size_t);
 void *realloc(void *, size_t);
 void free(void *);
 int LLVMFuzzerTestOneInput(const uint8_t *bytes, size_t len);
@@ -98,57 +96,40 @@ int fuzz_open(const char *path, int flags, ...) {
     return 3;
 }
 
-/* Memory of what can end in exit(): one block of realloc(), and all of unpacked messages. */
-static void *fuzz_block;
-static union fuzz_kept {
-    union fuzz_kept *next;
-    max_align_t align;
-} *fuzz_kept;
+#ifdef FUZZ_EXITS
+static void *fuzz_blocks[8]; /* that there are */
+
+static void *fuzz_replace(const void *old, void *p) {
+    size_t i = 0;
+    while (fuzz_blocks[i] != old)
+        HOLDS(++i < sizeof fuzz_blocks / sizeof *fuzz_blocks);
+    return fuzz_blocks[i] = p;
+}
+
+void *fuzz_malloc(size_t size) {
+    return fuzz_replace(NULL, malloc(size));
+}
 
 void *fuzz_realloc(void *p, size_t size) {
-    HOLDS(p == NULL || p == fuzz_block);
-    return fuzz_block = realloc(p, size);
+    uintptr_t old = (uintptr_t)p;
+    return fuzz_replace((void *)old, realloc(p, size));
 }
 
 void fuzz_free(void *p) {
-    if (p == fuzz_block)
-        fuzz_block = NULL;
+    if (p)
+        fuzz_replace(p, NULL);
     free(p);
 }
 
-static void *fuzz_keep(void *unused, size_t size) {
-    (void)unused;
-    union fuzz_kept *k = malloc(sizeof *k + size);
-    HOLDS(k);
-    k->next = fuzz_kept;
-    fuzz_kept = k;
-    return k + 1;
-}
-
-static void fuzz_keep_on(void *unused, void *p) {
-    (void)unused, (void)p; /* until fuzz_forget */
-}
-
-static ProtobufCAllocator fuzz_allocator = {fuzz_keep, fuzz_keep_on, NULL};
-
-ProtobufCMessage *fuzz_unpack(const ProtobufCMessageDescriptor *type, ProtobufCAllocator *a, size_t len,
-                              const uint8_t *bytes) {
-    return protobuf_c_message_unpack(type, a ? a : &fuzz_allocator, len, bytes);
-}
-
-void fuzz_free_unpacked(ProtobufCMessage *m, ProtobufCAllocator *a) {
-    protobuf_c_message_free_unpacked(m, a ? a : &fuzz_allocator);
-}
-
+/* Frees what an exit() has left. Without one, nothing is. */
 static inline void fuzz_forget(bool exited) {
-    for (union fuzz_kept *k; (k = fuzz_kept);) {
-        fuzz_kept = k->next;
-        free(k);
+    for (size_t i = 0; i < sizeof fuzz_blocks / sizeof *fuzz_blocks; i++) {
+        HOLDS(exited || !fuzz_blocks[i]);
+        free(fuzz_blocks[i]);
+        fuzz_blocks[i] = NULL;
     }
-    if (exited)
-        free(fuzz_block);
-    fuzz_block = NULL;
 }
+#endif
 
 /* Key number n, which no check refuses. */
 static inline void fuzz_key(unsigned n, uint8_t key[KEK_BYTES]) {

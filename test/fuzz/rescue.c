@@ -2,10 +2,12 @@
  * Fuzzes unseal and audit: any standard input, and values made as kube-apiserver
  * makes them with at most one byte changed.
  *
- *     0   1   0 unseal of a raw value; 1 of a RangeResponse; 2 audit; 3 audit --strict --list;
- *             4 a v1 value, 5 a v2 value, 6 a v2 value under a seed, all in a RangeResponse to unseal
+ *     0   1   0 unseal with an etcd key; 1 without; 2 audit; 3 audit --strict --list;
+ *             4 a v1 value, 5 a v2 value, 6 a v2 value under a seed, all in a RangeResponse to unseal;
+ *             and 7 times the way there: 0 none, 1 through a terminal, 2 raw through a terminal
  *     1   n   standard input; or, from 4 on: place (2 bytes) and change of a byte, then the object
  */
+#define FUZZ_EXITS
 #include "fuzz.h"
 
 static const uint8_t *input;
@@ -45,6 +47,17 @@ static int run(unsigned what) {
     int rv = what == 0 ? unseal(ring, etcd_key) : what == 1 ? unseal(ring, NULL) : audit(ring, what == 3, what == 3);
     fuzz_forget(false);
     return rv;
+}
+
+/* What a terminal makes of it. */
+static size_t terminal(const uint8_t *bytes, size_t len, uint8_t *out) {
+    size_t n = 0;
+    for (size_t i = 0; i < len; i++) {
+        if (bytes[i] == '\n')
+            out[n++] = '\r';
+        out[n++] = bytes[i];
+    }
+    return n;
 }
 
 /* A value as it lies in etcd, in a RangeResponse. Returns its length, and where in it the value is. */
@@ -88,9 +101,10 @@ static size_t value_make(unsigned what, const uint8_t *object, size_t len, uint8
     V2__Etcd__KeyValue kv = V2__ETCD__KEY_VALUE__INIT;
     kv.key = (ProtobufCBinaryData){sizeof etcd_key - 1, (uint8_t *)(uintptr_t)etcd_key};
     kv.value = (ProtobufCBinaryData){n, value};
-    size_t size = protobuf_c_message_get_packed_size(&kv.base), at = 0;
+    size_t size = protobuf_c_message_get_packed_size(&kv.base), at = 4;
+    memcpy(out, "\n\x02\x08\x01", at); /* the header */
     out[at++] = 2 << 3 | 2;
-    for (size_t left = size; at < 8; left >>= 7) { /* a varint */
+    for (size_t left = size; at < 12; left >>= 7) { /* a varint */
         out[at++] = (uint8_t)((left & 0x7f) | (left > 0x7f ? 0x80 : 0));
         if (left <= 0x7f)
             break;
@@ -98,15 +112,16 @@ static size_t value_make(unsigned what, const uint8_t *object, size_t len, uint8
     protobuf_c_message_pack(&kv.base, out + at);
     *value_at = at + size - n;
     *value_len = n;
-    return at + size;
+    memcpy(out + at + size, "\x20\x01", 2); /* the count */
+    return at + size + 2;
 }
 
 int LLVMFuzzerTestOneInput(const uint8_t *bytes, size_t len) {
-    static uint8_t made[16 * 1024];
+    static uint8_t made[16 * 1024], shown[2 * sizeof made];
     enum { OBJECT_MAX = 4096, NAME_AT = 15 };
     if (len < 4)
         return 0;
-    unsigned what = bytes[0] % 7;
+    unsigned what = bytes[0] % 7, way = bytes[0] / 7 % 3;
     said_len = 0;
     if (what < 4) {
         input = bytes + 1;
@@ -122,7 +137,16 @@ int LLVMFuzzerTestOneInput(const uint8_t *bytes, size_t len) {
     made[at + place] ^= bytes[3];
     input = made;
     input_len = total;
-    int status = run(1);
+    if (way == 2) { /* with etcdctl's newline; from its first byte on it has to be a value */
+        made[at + n] = '\n';
+        input = made + at;
+        input_len = n + 1;
+    }
+    if (way > 0) {
+        input_len = terminal(input, input_len, shown);
+        input = shown;
+    }
+    int status = run(way == 2 ? 0 : 1);
     /* the whole object or nothing; only a change of the provider's name, which nothing covers, may do no harm */
     HOLDS(status == 0 ? said_len == object_len && memcmp(said, bytes + 4, object_len) == 0 : said_len == 0);
     HOLDS(bytes[3] == 0 ? status == 0 : status == 1 || place == NAME_AT || what != 4);

@@ -1,7 +1,7 @@
 #!/bin/sh
 # All tests with Kubernetes' own code: its client code (this folder), the client
-# halves of older API servers (compat/), and a real kube-apiserver with a real etcd
-# (cluster/). The last line is "N passed, N failed", with "N skipped" if some were
+# halves of older API servers (compat/), and a real kube-apiserver with a real etcd,
+# or with kine on SQLite (cluster/). The last line is "N passed, N failed", with "N skipped" if some were
 # (they need root); to fail is also to run nothing.
 #
 #     cluster.sh          all of it
@@ -57,9 +57,10 @@ build() {
     kubernetes=$(module_version k8s.io/kubernetes)
     list='k8s.io/kubernetes/cmd/kube-apiserver k8s.io/kubernetes/cmd/kubeadm k8s.io/kubernetes/cmd/kubectl
         go.etcd.io/etcd/server/v3=etcd go.etcd.io/etcd/etcdctl/v3=etcdctl go.etcd.io/etcd/etcdutl/v3=etcdutl'
-    stamp="$kubernetes $(module_version go.etcd.io/etcd/server/v3) $(go version) $list"
+    kine=$(cd ../kine && module_version github.com/k3s-io/kine)
+    stamp="$kubernetes $(module_version go.etcd.io/etcd/server/v3) kine $kine $(go version) $list"
     [ "$(cat "$KUBE_PROGRAMS/stamp" 2>/dev/null)" != "$stamp" ] || return 0
-    echo "== building kube-apiserver $kubernetes, etcd and others (minutes, once)"
+    echo "== building kube-apiserver $kubernetes, etcd, kine $kine and others (minutes, once)"
     mkdir -p "$KUBE_PROGRAMS"
     rm -f "$KUBE_PROGRAMS/stamp"
     for program in $list; do
@@ -67,6 +68,7 @@ build() {
         go build -trimpath -ldflags="-s -w -X k8s.io/component-base/version.gitVersion=$kubernetes" \
             -o "$KUBE_PROGRAMS/$name" "${program%=*}" || return
     done
+    (cd ../kine && go build -trimpath -ldflags='-s -w' -o "$KUBE_PROGRAMS/kine" github.com/k3s-io/kine) || return
     echo "$stamp" >"$KUBE_PROGRAMS/stamp"
 }
 

@@ -17,11 +17,11 @@ import (
 
 // What doc/operate.md tells to type, literally. (Most of it: test/deploy.sh, under systemd.)
 
-// guide returns the block of shell under `<!-- cluster: NAME -->`.
+// guide returns the block of shell under `<!-- cluster: NAME -->`, or under `run:`, which test/deploy.sh runs, too.
 func guide(t *testing.T, name string) string {
 	t.Helper()
 	text := must(os.ReadFile("../../../doc/operate.md"))(t)
-	block := regexp.MustCompile("(?s)\n<!-- cluster: " + name + " -->\n```sh\n(.*?)```\n").FindSubmatch(text)
+	block := regexp.MustCompile("(?s)\n<!-- (?:cluster|run): " + name + " -->\n```sh\n(.*?)```\n").FindSubmatch(text)
 	if block == nil {
 		t.Fatalf("doc/operate.md has no block %s", name)
 	}

@@ -197,7 +197,7 @@ func tail(file string, n int) string {
 // command runs something that ends by itself: its exit status, stdout and stderr.
 func command(t *testing.T, env []string, stdin []byte, argv ...string) (int, []byte, string) {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Minute)
 	defer cancel()
 	cmd := exec.CommandContext(ctx, argv[0], argv[1:]...)
 	var stdout, stderr bytes.Buffer
@@ -227,6 +227,13 @@ func startEtcd(t *testing.T, dir string) *etcd {
 	e.process = spawn(t, dir, "etcd", nil, nil, filepath.Join(programs, "etcd"), "--data-dir="+dir+"/data", "--log-level=warn",
 		"--listen-client-urls="+e.url, "--advertise-client-urls="+e.url, "--listen-peer-urls="+peer,
 		"--initial-advertise-peer-urls="+peer, "--initial-cluster=default="+peer, "--unsafe-no-fsync")
+	e.connect(t)
+	return e
+}
+
+// connect waits until it answers.
+func (e *etcd) connect(t *testing.T) {
+	t.Helper()
 	e.client = must(clientv3.New(clientv3.Config{Endpoints: []string{e.url}, Logger: zap.NewNop(), DialTimeout: 5 * time.Second}))(t)
 	t.Cleanup(func() { e.client.Close() })
 	eventually(t, 30*time.Second, "etcd", func() error {
@@ -235,7 +242,6 @@ func startEtcd(t *testing.T, dir string) *etcd {
 		_, err := e.client.Get(ctx, "x")
 		return err
 	})
-	return e
 }
 
 // ctl runs etcdctl, as an operator would, and wants it to succeed.

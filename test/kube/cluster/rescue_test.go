@@ -3,6 +3,9 @@ package cluster
 import (
 	"bytes"
 	"context"
+	"encoding/base64"
+	"os"
+	"os/exec"
 	"strings"
 	"testing"
 	"time"
@@ -73,6 +76,73 @@ func TestRescue(t *testing.T) {
 		}
 	}
 	figures(t, "Kubernetes %s: 10 Secrets of v1 and 10 of v2 unsealed, put back with etcdctl, served under identity", a.version(t))
+}
+
+// All of it into files, and one of them into YAML and into another cluster.
+func TestRescueElsewhere(t *testing.T) {
+	key := newKEK()
+	e, p := startEtcd(t, tempDir(t)), newPlugin(t)
+	p.start(t, key)
+	a := newAPIServer(t, e)
+	a.configure(t, "secrets: "+v2("vault", p))
+	a.start(t)
+	s := write(t, "good", 20, a).withExample(t, a)
+	a.stop(t)
+	p.stop(t)
+	dir := tempDir(t)
+	raw := e.raw(t, registry)
+	code, stdout, stderr := verb(t, []kek{key}, e.ctl(t, nil, "get", "--prefix", "/registry/secrets", "-w", "protobuf"), "unseal", "--all", dir+"/objects")
+	if code != 0 || string(stdout) != "written values=21\n" || stderr != "" {
+		t.Fatalf("exit %d, %s%s", code, stdout, stderr)
+	}
+	for name, secret := range s {
+		object, err := os.ReadFile(dir + "/objects" + registry + name)
+		if err == nil {
+			err = decode(object, raw[registry+name].ModRevision, secret)
+		}
+		if err != nil {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+	if err := os.Rename(dir+"/objects"+registry+"example", dir+"/example.bin"); err != nil {
+		t.Fatal(err)
+	}
+
+	other, q, next := startEtcd(t, tempDir(t)), newPlugin(t), newKEK()
+	q.start(t, next)
+	b := newAPIServer(t, other)
+	b.configure(t, "secrets: "+v2("other", q))
+	b.start(t)
+	if code, out := b.operator(t, dir, "yaml", ""); code != 0 {
+		t.Fatalf("yaml: exit %d\n%s", code, out)
+	}
+	password := string(s["example"].Data["password"])
+	text := string(must(os.ReadFile(dir + "/example.yaml"))(t))
+	for _, want := range []string{"kind: Secret\n", "name: example\n", "password: " + base64.StdEncoding.EncodeToString([]byte(password)) + "\n"} {
+		if !strings.Contains(text, want) {
+			t.Errorf("no %q in\n%s", want, text)
+		}
+	}
+	if b.reads("example") == nil {
+		t.Error("doc/operate.md says that nothing is stored for it")
+	}
+	if _, err := exec.LookPath("protoc"); err == nil {
+		if code, out := b.operator(t, dir, "decode", ""); code != 0 || !strings.Contains(out, password) {
+			t.Errorf("decode: exit %d\n%s", code, out)
+		}
+	} else {
+		t.Log("no protoc: its recipe was not run")
+	}
+	os.Remove(dir + "/proxy.sock")
+	if code, out := b.operator(t, dir, "restore", ""); code != 0 {
+		t.Fatalf("restore: exit %d\n%s", code, out)
+	}
+	restored := must(b.client.CoreV1().Secrets(namespace).Get(context.Background(), "example", metav1.GetOptions{}))(t)
+	if string(restored.Data["password"]) != password || restored.UID == s["example"].UID {
+		t.Errorf("restored %v", restored)
+	}
+	secrets{"example": restored}.sealed(t, other, "k8s:enc:kms:v2:other:", next)
+	figures(t, "Kubernetes %s: %d Secrets unsealed into files, one made YAML of and restored in another cluster", b.version(t), len(s))
 }
 
 // "Does this backup open?" after damage of every kind that etcd can hold.
