@@ -2285,13 +2285,18 @@ static bool server_shed(struct server *s, struct user *user, enum resource r, co
     return true;
 }
 
-/* Whether there is room for that much more of a resource, if need be at the cost of another connection. */
-static bool conn_has_room(const struct conn *c, enum resource r, size_t more) {
+/* Makes room for that much more of a resource at the cost of other connections; false if it would be at our own. */
+static bool conn_make_room(const struct conn *c, enum resource r, size_t more) {
     struct server *s = c->server;
     while (s->used[r] + more > s->limit[r])
         if (!server_shed(s, server_heaviest_user(s, r, c->user, more), r, c))
             return false;
     return true;
+}
+
+/* Whether there is room for that much more of a resource, or can be made. */
+static bool conn_has_room(const struct conn *c, enum resource r, size_t more) {
+    return c->server->used[r] + more <= c->server->limit[r] || conn_make_room(c, r, more);
 }
 
 /* Counted memory, or NULL: the caller's connection is then closed by the loop. */
@@ -5768,12 +5773,25 @@ static int relro_protect(struct dl_phdr_info *program, size_t size, void *unused
     return 1;
 }
 
-#ifndef __GLIBC__ /* which has stdio anyway, and another declaration */
+#ifndef __GLIBC__ /* whose stdio is in memory anyway, and which declares __assert_fail otherwise */
 /* Where a library's assert ends. musl's own function would bring stdio, 8 KB, and what it prints is 7 KB of text. */
 _Noreturn void __assert_fail(const char *assertion, const char *file, int line, const char *function);
 _Noreturn void __assert_fail(const char *assertion, const char *file, int line, const char *function) {
     (void)assertion, (void)file, (void)line, (void)function;
     die("an assertion of a library failed");
+}
+
+/*
+ * nghttp2 words errors with this for a callback that we do not set. musl's own function is
+ * 12 KB. This one knows what text_vadd knows, and returns the length of what fitted.
+ */
+int vsnprintf(char *restrict out, size_t cap, const char *restrict format, va_list args);
+int vsnprintf(char *restrict out, size_t cap, const char *restrict format, va_list args) {
+    struct text t = {.buf = out, .cap = cap > 0 ? cap - 1 : 0};
+    text_vadd(&t, format, args);
+    if (cap > 0)
+        out[t.len] = '\0';
+    return (int)t.len;
 }
 #endif
 

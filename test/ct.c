@@ -27,8 +27,8 @@ int kmsplugin_main(int argc, char **argv);
 static const uint8_t secret_key[KEK_BYTES] = "\x81kmsplugin: one KEK of 32 bytes";
 
 static struct suite suite_of(const char *name) {
-    const struct suite ct64 = {&br_aes_ct64_ctrcbc_vtable, br_ghash_ctmul64, "ct64"};
-    const struct suite ct32 = {&br_aes_ct_ctrcbc_vtable, br_ghash_ctmul, "ct32"};
+    const struct suite ct64 = {&br_aes_ct64_ctrcbc_vtable, &br_aes_ct64_ctr_vtable, br_ghash_ctmul64, "ct64"};
+    const struct suite ct32 = {&br_aes_ct_ctrcbc_vtable, &br_aes_ct_ctr_vtable, br_ghash_ctmul, "ct32"};
     struct suite s = strcmp(name, "ct64") == 0 ? ct64 : strcmp(name, "ct32") == 0 ? ct32 : suite_choose();
     if (strcmp(s.name, name) != 0) {
         printf("skip ct %s: this machine has no such code\n", name);
