@@ -222,7 +222,7 @@ class Files(Case):
         os.chmod(top + '/b', 0o755)
         os.unlink(top + '/b/hop')
         os.symlink('../a', top + '/b/hop')
-        self.assertIn('Too many levels of symbolic links', self.dies('serve', '--listen', endpoint, kek=KEK))
+        self.assertRegex(self.dies('serve', '--listen', endpoint, kek=KEK), '(Too many levels of s|S)ymbolic link')
         os.unlink(top + '/b/hop')
         os.symlink('nowhere', top + '/b/hop')
         self.assertIn('No such file', self.dies('serve', '--listen', endpoint, kek=KEK))

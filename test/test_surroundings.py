@@ -48,6 +48,8 @@ CALLS = {
     'rt_sigreturn': (15, None), 'poll': (7, None), 'getcwd': (79, None), 'gettid': (186, None),
 }
 ENTROPY = (318, errno.EAGAIN)
+with open(BINARY, 'rb') as program:
+    GLIBC = b'libc.so.6' in program.read()
 
 x86_64_only = unittest.skipUnless(platform.machine() == 'x86_64' and not EMULATED, 'the numbers are those of x86-64')
 
@@ -63,32 +65,57 @@ class Kernel(Case):
         server.stop()
         self.assertFalse(os.path.lexists(server.path))
 
-    @x86_64_only
-    @unittest.skipIf(SANITIZED, 'sanitizers need many of these calls')
-    def test_each_call_missing_or_forbidden(self):
+    def refuses(self, wrapper):
+        """Exit status 1, nothing left behind; gives the last line that it says."""
+        endpoint = 'unix://' + fresh_dir() + '/kms.sock'
+        done = run('serve', '--listen', endpoint, kek=KEK, wrapper=wrapper)
+        self.assertEqual(done.returncode, 1, done.stderr)
+        self.assertFalse(os.path.lexists(endpoint[len('unix://'):]))
+        line = done.stderr.splitlines()[-1]
+        self.assertTrue(line.startswith('kmsplugin: '), done.stderr)
+        return line
+
+    def cases(self):
         for name, (number, expected) in CALLS.items():
             for error in (errno.ENOSYS, errno.EPERM):
-                with self.subTest(call=name, error=errno.errorcode[error]):
-                    wrapper = denied(number, error)
-                    if run('--version', wrapper=wrapper).returncode == 127:
-                        continue # the dynamic loader cannot do without: fstat, on Debian 13
-                    if expected is None or not expected.startswith('!'):
-                        server = self.start(wrapper=wrapper)
-                        warnings = [line for line in server.lines if 'level=warn' in line]
-                        if expected:
-                            self.assertIn(expected, '\n'.join(warnings))
-                            self.assertIn(os.strerror(error) if 'MADV' not in expected else '', '\n'.join(warnings))
-                        else:
-                            self.assertEqual(warnings, [])
-                        self.serves(server)
-                    else:
-                        endpoint = 'unix://' + fresh_dir() + '/kms.sock'
-                        done = run('serve', '--listen', endpoint, kek=KEK, wrapper=wrapper)
-                        self.assertEqual(done.returncode, 1, done.stderr)
-                        line = done.stderr.splitlines()[-1]
-                        self.assertTrue(line.startswith('kmsplugin: '), done.stderr)
-                        self.assertIn(expected[1:] + os.strerror(error), line)
-                        self.assertFalse(os.path.lexists(endpoint[len('unix://'):]))
+                wrapper = denied(number, error)
+                if run('--version', wrapper=wrapper).returncode == 127:
+                    continue    # the dynamic loader cannot do without: fstat, on Debian 13
+                yield name, wrapper, expected, error
+
+    @x86_64_only
+    @unittest.skipIf(SANITIZED, 'sanitizers need many of these calls')
+    @unittest.skipUnless(GLIBC, 'musl makes other calls, and has others to fall back on')
+    def test_each_call_missing_or_forbidden(self):
+        for name, wrapper, expected, error in self.cases():
+            with self.subTest(call=name, error=errno.errorcode[error]):
+                if expected and expected.startswith('!'):
+                    self.assertIn(expected[1:] + os.strerror(error), self.refuses(wrapper))
+                    continue
+                server = self.start(wrapper=wrapper)
+                warnings = '\n'.join(line for line in server.lines if 'level=warn' in line)
+                if expected:
+                    self.assertIn(expected, warnings)
+                    self.assertIn(os.strerror(error) if 'MADV' not in expected else '', warnings)
+                else:
+                    self.assertEqual(warnings, '')
+                self.serves(server)
+
+    @x86_64_only
+    @unittest.skipIf(SANITIZED or GLIBC, 'another test asks more')
+    def test_each_call_missing_or_forbidden_by_musl(self):
+        """It serves, or ends in a line that names a call."""
+        served = refused = 0
+        for name, wrapper, _, error in self.cases():
+            try:
+                server = self.start(wrapper=wrapper)
+            except AssertionError:
+                self.assertRegex(self.refuses(wrapper), r'\w+: ' + os.strerror(error), name)
+                refused += 1
+            else:
+                self.serves(server)
+                served += 1
+        self.assertGreater(min(served, refused), 20)
 
     @x86_64_only
     def test_no_entropy_yet(self):
