@@ -1,10 +1,15 @@
 /*
  * kmsplugin - a Kubernetes KMS plugin: envelope encryption under one KEK.
  *
- * kube-apiserver encrypts what it stores in etcd with data keys (DEKs), and asks
- * a KMS plugin over gRPC on a UNIX socket to wrap and unwrap those keys. This
- * program is such a plugin, whole: it seals with XAES-256-GCM under a key
- * encryption key (KEK) that comes from a variable or a file.
+ * The Kubernetes API server (kube-apiserver) keeps its objects in a database, etcd. It can
+ * encrypt each value with a data encryption key (DEK) before it stores the value. It then
+ * asks a KMS plugin to wrap the DEK, that is, to encrypt it under a key encryption key (KEK),
+ * and stores the wrapped DEK beside the value. This is envelope encryption: a copy of the
+ * database reveals no encrypted value to a reader without the KEK, and the API server never
+ * has the KEK. The API server calls the plugin by gRPC, over a UNIX socket.
+ *
+ * This program is such a plugin, complete. It seals (encrypts and authenticates) DEKs with
+ * XAES-256-GCM, and takes its KEK from an environment variable or a file.
  *
  * Contents, in the order of the file: each section uses only what stands above it.
  *
@@ -14,33 +19,38 @@
  *     Bytes          wiping, hex, base64, UTF-8, protobuf fields, random bytes
  *     Memory         blocks that are counted, kept and wiped; the arena
  *     Sealing        AES-GCM, XAES-256-GCM, the sealed form, the key ring
- *     Keys           where KEKs come from and which are refused
+ *     Keys           where KEKs come from, and which ones are refused
  *     KMS service    the six RPCs: bytes in, bytes and a status out
  *     Metrics        counters, and their text for Prometheus
  *     gRPC           methods, grpc-timeout, percent-encoding
  *     HTTP requests  the rules for header fields
- *     Room           what peers may hold, what gives way at a limit, what is logged of them
+ *     Room           limits on what peers hold and cause to be logged
  *     HTTP/2         nghttp2's callbacks, in the order of a stream's life
  *     Connections    reading, writing, closing
  *     Endpoints      unix:///path and unix:///@name, bound or inherited
  *     Event loop     one thread, one epoll, no waiting anywhere else
- *     Confinement    what is given up before the first request
+ *     Confinement    the privileges given up before the first request
  *     Probe          a gRPC client that tries every RPC
- *     Rehearsal      whether a confined server can work here, tried before it is one
- *     Rescue         telling what somebody has at hand, and opening etcd values without an API server
+ *     Rehearsal      a trial run of a confined server on this machine
+ *     Rescue         recognizing input, and opening etcd values without an API server
  *     Options        the command line
- *     Main           one function a verb
+ *     Main           one function for each verb
  *
- * The way of one request: the loop (server_run) finds a connection readable;
- * conn_read hands its bytes to nghttp2, which calls on_header for each field
- * (request_field judges it) and on_data_chunk_recv for the body (stream_append
- * takes the gRPC frame apart). At END_STREAM stream_end calls kms_call, which
- * unpacks the message, seals or opens, and packs the answer; stream_answer hands
- * it to nghttp2 as HEADERS, DATA and trailers. When all that was read has been
- * dealt with, conn_flush sends everything, 64 KiB a system call.
+ * A request takes this way through the file. The event loop (server_run) finds a connection
+ * readable. conn_read passes the bytes it reads to nghttp2, the library that implements
+ * HTTP/2. nghttp2 calls on_header for each header field, and request_field judges the field.
+ * nghttp2 calls on_data_chunk_recv for each piece of the body, and stream_append removes the
+ * gRPC prefix. At the end of the request stream_end calls kms_call. kms_call unpacks the
+ * message, seals or opens, and packs the response. stream_answer passes the response to
+ * nghttp2 as HEADERS, DATA and trailers. When nghttp2 has handled all bytes of the read,
+ * conn_flush sends the output, up to 64 KiB in one system call.
+ *
+ * Some words have one meaning throughout. A peer is the process at the other end of a
+ * connection. A turn is one pass of the event loop. To seal is to encrypt and authenticate
+ * under a KEK; to open is to check and decrypt. A key_id names a KEK without revealing it.
  */
 #define _GNU_SOURCE          /* accept4, struct ucred, environ */
-#define _FILE_OFFSET_BITS 64 /* on 32-bit machines: inodes of large file systems, */
+#define _FILE_OFFSET_BITS 64 /* 32-bit machines: inode numbers of large file systems, */
 #define _TIME_BITS 64        /* and times after 2038 */
 #include <bearssl.h>
 #include <errno.h>
@@ -78,14 +88,18 @@
 
 #include "kms.pb-c.h"
 
-#ifndef VERSION /* the Makefile knows both */
+#ifndef VERSION /* the Makefile sets VERSION and BEARSSL_VERSION */
 #error "VERSION and BEARSSL_VERSION come from the Makefile"
 #endif
 
 /* ---------------------------------------------------------------- Constants
  *
- * Limits hold whatever a peer does; together they keep the process under
- * 16 MiB of resident memory.
+ * The limits of the program, each with its unit and its reason. They hold regardless of a
+ * peer's behaviour. Together they keep the resident memory of the process under 16 MiB.
+ *
+ * A name that ends in _MAX is a limit, in _BYTES a fixed size in bytes, in _MS a time in
+ * milliseconds. A command line option changes CONNECTIONS_DEFAULT; this section has no other
+ * default of an option.
  */
 #define DEFAULT_ENDPOINT "unix:///run/kmsplugin/kms.sock"
 
@@ -101,134 +115,163 @@ enum {
     SEALED_FORMAT = 0x01,
 
     /* Keys. */
-    KEK_MAX = 16,                       /* a rotation needs two, a long-lived cluster some more */
-    KEK_TEXT_MAX = 4096,                /* sixteen keys of 44 characters with much white space */
-    KEY_JUDGED_BYTES = 45,              /* of what a text stands for: a key's own text and a newline, encoded twice */
+    KEK_MAX = 16,                       /* a rotation needs two; a long-lived cluster collects more */
+    KEK_TEXT_MAX = 4096,                /* sixteen keys of 44 characters, and room for white space */
+    KEY_JUDGED_BYTES = 45,              /* decoded bytes to look at: a key encoded twice gives 44 and a newline */
     KEY_ID_LEN = 2 * FINGERPRINT_BYTES,
 
     /* Messages. */
     GRPC_PREFIX_BYTES = 5,              /* compressed flag, 32-bit length */
-    MESSAGE_MAX = 64 * 1024,            /* Kubernetes' own plugins and KMS libraries take as much */
-    V2_CIPHERTEXT_MAX = 1024,           /* kube-apiserver refuses a longer one */
-    V1_REQUEST_OVERHEAD = 9 + 4,        /* version "v1beta1"; tag and length of cipher */
-    V1_CIPHERTEXT_MAX = MESSAGE_MAX - V1_REQUEST_OVERHEAD, /* what a Decrypt can bring back */
+    MESSAGE_MAX = 64 * 1024,            /* Kubernetes' own plugins and KMS libraries accept as much */
+    V2_CIPHERTEXT_MAX = 1024,           /* kube-apiserver refuses a longer ciphertext */
+    V1_REQUEST_OVERHEAD = 9 + 4,        /* field version "v1beta1"; tag and length of field cipher */
+    V1_CIPHERTEXT_MAX = MESSAGE_MAX - V1_REQUEST_OVERHEAD, /* the longest that fits into a Decrypt request */
 
     /* HTTP/2. */
-    STREAMS_MAX = 256,                  /* a connection; grpc-go assumes 100 until told */
-    STREAM_WINDOW_BYTES = 128 * 1024,   /* holds any request whole: streams need no WINDOW_UPDATE */
-    FIELDS_MAX_BYTES = 16 * 1024,       /* a header list, as RFC 9113 6.5.2 counts it */
-    FIELD_OVERHEAD_BYTES = 32,          /* a field in that count */
+    STREAMS_MAX = 256,                  /* per connection; grpc-go assumes 100 until it is told */
+    STREAM_WINDOW_BYTES = 128 * 1024,   /* holds any request, so a stream needs no WINDOW_UPDATE */
+    FIELDS_MAX_BYTES = 16 * 1024,       /* the fields of a request, counted as in RFC 9113 6.5.2 */
+    FIELD_OVERHEAD_BYTES = 32,          /* that count adds this to each field */
     MESSAGE_TEXT_MAX = 160,             /* grpc-message, percent-encoded */
-    METRICS_BYTES = 48 * 1024,          /* all series there can be take some 34 KB */
+    METRICS_BYTES = 48 * 1024,          /* the longest possible page has about 34 KB */
 
     /* The server. */
-    CONNECTIONS_DEFAULT = 256,          /* an apiserver opens one a provider entry and reload */
-    CONNECTIONS_LIMIT = 4096,           /* what --max-connections may ask for */
-    ALL_STREAMS_MAX = 4096,             /* open streams over all connections */
-    BUFFERED_MAX = 4 * 1024 * 1024,     /* requests and unread answers over all connections */
-    HEAP_MAX = 11 * 1024 * 1024,        /* those, streams, and nghttp2's own memory */
-    USER_SERIES_MAX = 16,               /* uids with a series of their own in /metrics */
-    UNREAD_PAUSE_BYTES = 256 * 1024,    /* unread answers at which a peer's window stays shut */
+    CONNECTIONS_DEFAULT = 256,          /* an API server opens one per KMS entry of its configuration at each load */
+    CONNECTIONS_LIMIT = 4096,           /* the largest value of --max-connections */
+    ALL_STREAMS_MAX = 4096,             /* open streams of all connections */
+    BUFFERED_MAX = 4 * 1024 * 1024,     /* requests and unread answers of all connections */
+    HEAP_MAX = 11 * 1024 * 1024,        /* requests, unread answers, streams, and nghttp2's own memory */
+    USER_SERIES_MAX = 16,               /* uids with their own time series in /metrics */
+    UNREAD_PAUSE_BYTES = 256 * 1024,    /* a peer with more unread answers than this gets no new window */
     LISTENERS_MAX = 16,
-    ACCEPT_BURST = 16,                  /* connections a wake-up takes from one listener */
-    EVENTS_MAX = 64,                    /* what one epoll_wait brings */
-    TURN_BYTES = 64 * 1024,             /* read in a turn, shared by all who are ready: bounds a newcomer's wait */
-    IN_BYTES = 16 * 1024,               /* of that, one peer's at most */
-    OUT_BYTES = 64 * 1024,              /* sent a turn: the answers to a full read fit */
+    ACCEPT_BURST = 16,                  /* connections accepted from one listener in a turn */
+    EVENTS_MAX = 64,                    /* events from one epoll_wait */
+    TURN_BYTES = 64 * 1024,             /* read in a turn from all ready peers: limits how long a new peer waits */
+    IN_BYTES = 16 * 1024,               /* read in a turn from one peer */
+    OUT_BYTES = 64 * 1024,              /* sent in one write: the answers to a full read fit */
     ALLOWED_UIDS_MAX = 32,
-    WAY_MAX = 1024,                     /* the way to a socket, links' targets included: a path of 107 bytes */
-    BACKLOG = INT_MAX,                  /* peers that wait to be accepted: as many as net.core.somaxconn lets */
-    RESERVED_FILES = 32,                /* descriptors that are not connections */
+    WAY_MAX = 1024,                     /* a socket's path (107 bytes), with links replaced by their targets */
+    BACKLOG = INT_MAX,                  /* peers waiting to be accepted; the kernel reduces it to net.core.somaxconn */
+    RESERVED_FILES = 32,                /* descriptors for other uses than connections */
 
     /* Times. */
-    PREFACE_TIMEOUT_MS = 10 * 1000,     /* accept to the client's SETTINGS */
-    REQUEST_TIMEOUT_MS = 10 * 1000,     /* HEADERS to the end of the body */
-    UNREAD_TIMEOUT_MS = 10 * 1000,      /* an answer made to an answer taken */
-    DRAIN_TIMEOUT_MS = 5 * 1000,        /* SIGTERM to exit */
-    ACCEPT_PAUSE_MS = 100,              /* no descriptors: how long to leave newcomers waiting */
-    REFUSED_LOG_MS = 1000,              /* at most one line of refused peers in this time */
-    MINUTE_MS = 60 * 1000,              /* between two lines of a connection on its use of a method */
-    LINES_A_MINUTE = 120,               /* that peers can cause: some 30 megabytes a day at most */
-    TIDY_AFTER_MS = 1000,               /* quiet time after which kept memory goes back */
-    STALE_RETRY_MS = 100,               /* a socket bound but not yet listening gets this long */
+    PREFACE_TIMEOUT_MS = 10 * 1000,     /* from accept to the client's SETTINGS */
+    REQUEST_TIMEOUT_MS = 10 * 1000,     /* from HEADERS to the end of the body */
+    UNREAD_TIMEOUT_MS = 10 * 1000,      /* from the making of an answer until the peer has taken it */
+    DRAIN_TIMEOUT_MS = 5 * 1000,        /* from SIGTERM to exit */
+    ACCEPT_PAUSE_MS = 100,              /* out of descriptors: pause before the next accept */
+    REFUSED_LOG_MS = 1000,              /* refused peers cause at most one log line in this time */
+    MINUTE_MS = 60 * 1000,              /* a connection causes at most one line per method in this time */
+    LINES_A_MINUTE = 120,               /* log lines that peers can cause: some 30 megabytes a day at most */
+    TIDY_AFTER_MS = 1000,               /* after this time without traffic the heap returns unused memory */
+    STALE_RETRY_MS = 100,               /* time for a new server between bind and listen */
 
     /* Memory. */
-    ARENA_BYTES = 1024 * 1024,          /* one message unpacked: 64 KiB holds at most some 8,000 fields */
-    ARENA_KEEP_BYTES = 64 * 1024,       /* of which this much stays resident */
+    ARENA_BYTES = 1024 * 1024,          /* one unpacked message: 64 KiB hold at most some 8,000 fields */
+    ARENA_KEEP_BYTES = 64 * 1024,       /* the part of the arena that stays resident */
     HEAP_CLASSES = 6,                   /* blocks of 64 to 2,048 bytes are kept for reuse */
-    HEAP_CLASS0_BYTES = 64,
-    HEAP_KEEP_BYTES = 1024 * 1024,      /* kept at most, and only under load (TIDY_AFTER_MS) */
-    RANDOM_BYTES = 128 * NONCE_BYTES,   /* bought at once at most, in a turn of many Encrypts */
-    STACK_WIPE_BYTES = 6 * 1024,        /* a turn was 4,384 bytes deep at most (s390x) */
+    HEAP_CLASS0_BYTES = 64, /* size of the smallest class */
+    HEAP_KEEP_BYTES = 1024 * 1024,      /* unused blocks kept, and only under load (TIDY_AFTER_MS) */
+    RANDOM_BYTES = 128 * NONCE_BYTES,   /* fetched at once, at most, in a turn of many Encrypts */
+    STACK_WIPE_BYTES = 6 * 1024,        /* the deepest stack measured in a turn was 4,384 bytes (s390x) */
 
     /* Rescue. */
     ENTRY_MAX = 4 * 1024 * 1024,        /* etcd refuses values over 1.5 MiB by default */
-    JUDGED_BYTES = 4096,                /* of the input, to tell what it is */
-    V1_NAME_MAX = 1024,                 /* where colons of a provider's name are looked for */
+    JUDGED_BYTES = 4096,                /* bytes of an input that tell its kind */
+    V1_NAME_MAX = 1024,                 /* a provider's name ends at a colon within these bytes */
     AUDIT_ROWS_MAX = 64,                /* pairs of API and key_id in one cluster */
 
-    LOG_VALUE_MAX = 64,                 /* of a peer's words in a line: Kubernetes' uids have 36 */
-    LOG_LINE_MAX = 1024,                /* under PIPE_BUF: a line is written whole or not at all */
-    UNMAPPED_UID = 65534,               /* what the kernel shows for a uid without a mapping */
+    LOG_VALUE_MAX = 64,                 /* bytes of a peer's text in a log line; Kubernetes' uids have 36 */
+    LOG_LINE_MAX = 1024,                /* under PIPE_BUF: a pipe takes the line whole or not at all */
+    UNMAPPED_UID = 65534,               /* the kernel shows this uid when a user namespace lacks the real one */
 };
 
-/* ------------------------------------------------------------------- Types */
+/* ------------------------------------------------------------------- Types
+ *
+ * Every structure of the server, the service and the sealed form. The comment above a
+ * structure states who owns it and which condition always holds.
+ *
+ * The structures form a tree. The server owns listeners and connections, a connection owns
+ * its streams, and a stream owns its request and its answer. `struct kms` has all that an RPC
+ * needs, and the server has one. Names follow a rule: _len is the part of a buffer in use,
+ * _cap its capacity, _ms and _us are times of the monotonic clock.
+ *
+ * Structures of the client (Probe), the seccomp filter (Confinement) and the etcd values
+ * (Rescue) are not here: they stand in their sections.
+ */
 
+/* Levels of log lines. --log-level sets the highest that is written. */
 enum log_level { LOG_ERROR, LOG_WARN, LOG_INFO, LOG_DEBUG };
 
-/* Text under construction; what does not fit is cut off. Borrows its buffer. */
+/*
+ * Text under construction. Bytes beyond `cap` are dropped, so len <= cap always holds. The
+ * structure borrows its buffer, and adds no NUL.
+ */
 struct text {
     char *buf;
     size_t len, cap;
-    bool logfmt; /* strings are written as logfmt values, quoted and escaped */
+    bool logfmt; /* write strings as logfmt values, quoted and escaped */
 };
 
-/* One field of an encoded protobuf message; borrows its bytes. */
+/* One field of an encoded protobuf message. It borrows its bytes from the message. */
 struct field {
     uint32_t number;
-    unsigned wire_type; /* 0 varint, 1 64 bits, 2 bytes, 5 32 bits */
+    unsigned wire_type; /* 0 varint, 1 64 bits, 2 length and bytes, 5 32 bits */
     const uint8_t *bytes;
     size_t len;
 };
 
-/* Random bytes, each given out once and wiped as it goes; random_drop leaves none at the end of a turn. */
+/*
+ * A stock of random bytes. Every byte is given out once and wiped at that moment. The stock
+ * is empty between turns (random_drop).
+ */
 struct random {
-    size_t left, next; /* bytes that are there, and that will be bought when they are used up */
+    size_t left, next; /* bytes in stock; bytes to fetch when the stock is empty */
     uint8_t bytes[RANDOM_BYTES];
 };
 
-/* BearSSL's code for this CPU, all of it constant-time: with the instructions for AES and GCM, or without. */
+/*
+ * BearSSL's implementations of AES and GCM for this CPU: with the CPU's AES instructions, or
+ * in plain C. Each takes the same time for every key and text.
+ */
 struct suite {
-    const br_block_ctrcbc_class *aes; /* a KEK: CBC-MAC, for a block at a time */
-    const br_block_ctr_class *ctr;    /* the key of one message */
-    br_ghash ghash;
+    const br_block_ctrcbc_class *aes; /* for a KEK: CBC-MAC over a single block */
+    const br_block_ctr_class *ctr;    /* for the key of one message: counter mode */
+    br_ghash ghash; /* the hash of GCM */
     const char *name;
 };
 
-/* A key encryption key: its AES key schedule and what follows from it. */
+/* A key encryption key, in the forms in which it is used. The ring owns it. */
 struct kek {
-    br_aes_gen_ctrcbc_keys aes;
-    uint8_t k1[BLOCK_BYTES]; /* CMAC's first subkey */
-    uint8_t fingerprint[FINGERPRINT_BYTES];
-    char key_id[KEY_ID_LEN + 1];
+    br_aes_gen_ctrcbc_keys aes; /* AES key schedule */
+    uint8_t k1[BLOCK_BYTES]; /* first subkey of CMAC */
+    uint8_t fingerprint[FINGERPRINT_BYTES]; /* names the KEK in the sealed form */
+    char key_id[KEY_ID_LEN + 1]; /* the fingerprint in hex */
 };
 
-/* The configured KEKs. The first seals, all open. Lives in pages of its own. */
+/*
+ * The configured KEKs. The first seals, and all open. ring_new maps pages for it alone, and
+ * ring_free wipes them. At least one KEK is present once ring_load has returned.
+ */
 struct ring {
     struct suite suite;
-    int unlocked; /* the error of mlock(2), or 0 */
-    bool unforked; /* a forked child does not have it */
+    int unlocked; /* errno of mlock(2), or 0 if the pages are locked */
+    bool unforked; /* a forked child does not get these pages */
     size_t count;
     struct kek keks[KEK_MAX];
-    char text[KEK_TEXT_MAX + 1]; /* KMS_KEK, or the file; wiped once parsed */
+    char text[KEK_TEXT_MAX + 1]; /* KMS_KEK, or the content of the file; wiped after parsing */
 };
 
-/* Which API a ciphertext belongs to; the value is sealed into it. */
+/* The API that a ciphertext belongs to. Its number is authenticated with the ciphertext. */
 enum api { API_V1 = 0x01, API_V2 = 0x02 };
 
+/* Results of opening a sealed form. Only OPENED leaves a plaintext. */
 enum opened { OPENED, OPEN_MALFORMED, OPEN_UNKNOWN_KEY, OPEN_FORGED };
 
-/* https://github.com/grpc/grpc/blob/master/doc/statuscodes.md: those in use. */
+/*
+ * The gRPC status codes in use here
+ * (https://github.com/grpc/grpc/blob/master/doc/statuscodes.md).
+ */
 enum grpc_code {
     GRPC_OK = 0,
     GRPC_INVALID_ARGUMENT = 3,
@@ -237,9 +280,10 @@ enum grpc_code {
     GRPC_RESOURCE_EXHAUSTED = 8,
     GRPC_UNIMPLEMENTED = 12,
     GRPC_INTERNAL = 13,
-    GRPC_CODES = 17,
+    GRPC_CODES = 17, /* how many codes gRPC defines */
 };
 
+/* The RPCs (remote procedure calls) of the two APIs; indexes of the table `rpcs`. */
 enum rpc {
     V2_STATUS,
     V2_ENCRYPT,
@@ -247,67 +291,89 @@ enum rpc {
     V1_VERSION,
     V1_ENCRYPT,
     V1_DECRYPT,
-    RPC_UNKNOWN,
+    RPC_UNKNOWN, /* any other path */
     RPCS,
 };
 
-/* Memory for one message: handed out in order, wiped and taken back at once. */
+/*
+ * Memory for one message. Allocations only add to it; one reset wipes and frees all of them.
+ * The service owns it.
+ */
 struct arena {
-    uint8_t *base; /* mapped, ARENA_BYTES */
+    uint8_t *base; /* ARENA_BYTES, mapped */
     size_t used;
-    bool exhausted; /* since the last reset */
+    bool exhausted; /* an allocation has failed since the last reset */
 };
 
-/* The service: everything an RPC needs, and no socket. */
+/*
+ * The service: everything an RPC needs. It has no socket. It owns the arena; server_free
+ * frees the ring for it.
+ */
 struct kms {
     struct ring *ring;
     struct random random;
     struct arena arena;
-    ProtobufCAllocator allocator; /* draws on the arena */
+    ProtobufCAllocator allocator; /* allocates from the arena */
 };
 
-/* What an RPC came to. Everything pointed to is constant or in the arena. */
+/*
+ * The result of an RPC. Its pointers lead to constants, to the ring, or into the arena; they
+ * are valid until kms_done.
+ */
 struct answer {
     enum grpc_code code;
-    const char *message; /* with an error */
+    const char *message; /* for the client, unless the code is GRPC_OK */
     const uint8_t *bytes; /* with GRPC_OK: the encoded response */
     size_t len;
     const char *uid, *key_id; /* for the log */
-    const struct kek *kek; /* the one that was used, or NULL */
+    const struct kek *kek; /* the KEK that was used, or NULL */
 };
 
-/* Histogram bounds in microseconds, and the same in seconds as Prometheus wants them. */
+/*
+ * Upper bounds of the histogram's buckets in microseconds, and in seconds as Prometheus
+ * writes them.
+ */
 #define BUCKETS(X)                                                                     \
     X(50, "0.00005") X(100, "0.0001") X(250, "0.00025") X(500, "0.0005") X(1000, "0.001") \
     X(2500, "0.0025") X(5000, "0.005") X(10000, "0.01") X(100000, "0.1") X(1000000, "1")
 #define BUCKET_COUNT(us, s) +1
 enum { BUCKETS_LEN = 0 BUCKETS(BUCKET_COUNT) };
 
+/* Counters since the start of the program. The server owns them. */
 struct metrics {
     uint64_t requests[RPCS][GRPC_CODES];
-    uint64_t buckets[RPCS][BUCKETS_LEN + 1]; /* the last is +Inf; not cumulative */
-    uint64_t microseconds[RPCS];
+    uint64_t buckets[RPCS][BUCKETS_LEN + 1]; /* not cumulative; the last is +Inf */
+    uint64_t microseconds[RPCS]; /* sum of all durations */
     uint64_t accepted, refused;
-    uint64_t start_time_s; /* since 1970 */
-    int statm; /* /proc/self/statm, or -1 */
+    uint64_t start_time_s; /* seconds since 1970 */
+    int statm; /* descriptor of /proc/self/statm, or -1 */
 };
 
-/* A counted block of memory: kept in a list of its class when it is free. */
+/* One allocation of the heap. A block is either given out or in the free list of its class. */
 struct block {
-    uint32_t size; /* asked for */
-    uint32_t cost; /* see heap_cost */
-    struct block *next; /* when free */
-    _Alignas(max_align_t) uint8_t bytes[]; /* what malloc would promise */
+    uint32_t size; /* bytes asked for */
+    uint32_t cost; /* bytes counted, see heap_cost */
+    struct block *next; /* in the free list */
+    _Alignas(max_align_t) uint8_t bytes[]; /* aligned as malloc aligns */
 };
 
+/*
+ * Memory for buffers, streams and nghttp2. in_use <= total always holds; the difference is in
+ * the free lists. The server owns it.
+ */
 struct heap {
     struct block *free[HEAP_CLASSES];
-    size_t total; /* cost of all blocks there are */
-    size_t in_use; /* of which were not given back */
+    size_t total; /* cost of all blocks */
+    size_t in_use; /* cost of the blocks given out */
 };
 
+/* The methods that make a difference here. */
 enum http_method { METHOD_OTHER, METHOD_POST, METHOD_GET, METHOD_CONNECT };
 
+/*
+ * The header fields with a meaning here. A name that begins with a colon is a pseudo-header
+ * field: HTTP/2 sends the request line in such fields.
+ */
 enum field_name {
     FIELD_METHOD,
     FIELD_SCHEME,
@@ -317,96 +383,119 @@ enum field_name {
     FIELD_CONTENT_LENGTH,
     FIELD_TIMEOUT,
     FIELD_TE,
-    FIELD_FORBIDDEN, /* RFC 9113 8.2.2: means something on an HTTP/1 connection only */
+    FIELD_FORBIDDEN, /* RFC 9113 8.2.2: fields of HTTP/1 connections */
     FIELD_OTHER,
 };
+/* Bit of `seen` for any field that is not a pseudo-header field. */
 enum { SEEN_REGULAR = 1 << FIELD_OTHER };
 
-/* The head of a request, judged field by field; nothing of the peer's is kept. */
+/*
+ * The head of a request, judged field by field. It holds verdicts and numbers, and no bytes
+ * from the peer. It is part of its stream.
+ */
 struct request {
-    unsigned seen; /* 1 << field_name, SEEN_REGULAR */
+    unsigned seen; /* bits 1 << field_name, and SEEN_REGULAR */
     enum http_method method;
-    enum rpc rpc; /* RPC_UNKNOWN for any other path */
+    enum rpc rpc; /* RPC_UNKNOWN unless the path names an RPC */
     bool metrics; /* the path is /metrics */
-    bool grpc; /* content-type */
-    bool trailers; /* the head is complete: what comes now are trailers */
-    bool malformed; /* RFC 9113 8.1.1: the stream is to be reset */
-    bool bad_timeout;
-    uint64_t timeout_us; /* grpc-timeout; UINT64_MAX without */
-    uint64_t content_length; /* UINT64_MAX without */
-    size_t field_bytes;
+    bool grpc; /* content-type is that of gRPC */
+    bool trailers; /* the head is complete: further fields are trailers */
+    bool malformed; /* RFC 9113 8.1.1: the stream must be reset */
+    bool bad_timeout; /* grpc-timeout is invalid or repeated */
+    uint64_t timeout_us; /* grpc-timeout; UINT64_MAX without one */
+    uint64_t content_length; /* UINT64_MAX without one */
+    size_t field_bytes; /* counted as for FIELDS_MAX_BYTES */
 };
 
+/* The states of a stream, in their order. */
 enum stream_state {
-    STREAM_HEAD, /* header block incomplete */
-    STREAM_BODY, /* waiting for END_STREAM */
-    STREAM_ANSWERED, /* response submitted; what the peer still sends is dropped */
+    STREAM_HEAD, /* the header block is incomplete */
+    STREAM_BODY, /* the rest of the request is awaited */
+    STREAM_ANSWERED, /* the response is submitted; the rest of the request is dropped */
 };
 
-/* One request and its response. Owned by its connection. */
+/*
+ * One request and its response. The connection owns it, in a doubly linked list: `link`
+ * points at the pointer to this stream. body_len <= body_cap and reply_sent <= reply_len
+ * always hold.
+ */
 struct stream {
     struct stream *next, **link;
     struct conn *conn;
     int32_t id;
     enum stream_state state;
-    bool ended; /* END_STREAM has come */
+    bool ended; /* END_STREAM has come: the request is complete */
     struct request request;
-    uint64_t start_us;
-    int64_t deadline_ms; /* of the state it is in */
+    uint64_t start_us; /* time of the first header frame */
+    int64_t deadline_ms; /* for the present state */
     uint64_t received; /* bytes of DATA */
     uint8_t prefix[GRPC_PREFIX_BYTES];
-    size_t prefix_len;
-    uint8_t *body; /* the message; a buffer of the connection */
+    size_t prefix_len; /* bytes of the prefix that have come */
+    uint8_t *body; /* the message, or NULL; a buffer of the connection */
     size_t body_len, body_cap;
-    uint8_t *reply; /* the DATA to send; a buffer of the connection */
+    uint8_t *reply; /* the DATA to send, or NULL; a buffer of the connection */
     size_t reply_sent, reply_len;
-    bool reply_grpc; /* trailers follow */
+    bool reply_grpc; /* trailers follow the DATA */
 };
 
-/* What peers hold. Each has a limit over all connections. */
+/* The resources that peers take. Each has a limit for all connections together. */
 enum resource {
-    CONNECTIONS,
-    STREAMS,  /* open ones */
+    CONNECTIONS, /* open connections */
+    STREAMS,  /* open streams */
     BUFFERED, /* bytes of requests and of unread answers */
-    HELD,     /* bytes of the heap, all told: those, streams, and what sessions take for themselves */
+    HELD,     /* all bytes of the heap: BUFFERED, streams, and the memory of nghttp2's sessions */
     RESOURCES,
 };
 
-/* A uid that may connect: what its connections hold together, and how often it has used a KEK. */
+/*
+ * A uid that may connect. `used` is the sum over its connections. The server owns it, and
+ * users are never removed.
+ */
 struct user {
     uid_t uid;
     size_t used[RESOURCES];
-    uint64_t uses[RPCS], failures[RPCS];
-    unsigned minute_lines; /* that it has caused in the server's minute */
+    uint64_t uses[RPCS], failures[RPCS]; /* Encrypt and Decrypt requests, and failed ones among them */
+    unsigned minute_lines; /* log lines that it has caused in the server's minute */
 };
 
-/* What a connection has done with KEKs by one method since the last line in the log. */
+/* The uses of KEKs by one method of a connection. The counts begin anew with each log line. */
 struct trace {
-    const struct kek *kek; /* the last one, or NULL */
-    unsigned keks; /* those that have had a line, by their place in the ring */
-    bool several; /* KEKs since the last line */
+    const struct kek *kek; /* the KEK of the last use, or NULL */
+    unsigned keks; /* bit i: a line about the KEK at place i of the ring is written */
+    bool several; /* several KEKs were used since the last line */
     uint64_t uses, failures;
-    int64_t due_ms; /* no line before this */
+    int64_t due_ms; /* time of the next line */
 };
 
+/* The kinds of descriptors that epoll watches. */
 enum source_kind { SOURCE_SIGNAL, SOURCE_TIMER, SOURCE_LISTENER, SOURCE_CONN };
 
-/* What epoll reports on. First member of those it is part of. */
+/*
+ * A descriptor that epoll watches. It is the first member of listeners and connections, so a
+ * pointer to it is a pointer to them.
+ */
 struct source {
     enum source_kind kind;
     int fd;
 };
 
-/* A socket that accepts. A path that we made is removed at exit. */
+/*
+ * A socket that accepts connections. The server owns it. If `made` is set, the file is
+ * removed at exit, unless another file has taken its place.
+ */
 struct listener {
     struct source source;
     struct sockaddr_un address;
     socklen_t address_len;
-    bool made; /* the file is ours to remove, as long as it is this one: */
-    struct stat file;
+    bool made; /* this program has made the socket's file */
+    struct stat file; /* identifies that file */
 };
 
-/* One peer. Owned by the server's list; freed by server_reap alone. */
+/*
+ * One connection. It owns a descriptor, a session, streams and buffers until it is closed;
+ * afterwards only the structure is left. The server's list owns the structure, and only
+ * server_reap frees it.
+ */
 struct conn {
     struct source source;
     struct conn *next;
@@ -414,31 +503,33 @@ struct conn {
     struct user *user;
     nghttp2_session *session;
     struct stream *streams;
-    struct stream *head; /* whose header block is coming: no other frame comes between (RFC 9113 4.3) */
-    bool closed; /* descriptor and session are gone, the struct goes at the end of the turn */
+    struct stream *head; /* its header block is arriving; RFC 9113 4.3 forbids other frames in between */
+    bool closed; /* the structure is freed at the end of the turn */
     bool greeted; /* the client's SETTINGS have come */
-    bool writing; /* epoll waits for room to write, and for nothing else */
-    bool broken; /* the system had no memory for its session, which therefore cannot be deleted */
-    uint32_t error; /* of HTTP/2: what GOAWAY has told the peer, or 0 */
+    bool writing; /* epoll waits for room to write, and does not report bytes to read */
+    bool broken; /* its session ran out of memory, and is not safe to delete */
+    uint32_t error; /* the HTTP/2 error code that GOAWAY has told the peer, or 0 */
     struct ucred peer;
     int64_t idle_since_ms;
     int64_t preface_deadline_ms;
-    int64_t out_deadline_ms; /* while out holds something */
-    uint8_t *out; /* what the socket did not take; a buffer */
+    int64_t out_deadline_ms; /* while `out` is not NULL */
+    uint8_t *out; /* bytes that the socket did not take; a buffer */
     size_t out_sent, out_len;
     size_t used[RESOURCES];
-    size_t unread; /* bytes of answers among them */
-    size_t unconsumed; /* received, and not yet given back to the peer's window */
+    size_t unread; /* bytes of answers that are part of used[BUFFERED] */
+    size_t unconsumed; /* bytes received, and not yet given back to the peer's window */
     struct trace traces[RPCS];
 };
 
+/* The values of --sandbox. */
 enum sandbox { SANDBOX_AUTO, SANDBOX_REQUIRE, SANDBOX_OFF };
-#ifdef __SANITIZE_ADDRESS__ /* its run-time makes system calls that no server needs */
+#ifdef __SANITIZE_ADDRESS__ /* its run-time makes system calls that the filter forbids */
 #define SANDBOX_DEFAULT SANDBOX_OFF
 #else
 #define SANDBOX_DEFAULT SANDBOX_AUTO
 #endif
 
+/* The options of the verb serve. Strings are those of the command line. */
 struct serve_options {
     const char *endpoints[LISTENERS_MAX];
     size_t endpoint_count;
@@ -451,6 +542,10 @@ struct serve_options {
     enum sandbox sandbox;
 };
 
+/*
+ * The server: all of its state. There is one, and it exists until the program ends; nghttp2's
+ * callbacks reach it through their connection. It owns everything below except the options.
+ */
 struct server {
     const struct serve_options *options;
     struct kms kms;
@@ -458,30 +553,30 @@ struct server {
     struct heap heap;
     int epoll;
     struct source signals, timer;
-    int notify; /* to the service manager, or -1 */
+    int notify; /* socket of the service manager, or -1 */
     struct listener listeners[LISTENERS_MAX];
     size_t listener_count;
     struct conn *conns;
     struct user users[ALLOWED_UIDS_MAX];
     size_t user_count;
-    size_t used[RESOURCES], limit[RESOURCES]; /* what is closed does not count */
-    uint8_t *page; /* /metrics, rendered once a turn; from malloc */
+    size_t used[RESOURCES], limit[RESOURCES]; /* sums over the open connections; closed ones do not count */
+    uint8_t *page; /* the text of /metrics, rendered once in a turn; from malloc */
     size_t page_len;
     nghttp2_session_callbacks *callbacks;
     nghttp2_option *session_options;
-    int64_t now_ms; /* monotonic, once a wake-up */
+    int64_t now_ms; /* monotonic time at the start of this turn */
     uint64_t now_us;
-    int64_t next_ms; /* nothing is due before this; INT64_MAX: nothing at all */
-    int64_t timer_ms; /* when the timer goes off; INT64_MAX: it does not */
-    int64_t active_ms; /* the last turn with work to do */
-    int64_t resume_accept_ms, drain_ms; /* INT64_MAX: not under way */
-    int64_t refused_logged_ms;
-    uint64_t refused_unlogged;
-    int64_t minute_ms; /* the minute that lines are counted in */
-    uint64_t lines_left_out; /* in it */
-    struct ucred refused_peer; /* the last one */
-    size_t share; /* bytes that a peer may be read for in this turn */
-    size_t out_len;
+    int64_t next_ms; /* nothing is due before this time; INT64_MAX: nothing is due */
+    int64_t timer_ms; /* expiry of the timer; INT64_MAX: it is not set */
+    int64_t active_ms; /* the last turn with work */
+    int64_t resume_accept_ms, drain_ms; /* ends of the pause and of the drain; INT64_MAX: there is none */
+    int64_t refused_logged_ms; /* the last line of refused peers */
+    uint64_t refused_unlogged; /* peers refused since that line */
+    int64_t minute_ms; /* start of the minute in which log lines are counted */
+    uint64_t lines_left_out; /* further lines in that minute, not written */
+    struct ucred refused_peer; /* the last refused peer */
+    size_t share; /* bytes to read from one peer in this turn */
+    size_t out_len; /* bytes of `out` in use */
     uint8_t in[IN_BYTES], out[OUT_BYTES];
 };
 
