@@ -582,16 +582,21 @@ struct server {
 
 /* -------------------------------------------------------------------- Text
  *
- * A small printf. In a log line it writes every %s as a logfmt value, quoted and
- * escaped where need be, so that no peer can forge a line or a pair. It knows %s %.*s
- * %c %d %u %x %lu %llu %zu, %% and zero-padded widths; the compiler checks the arguments
- * as it does for printf. (stdio's own would be a tenth of the static binary.)
+ * Text for people: log lines, sentences on stderr, output of the verbs. All of it goes
+ * through a small printf, so that a peer's words cannot forge a line.
  *
- * Log lines are logfmt: key=value pairs, the time (RFC 3339, UTC) first.
+ * The printf knows %s %.*s %c %d %u %x %lu %llu %zu, %% and widths padded with zeros. The
+ * compiler checks its arguments as it does for printf. (stdio's printf would be a tenth of
+ * the static binary.) In a log line it writes every %s as a logfmt value, quoted and escaped
+ * where necessary. Log lines are logfmt: key=value pairs, the time (RFC 3339, UTC) first.
+ *
+ * This section allocates no memory, and log_line never waits for a reader of the log. Nothing
+ * here parses text: that is done in the sections Bytes, Endpoints and Options.
  */
 
 static enum log_level log_level = LOG_INFO;
 
+/* Adds one byte, or drops it when the text is full. */
 static void text_char(struct text *t, char c) {
     if (t->len < t->cap)
         t->buf[t->len++] = c;
@@ -603,9 +608,9 @@ static void text_bytes(struct text *t, const char *s, size_t n) {
 }
 
 /*
- * Words that a peer or a file may have chosen: printable ASCII as it is, any other byte as
- * \xNN, C1 controls and the octets of UTF-8 among them. So nothing that a terminal obeys
- * gets to one.
+ * Adds n bytes that a peer or a file may have chosen. Printable ASCII stays as it is. Every
+ * other byte becomes \xNN, including C1 controls and the bytes of UTF-8. A terminal that
+ * shows the text therefore receives no control sequences.
  */
 static void text_escaped(struct text *t, const char *s, size_t n) {
     for (size_t i = 0; i < n; i++) {
@@ -620,7 +625,7 @@ static void text_escaped(struct text *t, const char *s, size_t n) {
     }
 }
 
-/* A logfmt value: bare when plain, else in quotes, and escaped. */
+/* Adds a logfmt value of n bytes: as it is if it is plain, else in quotes and escaped. */
 static void text_value(struct text *t, const char *s, size_t n) {
     bool plain = n > 0;
     for (size_t i = 0; i < n && plain; i++)
@@ -638,6 +643,7 @@ static void text_value(struct text *t, const char *s, size_t n) {
     text_char(t, '"');
 }
 
+/* Adds a number in the given base (10 or 16), padded with zeros to `width` digits. */
 static void text_number(struct text *t, unsigned long long n, unsigned base, int width) {
     char digits[24];
     int len = 0;
@@ -650,6 +656,10 @@ static void text_number(struct text *t, unsigned long long n, unsigned base, int
         text_char(t, digits[--len]);
 }
 
+/*
+ * Adds text by a format, see the head of this section. A %s is a logfmt value if t->logfmt is
+ * set. Conversions outside that list are not recognized as errors.
+ */
 static void text_vadd(struct text *t, const char *format, va_list args) {
     for (const char *f = format; *f; f++) {
         if (*f != '%') {
@@ -696,7 +706,7 @@ static void text_add(struct text *t, const char *format, ...) {
     va_end(args);
 }
 
-/* A C string of the bytes, cut at cap - 1. */
+/* Copies len bytes to `out` and adds a NUL. Bytes beyond cap - 1 are cut off. */
 static void copy_text(char *out, size_t cap, const uint8_t *value, size_t len) {
     if (len > cap - 1)
         len = cap - 1;
@@ -704,7 +714,7 @@ static void copy_text(char *out, size_t cap, const uint8_t *value, size_t len) {
     out[len] = '\0';
 }
 
-/* Writes all of it, or as much as the descriptor takes. 0, or -1 with errno. */
+/* Writes len bytes. Returns 0, or -1 with errno after a part of them. */
 static int write_all(int fd, const void *bytes, size_t len) {
     const uint8_t *at = bytes;
     while (len > 0) {
@@ -719,7 +729,7 @@ static int write_all(int fd, const void *bytes, size_t len) {
     return 0;
 }
 
-/* From now on a peer that has gone is but an error of write(2). */
+/* Blocks SIGPIPE. Writing to a peer that has gone then fails with EPIPE, and nothing more. */
 static void sigpipe_block(void) {
     sigset_t set;
     sigemptyset(&set);
@@ -727,7 +737,10 @@ static void sigpipe_block(void) {
     sigprocmask(SIG_BLOCK, &set, NULL);
 }
 
-/* Prints on stdout or stderr: for verbs, never for the running server. */
+/*
+ * Prints on stdout or stderr by a format, at most 4,096 bytes. Ends the program with status 1
+ * if stdout fails. Verbs use it; the running server never does.
+ */
 __attribute__((format(printf, 2, 3)))
 static void print(int fd, const char *format, ...) {
     char buf[4096];
@@ -742,7 +755,10 @@ static void print(int fd, const char *format, ...) {
     }
 }
 
-/* One line on stderr, escaped: words of a peer or of the command line may be in it. */
+/*
+ * Writes one sentence to stderr. It may contain a peer's words or those of the command line,
+ * so it is escaped.
+ */
 static void complain(const char *format, va_list args) {
     char words[LOG_LINE_MAX], line[4 * LOG_LINE_MAX];
     struct text t = {.buf = words, .cap = sizeof words}, escaped = {.buf = line, .cap = sizeof line - 1};
@@ -753,7 +769,7 @@ static void complain(const char *format, va_list args) {
     write_all(STDERR_FILENO, line, escaped.len);
 }
 
-/* One sentence on stderr, and goes on. */
+/* Writes one sentence to stderr. */
 __attribute__((format(printf, 1, 2)))
 static void note(const char *format, ...) {
     va_list args;
@@ -772,7 +788,7 @@ static void die(const char *format, ...) {
     exit(1);
 }
 
-/* Ends the program for bad usage: the sentence, a hint, and exit status 2. */
+/* Ends the program after wrong usage: one sentence and a hint on stderr, exit status 2. */
 __attribute__((format(printf, 1, 2), noreturn))
 static void die_usage(const char *format, ...) {
     va_list args;
@@ -784,9 +800,10 @@ static void die_usage(const char *format, ...) {
 }
 
 /*
- * A time as RFC 3339 has it, UTC. Not by gmtime_r: that brings time zones into the
- * static binary, and glibc's reads a file. Years begin in March here, so that a leap
- * day is a year's last, and five months from there on always have 153 days.
+ * Adds a time as in RFC 3339, in UTC, with milliseconds. gmtime_r would add the code for time
+ * zones to the static binary, and glibc's version reads a file. The calculation here lets
+ * years begin in March: a leap day is then the last day of its year, and any five months from
+ * March on have 153 days.
  */
 static void text_time(struct text *t, const struct timespec *time) {
     enum { YEAR = 365, FOUR_YEARS = 4 * YEAR + 1, CENTURY = 25 * FOUR_YEARS - 1, ERA = 4 * CENTURY + 1 };
@@ -803,9 +820,9 @@ static void text_time(struct text *t, const struct timespec *time) {
 }
 
 /*
- * Writes one log line: time, level, then the pairs of `format`, "msg=..." first.
- * A line that stderr cannot take at once is dropped: a reader that has stopped
- * must not stop the server.
+ * Writes one log line: the time, the level, then the pairs of `format`, of which the first is
+ * "msg=...". Lines above the chosen level are not written. A line is dropped when stderr
+ * cannot take it at once, because a log reader that has stopped must not stop the server.
  */
 __attribute__((format(printf, 2, 3)))
 static void log_line(enum log_level level, const char *format, ...) {
@@ -832,17 +849,34 @@ static void log_line(enum log_level level, const char *format, ...) {
         continue;
 }
 
-/* ------------------------------------------------------------------- Bytes */
+/* ------------------------------------------------------------------- Bytes
+ *
+ * Small functions on bytes: wiping, hex, base64, UTF-8, protobuf fields, random bytes, and
+ * the clock.
+ *
+ * base64_decode reads keys. It has neither branches nor array indexes that depend on a key,
+ * because these would change its running time, and an attacker may measure time. Functions
+ * for a peer's bytes check every length before they read.
+ *
+ * A protobuf message is a sequence of fields. A field is a tag, which is a field number and a
+ * wire type, and a value. A varint is a number in groups of seven bits, low group first; the
+ * top bit of each byte is set if another byte follows.
+ *
+ * Nothing here packs or unpacks a whole message: protobuf-c does.
+ */
 
-/* Overwrites what must not stay in memory; the compiler may inline it, and not leave it out. */
+/*
+ * Overwrites bytes that must not stay in memory. The asm statement tells the compiler that
+ * the zeros are read, so it cannot remove the memset.
+ */
 static void wipe(void *bytes, size_t len) {
     memset(bytes, 0, len);
     __asm__ volatile("" : : "r"(bytes) : "memory");
 }
 
 /*
- * Overwrites the stack below the caller, where BearSSL's functions have left
- * round keys and plaintext. Not inlined, so that its array lies where they were.
+ * Overwrites the stack below the caller, where BearSSL's functions have left round keys and
+ * plaintext. The function is never inlined, so that its array lies at their place.
  */
 __attribute__((noinline))
 static void stack_wipe(void) {
@@ -850,6 +884,7 @@ static void stack_wipe(void) {
     wipe(below, sizeof below);
 }
 
+/* Writes 2 * len hex digits and a NUL. */
 static void hex_encode(const uint8_t *bytes, size_t len, char *out) {
     for (size_t i = 0; i < len; i++) {
         *out++ = "0123456789abcdef"[bytes[i] >> 4];
@@ -858,12 +893,15 @@ static void hex_encode(const uint8_t *bytes, size_t len, char *out) {
     *out = '\0';
 }
 
-/* All ones when low <= c <= high, else 0; without a branch. */
+/* All ones if low <= c <= high, else 0. It has no branch. All three are below 2^31. */
 static unsigned in_range(unsigned c, unsigned low, unsigned high) {
     return 0u - (((low - 1 - c) & (c - high - 1)) >> 31);
 }
 
-/* Reads a decimal number of the kernel's, with any blanks before it, and moves past it. */
+/*
+ * Reads a decimal number from a file of the kernel. Skips blanks before it, and moves *at
+ * past it. Returns 0 if no digit is there.
+ */
 static uint64_t number_next(const char **at) {
     uint64_t n = 0;
     while (**at == ' ')
@@ -873,7 +911,7 @@ static uint64_t number_next(const char **at) {
     return n;
 }
 
-/* Microseconds of a clock that nobody sets. */
+/* Microseconds of the monotonic clock, which nobody can set. */
 static int64_t monotonic_us(void) {
     struct timespec now;
     clock_gettime(CLOCK_MONOTONIC, &now);
@@ -881,9 +919,9 @@ static int64_t monotonic_us(void) {
 }
 
 /*
- * Decodes padded, canonical base64 (RFC 4648 section 4) and returns the number of
- * bytes that it stands for, or -1. Writes them only if they are no more than cap.
- * The text is a key: no branch and no index depends on it, but for the padding.
+ * Decodes base64 with padding in its canonical form (RFC 4648 section 4). Returns the number
+ * of bytes decoded, or -1 if the text is invalid. Writes them only if there are at most
+ * `cap`. The text is a key, so no branch and no index depends on it, except on its padding.
  */
 static long base64_decode(const char *text, size_t len, uint8_t *out, size_t cap) {
     if (len == 0 || len % 4 != 0)
@@ -906,10 +944,14 @@ static long base64_decode(const char *text, size_t len, uint8_t *out, size_t cap
             if (total <= cap && n < total)
                 out[n] = (uint8_t)(bits >> shift);
     }
-    bad |= bits & ((1u << 8 * padding) - 1); /* bits behind the last byte */
+    bad |= bits & ((1u << 8 * padding) - 1); /* the unused bits of the last digit must be 0 */
     return bad ? -1 : (long)total;
 }
 
+/*
+ * Writes base64 with padding, and a NUL. Its array indexes depend on the bytes: it serves
+ * genkey alone, which prints them.
+ */
 static void base64_encode(const uint8_t *bytes, size_t len, char *out) {
     static const char alphabet[] = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
     for (; len > 0; bytes += 3, len -= len < 3 ? len : 3) {
@@ -923,7 +965,10 @@ static void base64_encode(const uint8_t *bytes, size_t len, char *out) {
     *out = '\0';
 }
 
-/* Whether the bytes are UTF-8 as RFC 3629 has it, no surrogates, nothing overlong: 0, 1 if a NUL is there, or -1. */
+/*
+ * Checks for UTF-8 as in RFC 3629, which forbids surrogates and overlong forms. Returns 0, or
+ * 1 if the bytes contain a NUL, or -1 if they are not UTF-8.
+ */
 static int utf8_check(const uint8_t *s, size_t len) {
     int nul = 0;
     for (size_t i = 0; i < len;) {
@@ -944,7 +989,10 @@ static int utf8_check(const uint8_t *s, size_t len) {
     return nul;
 }
 
-/* A varint of at most ten bytes. 0, or -1 if it does not end. */
+/*
+ * Reads a varint of at most ten bytes and moves *at past it. Returns 0, or -1 if the varint
+ * does not end in time.
+ */
 static int varint_next(const uint8_t **at, const uint8_t *end, uint64_t *value) {
     *value = 0;
     for (unsigned shift = 0; shift < 64 && *at < end; shift += 7) {
@@ -957,8 +1005,8 @@ static int varint_next(const uint8_t **at, const uint8_t *end, uint64_t *value) 
 }
 
 /*
- * Reads the field at *at and moves *at behind it: 1, or 0 at the end, or -1 if
- * these are not the bytes of a message (protobuf.dev/programming-guides/encoding).
+ * Reads the field at *at and moves *at past it. Returns 1, or 0 at the end of the message, or
+ * -1 if the bytes are not a message (protobuf.dev/programming-guides/encoding).
  */
 static int field_next(const uint8_t **at, const uint8_t *end, struct field *f) {
     if (*at == end)
@@ -986,7 +1034,7 @@ static int field_next(const uint8_t **at, const uint8_t *end, struct field *f) {
     case 5:
         len = 4;
         break;
-    default: /* groups, which nobody has written since 2008 */
+    default: /* groups, out of use since 2008 */
         return -1;
     }
     if (len > (uint64_t)(end - start))
@@ -998,9 +1046,9 @@ static int field_next(const uint8_t **at, const uint8_t *end, struct field *f) {
 }
 
 /*
- * Strings of a message, as protobuf-c does not look at them: 0 if all are fit for
- * C, 1 if one holds a NUL, at which C would end it; -1 if one is not UTF-8 or the
- * bytes are no message.
+ * Checks the strings of a message, because protobuf-c does not. Returns 0 if all are valid C
+ * strings; 1 if one contains a NUL, at which C would end it; -1 if one is not UTF-8 or the
+ * bytes are not a message.
  */
 static int strings_check(const ProtobufCMessageDescriptor *type, const uint8_t *bytes, size_t len) {
     const uint8_t *end = bytes + len;
@@ -1024,14 +1072,14 @@ static int strings_check(const ProtobufCMessageDescriptor *type, const uint8_t *
 }
 
 /*
- * getrandom(2), by the system call itself: glibc's function, from 2.41 on, keeps random
- * bytes for later calls in memory of this process, where a snapshot would have them.
+ * Calls getrandom(2) directly. The function of glibc, from 2.41 on, keeps random bytes for
+ * later calls in this process's memory, and a snapshot of a virtual machine would copy them.
  */
 static ssize_t random_get(uint8_t *out, size_t len, unsigned flags) {
     return syscall(SYS_getrandom, out, len, flags);
 }
 
-/* Fills with random bytes; -1 with errno when the kernel refuses. */
+/* Fills `out` with random bytes. Returns 0, or -1 with errno if the kernel refuses. */
 static int random_fill(uint8_t *out, size_t len) {
     while (len > 0) {
         ssize_t n = random_get(out, len, 0);
@@ -1046,8 +1094,10 @@ static int random_fill(uint8_t *out, size_t len) {
 }
 
 /*
- * A fresh nonce. The first of a turn is bought alone, and then twice as many each time: one
- * getrandom(2) a nonce would be a quarter of the CPU under load.
+ * Takes a fresh nonce from the stock. The first request in a turn fetches one nonce from the
+ * kernel, and each further request twice as many as the one before, up to RANDOM_BYTES: a
+ * getrandom(2) for every nonce would cost a quarter of the CPU time under load. Returns 0, or
+ * -1 if the kernel refuses.
  */
 static int random_nonce(struct random *r, uint8_t nonce[NONCE_BYTES]) {
     if (r->left == 0) {
@@ -1064,9 +1114,9 @@ static int random_nonce(struct random *r, uint8_t nonce[NONCE_BYTES]) {
 }
 
 /*
- * Wipes what is left. Between turns there is nothing: a machine or container that is brought
- * back from a snapshot, twice perhaps, would give out the same nonces again, which shows
- * the XOR of two data keys.
+ * Wipes the stock at the end of a turn. A virtual machine or a container can be restored from
+ * a snapshot more than once. Every copy would then use the same nonces from the stock, and
+ * two messages under one nonce reveal the XOR of their data keys.
  */
 static void random_drop(struct random *r) {
     wipe(r->bytes, r->left);
@@ -1075,39 +1125,51 @@ static void random_drop(struct random *r) {
 
 /* ------------------------------------------------------------------ Memory
  *
- * nghttp2 allocates and frees about ten small blocks a request. The heap counts
- * them, wipes what comes back, and keeps freed blocks by size class for the next
- * request: by malloc alone an Encrypt takes 44 to 57 % more CPU. What is kept comes
- * from malloc and goes back to it when the load is over.
+ * Memory whose amount is known and which is wiped after use. There are two allocators, the
+ * heap and the arena.
  *
- * The arena serves protobuf-c: one message is unpacked into it, answered, and the
- * whole arena taken back. It is also where the answer is put together.
+ * The heap serves nghttp2, which allocates and frees about ten small blocks for each request.
+ * It counts them, wipes each freed block, and keeps freed blocks in a list for each size
+ * class. (With malloc alone an Encrypt takes 44 to 57 % more CPU time.) Kept blocks come from
+ * malloc, and return to it when the load is over.
+ *
+ * The arena serves protobuf-c. One message is unpacked into it and the answer is built there;
+ * then the whole arena is freed at once.
+ *
+ * This section sets no limit for a peer. Section Room does.
  */
 
-/* The class whose blocks hold `size` bytes, the least power of two not under it; HEAP_CLASSES or more if none. */
+/*
+ * The class of a block of `size` bytes. Class 0 has HEAP_CLASS0_BYTES, and each further class
+ * has twice as many. A result of HEAP_CLASSES or more means that no class is large enough.
+ */
 static unsigned heap_class(size_t size) {
     enum { LONG_BITS = 8 * sizeof(unsigned long) };
     unsigned long half_classes = ((size - 1) | (HEAP_CLASS0_BYTES - 1)) / (HEAP_CLASS0_BYTES / 2);
     return LONG_BITS - 1 - (unsigned)__builtin_clzl(half_classes);
 }
 
-/* The bytes of a block for that many: a power of two if it will be kept. */
+/* The capacity of a block for `size` bytes: that of its class if it has one, else `size`. */
 static size_t heap_cap(size_t size) {
     unsigned class = heap_class(size);
     return class < HEAP_CLASSES ? (size_t)HEAP_CLASS0_BYTES << class : size;
 }
 
-/* What such a block takes in memory, malloc's own header included: the figure that limits count. */
+/*
+ * The memory that a block for `size` bytes takes, including malloc's own header. Limits count
+ * this number.
+ */
 static size_t heap_cost(size_t size) {
     enum { MALLOC_BYTES = 16 };
     return sizeof(struct block) + MALLOC_BYTES + heap_cap(size);
 }
 
+/* The block whose bytes heap_new has returned. */
 static struct block *block_of(void *bytes) {
     return (struct block *)((char *)bytes - offsetof(struct block, bytes));
 }
 
-/* The cost of what heap_new gave. */
+/* The cost of the block whose bytes heap_new has returned. */
 static size_t block_cost(void *bytes) {
     return block_of(bytes)->cost;
 }
@@ -1117,7 +1179,7 @@ static void block_free(struct heap *h, struct block *b) {
     free(b);
 }
 
-/* Returns what is kept to the C library. */
+/* Returns all kept blocks to malloc. */
 static void heap_tidy(struct heap *h) {
     for (unsigned class = 0; class < HEAP_CLASSES; class++) {
         for (struct block *b; (b = h->free[class]);) {
@@ -1127,7 +1189,10 @@ static void heap_tidy(struct heap *h) {
     }
 }
 
-/* heap_new's bytes by malloc. */
+/*
+ * A new block from malloc. If malloc fails, kept blocks are returned to it and it is tried
+ * once more. Returns the bytes, or NULL.
+ */
 static void *block_new(struct heap *h, size_t size) {
     struct block *b = NULL;
     if (size <= HEAP_MAX && !(b = malloc(sizeof *b + heap_cap(size)))) {
@@ -1143,7 +1208,10 @@ static void *block_new(struct heap *h, size_t size) {
     return b->bytes;
 }
 
-/* At least `size` bytes, or NULL. */
+/*
+ * Allocates at least `size` bytes. Returns NULL if malloc fails or `size` is over HEAP_MAX.
+ * The content of the bytes is not defined.
+ */
 static void *heap_new(struct heap *h, size_t size) {
     unsigned class = heap_class(size);
     struct block *b = class < HEAP_CLASSES ? h->free[class] : NULL;
@@ -1155,7 +1223,7 @@ static void *heap_new(struct heap *h, size_t size) {
     return b->bytes;
 }
 
-/* Wipes the bytes and takes them back. */
+/* Wipes the bytes, and keeps their block if it has a class and HEAP_KEEP_BYTES permits it. */
 static void heap_free(struct heap *h, void *bytes) {
     struct block *b = block_of(bytes);
     unsigned class = heap_class(b->size);
@@ -1169,6 +1237,7 @@ static void heap_free(struct heap *h, void *bytes) {
     h->free[class] = b;
 }
 
+/* Maps the arena. Returns 0, or -1 with errno. */
 static int arena_init(struct arena *a) {
     a->used = 0;
     a->exhausted = false;
@@ -1176,7 +1245,10 @@ static int arena_init(struct arena *a) {
     return a->base == MAP_FAILED ? -1 : 0;
 }
 
-/* `size` bytes until the next reset, aligned for any type; NULL when full. */
+/*
+ * Allocates `size` bytes until the next reset, aligned for any type. Returns NULL when the
+ * arena is full. The signature is protobuf-c's.
+ */
 static void *arena_new(void *arena, size_t size) {
     struct arena *a = arena;
     if (size > ARENA_BYTES - a->used || (size = (size + 15) & ~(size_t)15) > ARENA_BYTES - a->used) {
@@ -1188,52 +1260,64 @@ static void *arena_new(void *arena, size_t size) {
     return p;
 }
 
-/* Takes back what lies behind `end`, of the bytes given out last. */
+/* Shortens the last allocation so that it ends at `end`. */
 static void arena_trim(struct arena *a, const uint8_t *end) {
     a->used = ((size_t)(end - a->base) + 15) & ~(size_t)15;
 }
 
+/* Does nothing: arena_reset frees everything at once. The signature is protobuf-c's. */
 static void arena_free(void *arena, void *p) {
     (void)arena;
-    (void)p; /* arena_reset frees all at once */
+    (void)p;
 }
 
-/* Wipes what was used and takes all of it back. */
+/*
+ * Wipes the used part and frees all of it. Used pages above ARENA_KEEP_BYTES go back to the
+ * kernel.
+ */
 static void arena_reset(struct arena *a) {
     size_t keep = a->used < ARENA_KEEP_BYTES ? a->used : ARENA_KEEP_BYTES;
     wipe(a->base, keep);
     if (a->used > keep)
-        madvise(a->base + keep, ARENA_BYTES - keep, MADV_DONTNEED); /* zero from here on */
+        madvise(a->base + keep, ARENA_BYTES - keep, MADV_DONTNEED); /* they read as zero from now on */
     a->used = 0;
     a->exhausted = false;
 }
 
 /* ----------------------------------------------------------------- Sealing
  *
- * The sealed form, which etcd keeps for ever:
+ * Sealing encrypts a DEK so that only the holder of the KEK can read it or change it. The
+ * result is the sealed form, which etcd may keep for years:
  *
- *     offset  bytes  what
+ *     offset  bytes  content
  *     0       1      format, 0x01
- *     1       16     key fingerprint: which KEK opens it
+ *     1       16     key fingerprint: names the KEK
  *     17      24     nonce
  *     41      n      ciphertext
  *     41+n    16     tag
  *
- * The algorithm is XAES-256-GCM (C2SP): the KEK and the first half of the nonce
- * make a key of their own for each message, which then encrypts with AES-256-GCM
- * (NIST SP 800-38D) under the second half. So nonces can be random without end,
- * where plain AES-GCM must change its key before 2^32 messages.
+ * The algorithm is XAES-256-GCM (C2SP). It derives a fresh AES key for each message from the
+ * KEK and the first half of the nonce N. Under that key it encrypts with AES-256-GCM (NIST SP
+ * 800-38D), with the second half as the nonce. Random nonces are therefore safe for any
+ * number of messages, while plain AES-GCM needs a new key before 2^32 messages.
  *
- *     L  = AES(KEK, 0)                 K1 = L shifted left by a bit, and if the bit
- *                                           shifted out was 1, xor 0x87 (CMAC)
+ *     L  = AES(KEK, 0)                 K1 = L shifted left by one bit, and xor 0x87
+ *                                           if the bit shifted out was 1 (CMAC)
  *     Kx = AES(KEK, 00 01 58 00 || N[0..11] xor K1) ||
  *          AES(KEK, 00 02 58 00 || N[0..11] xor K1)
  *     ciphertext, tag = AES-256-GCM(key Kx, nonce N[12..23])
  *
- * Associated data is the header (format and fingerprint) and one byte for the
- * API, so that a ciphertext of v1 never opens in v2, nor the other way round.
+ * The tag authenticates the ciphertext and the associated data. Associated data is the header
+ * (format and fingerprint) and one byte for the API. A ciphertext of v1 therefore never opens
+ * in v2, and a ciphertext of v2 never in v1.
+ *
+ * This section does not know where keys come from, and it does not hide the length of a DEK.
  */
 
+/*
+ * Chooses BearSSL's implementations: AES instructions if the CPU has them, else C code for
+ * words of 64 or 32 bits.
+ */
 static struct suite suite_choose(void) {
     struct suite s = {br_aes_x86ni_ctrcbc_get_vtable(), br_aes_x86ni_ctr_get_vtable(), br_ghash_pclmul_get(), "aesni"};
     if (s.aes && s.ctr && s.ghash)
@@ -1243,15 +1327,19 @@ static struct suite suite_choose(void) {
     return (struct suite){&br_aes_ct_ctrcbc_vtable, &br_aes_ct_ctr_vtable, br_ghash_ctmul, "ct32"};
 }
 
-/* block = AES(key, block ^ mask): a step of CBC-MAC, as BearSSL has no bare block. */
+/*
+ * block = AES(key, block xor mask). BearSSL has no function for a single block, so this is
+ * one step of CBC-MAC.
+ */
 static void aes_block(const br_aes_gen_ctrcbc_keys *key, const uint8_t mask[BLOCK_BYTES], uint8_t block[BLOCK_BYTES]) {
     key->vtable->mac(&key->vtable, block, mask, BLOCK_BYTES);
 }
 
 /*
- * AES-GCM (NIST SP 800-38D) of len bytes; key_len is 16, 24 or 32. To seal puts the tag
- * behind the ciphertext; to open takes it from there and compares in constant time.
- * Returns 0, or -1 for a wrong tag, with zeros in `out`. `in` and `out` lie apart.
+ * AES-GCM (NIST SP 800-38D) of len bytes under a key of 16, 24 or 32 bytes. To seal writes
+ * the tag after the ciphertext, len + TAG_BYTES in all. To open reads the tag there and
+ * compares it in constant time. Returns 0, or -1 for a wrong tag; `out` then holds zeros.
+ * `in` and `out` must not overlap.
  */
 static int gcm_crypt(const struct suite *suite, bool seal, const uint8_t *key, size_t key_len,
                      const uint8_t nonce[12], const uint8_t *aad, size_t aad_len,
@@ -1278,7 +1366,7 @@ static int gcm_crypt(const struct suite *suite, bool seal, const uint8_t *key, s
     return result;
 }
 
-/* XAES-256-GCM, as gcm_crypt. */
+/* XAES-256-GCM: derives the message key Kx, then does as gcm_crypt does. */
 static int xaes_crypt(const struct suite *suite, bool seal, const struct kek *kek,
                       const uint8_t nonce[NONCE_BYTES], const uint8_t *aad, size_t aad_len,
                       const uint8_t *in, size_t len, uint8_t *out) {
@@ -1295,7 +1383,7 @@ static int xaes_crypt(const struct suite *suite, bool seal, const struct kek *ke
     return result;
 }
 
-/* HMAC-SHA-256 (RFC 2104); at most 32 bytes of it. */
+/* HMAC-SHA-256 (RFC 2104), the first out_len bytes of it, at most 32. */
 static void hmac_sha256(const uint8_t *key, size_t key_len, const void *data, size_t len,
                         uint8_t *out, size_t out_len) {
     br_hmac_key_context kc;
@@ -1308,7 +1396,10 @@ static void hmac_sha256(const uint8_t *key, size_t key_len, const void *data, si
     wipe(&hc, sizeof hc);
 }
 
-/* Sets up a KEK from its 32 bytes, which the caller wipes. */
+/*
+ * Sets up a KEK from its 32 bytes, which the caller wipes. The fingerprint is an HMAC of a
+ * fixed label under the KEK, and does not reveal the KEK.
+ */
 static void kek_init(struct kek *kek, const struct suite *suite, const uint8_t key[KEK_BYTES]) {
     static const char label[] = "kmsplugin key_id v1";
     const uint8_t zero[BLOCK_BYTES] = {0};
@@ -1323,7 +1414,10 @@ static void kek_init(struct kek *kek, const struct suite *suite, const uint8_t k
     hex_encode(kek->fingerprint, FINGERPRINT_BYTES, kek->key_id);
 }
 
-/* The KEK that a fingerprint names, or NULL. Fingerprints are no secret. */
+/*
+ * The KEK with this fingerprint, or NULL. Fingerprints are not secret, so the time of the
+ * comparison may depend on them.
+ */
 static const struct kek *ring_find(const struct ring *ring, const uint8_t fingerprint[FINGERPRINT_BYTES]) {
     for (size_t i = 0; i < ring->count; i++)
         if (memcmp(ring->keks[i].fingerprint, fingerprint, FINGERPRINT_BYTES) == 0)
@@ -1331,14 +1425,15 @@ static const struct kek *ring_find(const struct ring *ring, const uint8_t finger
     return NULL;
 }
 
+/* Writes the associated data of a sealed form that begins at `sealed`. */
 static void sealed_aad(const uint8_t *sealed, enum api api, uint8_t aad[HEADER_BYTES + 1]) {
     memcpy(aad, sealed, HEADER_BYTES);
     aad[HEADER_BYTES] = (uint8_t)api;
 }
 
 /*
- * Seals len bytes under the ring's first KEK. `out` takes len + SEALED_OVERHEAD.
- * Returns -1 only when there are no random bytes to be had.
+ * Seals len bytes under the first KEK of the ring. `out` has room for len + SEALED_OVERHEAD
+ * bytes. Returns 0, or -1 if the kernel gives no random bytes.
  */
 static int seal(const struct ring *ring, struct random *random, enum api api,
                 const uint8_t *plaintext, size_t len, uint8_t *out) {
@@ -1352,12 +1447,15 @@ static int seal(const struct ring *ring, struct random *random, enum api api,
     return 0;
 }
 
-/* Whether the bytes could be a sealed form at all. */
+/* Whether length and format byte are those of a sealed form. */
 static bool sealed_shaped(const uint8_t *sealed, size_t len) {
     return len >= SEALED_OVERHEAD && sealed[0] == SEALED_FORMAT;
 }
 
-/* Opens what seal() made. `out` takes len - SEALED_OVERHEAD bytes. */
+/*
+ * Opens the result of seal(). `out` has room for len - SEALED_OVERHEAD bytes. The plaintext
+ * is valid only if the result is OPENED.
+ */
 static enum opened open_sealed(const struct ring *ring, enum api api, const uint8_t *sealed, size_t len,
                                uint8_t *out) {
     if (!sealed_shaped(sealed, len))
@@ -1374,8 +1472,8 @@ static enum opened open_sealed(const struct ring *ring, enum api api, const uint
 }
 
 /*
- * Known answers before the first request: both vectors of the C2SP document, a
- * key_id, and a forgery that must not open. Dies when one is wrong.
+ * Compares with known answers before the first request: both vectors of the C2SP document,
+ * one key_id, and a forgery that must not open. Ends the program if one is wrong.
  */
 static void sealing_self_test(const struct suite *suite) {
     static const struct {
@@ -1387,7 +1485,7 @@ static void sealing_self_test(const struct suite *suite) {
         {0x03, "c2sp.org/XAES-256-GCM", "\x98\x6e\xc1\x83\x25\x93\xdf\x54\x43\xa1\x79\x43\x7f\xd0\x83\xbf"
                                         "\x3f\xdb\x41\xab\xd7\x40\xa2\x1f\x71\xeb\x76\x9d"},
     };
-    static const uint8_t text[] = "XAES-256-GCM", nonce[] = "ABCDEFGHIJKLMNOPQRSTUVWX"; /* without their NULs */
+    static const uint8_t text[] = "XAES-256-GCM", nonce[] = "ABCDEFGHIJKLMNOPQRSTUVWX"; /* used without their NULs */
     for (size_t i = 0; i < sizeof vectors / sizeof *vectors; i++) {
         struct kek kek;
         uint8_t key[KEK_BYTES], data[sizeof text - 1 + TAG_BYTES], opened[sizeof text - 1];
