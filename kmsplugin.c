@@ -1731,15 +1731,20 @@ static struct ring *ring_load(void) {
 
 /* ------------------------------------------------------------- KMS service
  *
- * k8s.io/kms/apis/v2 and v1beta1. Each RPC takes its unpacked request and fills
- * in an answer: a response packed into the arena, or a gRPC status with a fixed
- * sentence. No I/O here: unit tests and fuzzers call kms_call with bytes.
+ * The six RPCs of the two KMS APIs of Kubernetes: v2 (k8s.io/kms/apis/v2) and the older v1
+ * (v1beta1). Each RPC takes a request that protobuf-c has unpacked, and fills in an answer: a
+ * response packed into the arena, or a gRPC status with a fixed sentence.
  *
- * kube-apiserver v2 takes the key_id of Status as the one that Encrypt will
- * answer with, so both name the ring's first KEK, which never changes while the
- * process lives.
+ * Encrypt seals a DEK, Decrypt opens it, and Status (v2) or Version (v1) says whether the
+ * plugin works. Status and a v2 Encrypt also return a key_id. The API server expects the same
+ * key_id from both, so both name the first KEK of the ring, which never changes while the
+ * process lives. A bytes field of any content up to the limits can be sealed: the plugin does
+ * not know whether it is a key.
+ *
+ * Nothing here reads or writes a socket. Unit tests and fuzzers call kms_call with bytes.
  */
 
+/* Makes the answer an error. `message` must outlive the answer. */
 static void answer_error(struct answer *a, enum grpc_code code, const char *message) {
     a->code = code;
     a->message = message;
@@ -1749,7 +1754,10 @@ static void answer_no_memory(struct answer *a) {
     answer_error(a, GRPC_RESOURCE_EXHAUSTED, "the message has too many fields");
 }
 
-/* Packs a response. It is under MESSAGE_MAX: a plaintext has come in a request, and kms_seal bounds ciphertexts. */
+/*
+ * Packs a response into the arena. It always fits into MESSAGE_MAX: the plaintext of a
+ * Decrypt is shorter than its request, and kms_seal limits the ciphertext of an Encrypt.
+ */
 static void answer_message(struct kms *kms, struct answer *a, const void *message) {
     uint8_t *bytes = arena_new(&kms->arena, MESSAGE_MAX);
     if (!bytes) {
@@ -1761,7 +1769,10 @@ static void answer_message(struct kms *kms, struct answer *a, const void *messag
     arena_trim(&kms->arena, bytes + a->len);
 }
 
-/* Seals into the arena. Returns false once the answer holds an error. */
+/*
+ * Seals a plaintext into the arena, if the sealed form has at most ciphertext_max bytes.
+ * Returns true and sets `out`, or returns false and makes the answer an error.
+ */
 static bool kms_seal(struct kms *kms, struct answer *a, enum api api, ProtobufCBinaryData plaintext,
                      size_t ciphertext_max, ProtobufCBinaryData *out) {
     if (plaintext.len + SEALED_OVERHEAD > ciphertext_max) {
@@ -1784,7 +1795,11 @@ static bool kms_seal(struct kms *kms, struct answer *a, enum api api, ProtobufCB
     return true;
 }
 
-/* Opens into the arena. Returns false once the answer holds an error. */
+/*
+ * Opens a sealed form into the arena. The caller has checked it with kms_shaped or made it
+ * with kms_seal, so it is not too short. Returns true and sets `out`, or returns false and
+ * makes the answer an error.
+ */
 static bool kms_open(struct kms *kms, struct answer *a, enum api api, ProtobufCBinaryData sealed,
                      ProtobufCBinaryData *out) {
     static const char missing[] = "no KEK is configured with key_id ";
@@ -1813,7 +1828,10 @@ static bool kms_open(struct kms *kms, struct answer *a, enum api api, ProtobufCB
     return false;
 }
 
-/* Checks length and format of a ciphertext: the first thing that Decrypt looks at. */
+/*
+ * Checks the length and the format byte of a ciphertext, which Decrypt does before anything
+ * else. Returns false and makes the answer an error if they are wrong.
+ */
 static bool kms_shaped(struct answer *a, ProtobufCBinaryData sealed, size_t max) {
     if (sealed_shaped(sealed.data, sealed.len) && sealed.len <= max)
         return true;
@@ -1821,6 +1839,7 @@ static bool kms_shaped(struct answer *a, ProtobufCBinaryData sealed, size_t max)
     return false;
 }
 
+/* v2 Status. Seals 32 zero bytes and opens the result, so that "ok" means a working service. */
 static void v2_status(struct kms *kms, const void *request, struct answer *a) {
     (void)request;
     uint8_t probe[KEK_BYTES] = {0};
@@ -1839,6 +1858,7 @@ static void v2_status(struct kms *kms, const void *request, struct answer *a) {
     answer_message(kms, a, &response);
 }
 
+/* v2 Encrypt. The request's uid identifies the request in the log. */
 static void v2_encrypt(struct kms *kms, const void *message, struct answer *a) {
     const V2__EncryptRequest *request = message;
     V2__EncryptResponse response = V2__ENCRYPT_RESPONSE__INIT;
@@ -1848,6 +1868,10 @@ static void v2_encrypt(struct kms *kms, const void *message, struct answer *a) {
         answer_message(kms, a, &response);
 }
 
+/*
+ * v2 Decrypt. The key_id of the request must be the one in the ciphertext. Annotations are
+ * extra data of a plugin; this plugin returns none with Encrypt, so none are accepted.
+ */
 static void v2_decrypt(struct kms *kms, const void *message, struct answer *a) {
     const V2__DecryptRequest *request = message;
     V2__DecryptResponse response = V2__DECRYPT_RESPONSE__INIT;
@@ -1865,6 +1889,10 @@ static void v2_decrypt(struct kms *kms, const void *message, struct answer *a) {
         answer_message(kms, a, &response);
 }
 
+/*
+ * Every v1 request carries the version of the API. Returns false and makes the answer an
+ * error if it is another.
+ */
 static bool v1_version_right(struct answer *a, const char *version) {
     if (strcmp(version, "v1beta1") == 0)
         return true;
@@ -1882,6 +1910,7 @@ static void v1_version(struct kms *kms, const void *message, struct answer *a) {
         answer_message(kms, a, &response);
 }
 
+/* v1 Encrypt. The response has no key_id. */
 static void v1_encrypt(struct kms *kms, const void *message, struct answer *a) {
     const V2__V1beta1__EncryptRequest *request = message;
     V2__V1beta1__EncryptResponse response = V2__V1BETA1__ENCRYPT_RESPONSE__INIT;
@@ -1899,6 +1928,10 @@ static void v1_decrypt(struct kms *kms, const void *message, struct answer *a) {
         answer_message(kms, a, &response);
 }
 
+/*
+ * The RPCs: the path of the HTTP request, its two parts for log lines and metrics, the type
+ * of the request, and the function.
+ */
 #define RPC(service, method, type, call)                                                                     \
     {"/" service ".KeyManagementService/" method, sizeof "/" service ".KeyManagementService/" method - 1, \
      service, method, &v2__##type##__descriptor, call}
@@ -1918,12 +1951,12 @@ static const struct {
     [RPC_UNKNOWN] = {"", 0, "unknown", "unknown", NULL, NULL},
 };
 
-/* Whether a method wraps or unwraps what a client gave it. */
+/* Whether an RPC seals or opens bytes of the client. (Status seals bytes of its own.) */
 static bool rpc_uses_kek(enum rpc rpc) {
     return rpc == V2_ENCRYPT || rpc == V2_DECRYPT || rpc == V1_ENCRYPT || rpc == V1_DECRYPT;
 }
 
-/* Takes the ring. 0, or -1 without memory. */
+/* Sets up a service with a ring. Returns 0, or -1 without memory. */
 static int kms_init(struct kms *kms, struct ring *ring) {
     kms->ring = ring;
     kms->random.left = kms->random.next = 0;
@@ -1932,8 +1965,8 @@ static int kms_init(struct kms *kms, struct ring *ring) {
 }
 
 /*
- * One RPC: an encoded request to an answer, which lives until kms_done. `rpc` is
- * not RPC_UNKNOWN.
+ * Handles one RPC, which is not RPC_UNKNOWN. `bytes` is the encoded request. The answer is
+ * valid until kms_done, which the caller must call.
  */
 static void kms_call(struct kms *kms, enum rpc rpc, const uint8_t *bytes, size_t len, struct answer *a) {
     *a = (struct answer){.code = GRPC_OK, .uid = "", .key_id = ""};
@@ -1949,16 +1982,25 @@ static void kms_call(struct kms *kms, enum rpc rpc, const uint8_t *bytes, size_t
         rpcs[rpc].call(kms, request, a);
 }
 
+/* Wipes the request, the answer and everything else in the arena. */
 static void kms_done(struct kms *kms) {
     arena_reset(&kms->arena);
 }
 
 /* ----------------------------------------------------------------- Metrics
  *
- * GET /metrics on the same socket, in Prometheus' text format 0.0.4.
+ * Counters of requests, durations, connections and uses of KEKs, and their text in
+ * Prometheus' format 0.0.4. Prometheus is a monitoring system that fetches the page GET
+ * /metrics on the same socket.
+ *
+ * A metric has a name and labels, and each combination of label values is a series of its
+ * own. A histogram counts durations in buckets: bucket `le` has those that are less than or
+ * equal to its bound.
+ *
+ * Nothing here sends the page: stream_metrics does.
  */
 
-/* The name of a status code, as the gRPC document spells it. */
+/* The name of a status code, as in the gRPC document. */
 static const char *grpc_code_name(unsigned code) {
     static const char *const names[GRPC_CODES] = {
         "OK", "CANCELLED", "UNKNOWN", "INVALID_ARGUMENT", "DEADLINE_EXCEEDED", "NOT_FOUND", "ALREADY_EXISTS",
@@ -1967,16 +2009,19 @@ static const char *grpc_code_name(unsigned code) {
     return code < GRPC_CODES ? names[code] : "out of range";
 }
 
+/* Upper bounds of the buckets, in microseconds. */
 static const uint64_t bucket_bounds_us[] = {
 #define BUCKET_US(us, s) us,
     BUCKETS(BUCKET_US)
 };
 
+/* The same bounds as text, in seconds. */
 static const char *const bucket_bounds_s[] = {
 #define BUCKET_S(us, s) s,
     BUCKETS(BUCKET_S)
 };
 
+/* Sets the start time, and opens statm while files can still be opened. */
 static void metrics_init(struct metrics *m) {
     struct timespec now;
     clock_gettime(CLOCK_REALTIME, &now);
@@ -1984,6 +2029,7 @@ static void metrics_init(struct metrics *m) {
     m->statm = open("/proc/self/statm", O_RDONLY | O_CLOEXEC);
 }
 
+/* Counts one answered request that took `us` microseconds. */
 static void metrics_count(struct metrics *m, enum rpc rpc, enum grpc_code code, uint64_t us) {
     size_t bucket = 0;
     while (bucket < BUCKETS_LEN && us > bucket_bounds_us[bucket])
@@ -1993,7 +2039,10 @@ static void metrics_count(struct metrics *m, enum rpc rpc, enum grpc_code code, 
     m->microseconds[rpc] += us;
 }
 
-/* Resident memory in bytes, from the second number of /proc/self/statm; 0 if unknown. */
+/*
+ * The resident memory of the process in bytes, from the second number of /proc/self/statm; 0
+ * if unknown.
+ */
 static uint64_t metrics_resident(const struct metrics *m) {
     char buf[64];
     ssize_t n = m->statm < 0 ? -1 : pread(m->statm, buf, sizeof buf - 1, 0);
@@ -2004,6 +2053,7 @@ static uint64_t metrics_resident(const struct metrics *m) {
     return second ? number_next(&second) * (uint64_t)getpagesize() : 0;
 }
 
+/* Adds the histogram of one RPC. Prometheus expects cumulative buckets. */
 static void metrics_histogram(const struct metrics *m, unsigned rpc, struct text *t) {
     uint64_t total = 0;
     const char *service = rpcs[rpc].service, *method = rpcs[rpc].method;
@@ -2019,11 +2069,15 @@ static void metrics_histogram(const struct metrics *m, unsigned rpc, struct text
              (unsigned long long)total);
 }
 
+/* Adds the two lines that come before the series of a metric. */
 static void metrics_metric(struct text *t, const char *name, const char *type, const char *help) {
     text_add(t, "# HELP %s %s\n# TYPE %s %s\n", name, help, name, type);
 }
 
-/* One counter of uses by uid and method: a series for each of the first uids allowed, and one for all others. */
+/*
+ * Adds a counter of uses of KEKs by uid and method. The first USER_SERIES_MAX users have a
+ * series each, and all others share one.
+ */
 static void metrics_uses(struct text *t, const char *name, const struct user *users, size_t count, bool failures) {
     for (unsigned rpc = 0; rpc < RPCS; rpc++) {
         uint64_t other = 0;
@@ -2041,7 +2095,7 @@ static void metrics_uses(struct text *t, const char *name, const struct user *us
     }
 }
 
-/* All metrics; `users` are those who may connect. */
+/* Adds the whole page. `users` are those who may connect. */
 static void metrics_write(const struct metrics *m, const char *key_id, size_t connections, const struct user *users,
                           size_t user_count, struct text *t) {
     metrics_metric(t, "kmsplugin_grpc_requests_total", "counter", "gRPC requests answered.");
@@ -2076,32 +2130,36 @@ static void metrics_write(const struct metrics *m, const char *key_id, size_t co
 
 /* -------------------------------------------------------------------- gRPC
  *
- * gRPC over HTTP/2 (github.com/grpc/grpc, doc/PROTOCOL-HTTP2.md). A request is
- * HEADERS and DATA, the DATA a 5-byte prefix and a message:
+ * gRPC over HTTP/2 (github.com/grpc/grpc, doc/PROTOCOL-HTTP2.md): the formats that gRPC adds
+ * to HTTP/2. An RPC is one HTTP/2 request, a POST to /SERVICE/METHOD. The request has HEADERS
+ * and DATA. The DATA consists of a prefix of 5 bytes and a message:
  *
- *     0   1   compressed flag; this server offers no compression, so 0
+ *     0   1   compressed flag; always 0 here, as this server offers no compression
  *     1   4   length of the message, big-endian
  *
- * A response is HEADERS (:status 200, content-type), DATA of the same form, and
- * trailers, a second HEADERS with END_STREAM (grpc-status, grpc-message). An
- * error may be all in one HEADERS: "trailers-only".
+ * A response has HEADERS (:status 200, content-type), DATA of the same form, and trailers.
+ * Trailers are a second HEADERS that ends the stream, with grpc-status and grpc-message. A
+ * response that is an error may put all fields into one HEADERS ("trailers-only").
+ *
+ * Only values are encoded and decoded here. Section HTTP/2 puts them into a stream.
  */
 
-/* The prefix of an uncompressed message of len bytes. */
+/* Writes the prefix of an uncompressed message of len bytes. */
 static void grpc_prefix_write(uint8_t prefix[GRPC_PREFIX_BYTES], size_t len) {
     prefix[0] = 0;
     for (int i = 1; i < GRPC_PREFIX_BYTES; i++)
         prefix[i] = (uint8_t)(len >> 8 * (GRPC_PREFIX_BYTES - 1 - i));
 }
 
-/* The length that a prefix tells. */
+/* The length of the message that follows a prefix. */
 static size_t grpc_prefix_len(const uint8_t prefix[GRPC_PREFIX_BYTES]) {
     return (size_t)prefix[1] << 24 | (size_t)prefix[2] << 16 | (size_t)prefix[3] << 8 | prefix[4];
 }
 
 /*
- * grpc-timeout: 1 to 8 digits and a unit of H M S m u n. Returns microseconds,
- * rounded up; UINT64_MAX for anything else.
+ * Reads grpc-timeout: 1 to 8 digits and one of the units H M S m u n (hours, minutes,
+ * seconds, milliseconds, microseconds, nanoseconds). Returns microseconds, rounded up, or
+ * UINT64_MAX if the value has another form.
  */
 static uint64_t grpc_timeout_us(const uint8_t *value, size_t len) {
     uint64_t n = 0;
@@ -2123,7 +2181,10 @@ static uint64_t grpc_timeout_us(const uint8_t *value, size_t len) {
     return UINT64_MAX;
 }
 
-/* grpc-message: percent-encodes all but printable ASCII, and '%' itself. Cut at cap. */
+/*
+ * Encodes grpc-message: '%' and all bytes except printable ASCII become %XX. Returns the
+ * length of the result, which is cut at `cap` and never within a %XX.
+ */
 static size_t percent_encode(const char *s, char *out, size_t cap) {
     size_t n = 0;
     for (; *s; s++) {
@@ -2144,17 +2205,22 @@ static size_t percent_encode(const char *s, char *out, size_t cap) {
 
 /* ----------------------------------------------------------- HTTP requests
  *
- * RFC 9113 sections 8.2 and 8.3, by this program and not by nghttp2: clients send
- * :authority on a UNIX socket as "localhost", as the socket's path (percent-encoded
- * or not), as "@name", empty, or not at all, and nghttp2 resets some of them. What
- * is malformed is reset with PROTOCOL_ERROR. What is well-formed but no gRPC gets
- * an HTTP status, and what is gRPC but not ours a gRPC status.
+ * The rules that the head of a request must follow (RFC 9113 sections 8.2 and 8.3). nghttp2
+ * could check them, but it resets some requests of real clients. On a UNIX socket clients
+ * send :authority as "localhost", as the path of the socket (percent-encoded or not), as
+ * "@name", as an empty string, or not at all.
+ *
+ * There are three kinds of wrong requests. A malformed request has its stream reset with
+ * PROTOCOL_ERROR. A well-formed request that does not use gRPC gets an HTTP status. A gRPC
+ * request for an unknown method gets a gRPC status.
+ *
+ * The functions here only judge. stream_head_end in section HTTP/2 acts.
  */
 
-/* Equality with a string constant. */
+/* Whether the bytes equal a string constant. */
 #define IS(bytes, len, s) ((len) == sizeof(s) - 1 && memcmp((bytes), (s), sizeof(s) - 1) == 0)
 
-/* Which of the fields that mean something here this is. */
+/* The number of a header field's name; FIELD_OTHER for names without a meaning here. */
 static enum field_name field_name(const uint8_t *name, size_t len) {
     switch (len) {
     case 2: return IS(name, len, "te") ? FIELD_TE : FIELD_OTHER;
@@ -2179,7 +2245,10 @@ static enum field_name field_name(const uint8_t *name, size_t len) {
     return FIELD_OTHER;
 }
 
-/* application/grpc or application/grpc+proto, with or without parameters. */
+/*
+ * Whether a content-type is application/grpc or application/grpc+proto, with or without
+ * parameters.
+ */
 static bool is_grpc(const uint8_t *value, size_t len) {
     static const char type[] = "application/grpc+proto";
     enum { BARE_LEN = sizeof "application/grpc" - 1 };
@@ -2189,7 +2258,7 @@ static bool is_grpc(const uint8_t *value, size_t len) {
     return (len == BARE_LEN || len == sizeof type - 1) && strncasecmp((const char *)value, type, len) == 0;
 }
 
-/* Decimal digits to content_length; false for anything else. */
+/* Reads content-length. Returns false if it is not a decimal number of at most 18 digits. */
 static bool request_content_length(struct request *r, const uint8_t *value, size_t len) {
     enum { DIGITS_MAX = 18 };
     r->content_length = 0;
@@ -2201,6 +2270,7 @@ static bool request_content_length(struct request *r, const uint8_t *value, size
     return len > 0 && len <= DIGITS_MAX;
 }
 
+/* Finds the RPC that a path names; RPC_UNKNOWN if it names none. */
 static void request_path(struct request *r, const uint8_t *value, size_t len) {
     r->metrics = IS(value, len, "/metrics");
     r->rpc = 0;
@@ -2208,15 +2278,18 @@ static void request_path(struct request *r, const uint8_t *value, size_t len) {
         r->rpc++;
 }
 
-/* The value of a field: no control characters but tabs, and no white space at the ends (RFC 9113 8.2.1). */
+/*
+ * Whether a field's value has no control characters except tabs, and no white space at its
+ * ends (RFC 9113 8.2.1).
+ */
 static bool is_value(const uint8_t *value, size_t len) {
     return nghttp2_check_header_value_rfc9113(value, len) != 0;
 }
 
 /*
- * Takes a field of the head that means something here. False if it is malformed. A value that
- * is one of our constants is well-formed; is_value looks at any other, for 4 % of the
- * instructions of a request.
+ * Takes a field of the head that has a meaning here. Returns false if it is malformed. A
+ * value that equals a constant below is well-formed. is_value checks all other values, which
+ * takes 4 % of the instructions of a request.
  */
 static bool request_known(struct request *r, enum field_name name, const uint8_t *value, size_t len) {
     bool again = r->seen & 1u << name;
@@ -2235,7 +2308,7 @@ static bool request_known(struct request *r, enum field_name name, const uint8_t
         if (r->rpc == RPC_UNKNOWN && (len == 0 || (value[0] != '/' && !IS(value, len, "*")) || !is_value(value, len)))
             return false;
         return !again;
-    case FIELD_AUTHORITY: /* may be anything */
+    case FIELD_AUTHORITY: /* any well-formed value */
         return !again && (IS(value, len, "localhost") || is_value(value, len));
     case FIELD_CONTENT_TYPE:
         r->grpc = IS(value, len, "application/grpc");
@@ -2245,11 +2318,11 @@ static bool request_known(struct request *r, enum field_name name, const uint8_t
         return !again;
     case FIELD_CONTENT_LENGTH:
         return !again && request_content_length(r, value, len);
-    case FIELD_TIMEOUT: /* a wrong one is gRPC's business, not HTTP's */
+    case FIELD_TIMEOUT: /* a wrong timeout is an error of gRPC, not of HTTP */
         r->timeout_us = grpc_timeout_us(value, len);
         r->bad_timeout |= again || r->timeout_us == UINT64_MAX;
         return r->timeout_us != UINT64_MAX || is_value(value, len);
-    case FIELD_TE: /* a list, which may come in parts */
+    case FIELD_TE: /* a list, which may come in several fields */
         return IS(value, len, "trailers") || (len == 8 && strncasecmp((const char *)value, "trailers", 8) == 0);
     default: /* FIELD_FORBIDDEN */
         return false;
@@ -2261,13 +2334,13 @@ static void request_init(struct request *r) {
 }
 
 /*
- * Judges one field of the head or of the trailers. A pseudo-header field is one that means
- * something here, comes before all others, and not in trailers.
+ * Judges one field of the head or of the trailers. A pseudo-header field must have a meaning
+ * here, must come before all other fields, and must not be in trailers.
  */
 static void request_field(struct request *r, const uint8_t *name, size_t name_len, const uint8_t *value, size_t len) {
     r->field_bytes += name_len + len + FIELD_OVERHEAD_BYTES;
     if (r->malformed || r->field_bytes > FIELDS_MAX_BYTES)
-        return; /* the verdict stands already */
+        return; /* the request is rejected already */
     enum field_name known = field_name(name, name_len);
     bool pseudo = name_len > 0 && name[0] == ':', sound;
     if (known == FIELD_FORBIDDEN || (known != FIELD_OTHER && !r->trailers))
@@ -2281,7 +2354,11 @@ static void request_field(struct request *r, const uint8_t *name, size_t name_le
     r->malformed = !sound;
 }
 
-/* Judges the head as a whole, RFC 9113 8.3.1 and 8.5. */
+/*
+ * Judges the head as a whole (RFC 9113 8.3.1 and 8.5). CONNECT needs :method and :authority
+ * and nothing more; any other request needs :method, :scheme and :path. A head that is too
+ * large is not judged, because not all of its fields were.
+ */
 static void request_head_end(struct request *r) {
     const unsigned method = 1u << FIELD_METHOD, scheme = 1u << FIELD_SCHEME, path = 1u << FIELD_PATH,
                    authority = 1u << FIELD_AUTHORITY;
@@ -2294,19 +2371,25 @@ static void request_head_end(struct request *r) {
 
 /* ------------------------------------------------------------------- Room
  *
- * Whatever a peer makes us keep is counted, for its connection, its uid, and the
- * server. Where one of the server's limits is met, a connection of the uid that holds
- * most gives way: of a uid below its even share nothing is ever taken for one above
- * it. So who hoards pays himself, with one connection or with many.
+ * Limits on the memory, streams, connections and log lines that peers cause. Everything that
+ * is kept for a peer is counted three times: for its connection, for its uid, and for the
+ * server.
+ *
+ * When the server reaches a limit, it closes a connection of the uid that holds most. If the
+ * uid that asks for more would hold most, it loses a connection of its own. A uid that holds
+ * less than its even share of a limit therefore never pays for a uid that holds more, with
+ * however many connections.
+ *
+ * This section does not share out CPU time. The event loop does, by limiting reads.
  */
 
-/* Makes sure that the loop wakes up by then. */
+/* Makes sure that the loop wakes up at this time (in milliseconds) or earlier. */
 static void server_due(struct server *s, int64_t ms) {
     if (ms < s->next_ms)
         s->next_ms = ms;
 }
 
-/* Tells how many lines were left out, once their minute is over or, with `end`, at once. */
+/* Logs how many lines were left out, if their minute is over or `end` is set. */
 static void server_log_left_out(struct server *s, bool end) {
     if (s->lines_left_out == 0)
         return;
@@ -2319,8 +2402,9 @@ static void server_log_left_out(struct server *s, bool end) {
 }
 
 /*
- * Whether one more line may be logged that peers can cause at will: LINES_A_MINUTE, so that
- * they cannot fill a disk, and of them each uid its even share, so that none hides another's.
+ * Whether one more log line of a kind that peers can cause at will may be written. There are
+ * LINES_A_MINUTE, so that peers cannot fill a disk. Further lines are counted, and the first
+ * line of the next minute reports their number.
  */
 static bool server_may_log(struct server *s, struct user *user) {
     if (s->now_ms >= s->minute_ms + MINUTE_MS) {
@@ -2338,19 +2422,20 @@ static bool server_may_log(struct server *s, struct user *user) {
     return true;
 }
 
-/* Counts what a connection takes or, with a negative n, gives back. */
+/* Counts n units of a resource that a connection takes, or returns if n is negative. */
 static void conn_count(struct conn *c, enum resource r, ptrdiff_t n) {
     c->used[r] += (size_t)n;
     c->user->used[r] += (size_t)n;
     c->server->used[r] += (size_t)n;
 }
 
-/* Takes counted memory back. */
+/* Frees counted memory of a connection. */
 static void conn_free_bytes(struct conn *c, void *bytes) {
     conn_count(c, HELD, -(ptrdiff_t)block_cost(bytes));
     heap_free(&c->server->heap, bytes);
 }
 
+/* Frees a buffer of a connection, or nothing if it is NULL. */
 static void buffer_free(struct conn *c, uint8_t *bytes) {
     if (!bytes)
         return;
@@ -2358,6 +2443,7 @@ static void buffer_free(struct conn *c, uint8_t *bytes) {
     conn_free_bytes(c, bytes);
 }
 
+/* Frees a stream with its buffers, and removes it from its connection. */
 static void stream_free(struct stream *s) {
     struct conn *c = s->conn;
     if (c->head == s)
@@ -2372,7 +2458,10 @@ static void stream_free(struct stream *s) {
     conn_free_bytes(c, s);
 }
 
-/* Logs what a connection has done with KEKs by a method, and begins anew to count. */
+/*
+ * Logs the uses of KEKs by a method of a connection since the last such line, and sets the
+ * counts to zero.
+ */
 static void trace_log(struct conn *c, enum rpc rpc) {
     struct trace *t = &c->traces[rpc];
     if (server_may_log(c->server, c->user))
@@ -2384,7 +2473,10 @@ static void trace_log(struct conn *c, enum rpc rpc) {
     t->due_ms = c->server->now_ms + MINUTE_MS;
 }
 
-/* Counts a use of a KEK. The first of each by a method gives a line at once, and then there is one a minute. */
+/*
+ * Counts one use of a KEK. The first use by a method is logged at once. Later uses are
+ * collected for a line in each minute, or until another KEK is used.
+ */
 static void trace_use(struct conn *c, enum rpc rpc, const struct answer *a) {
     struct trace *t = &c->traces[rpc];
     unsigned kek = a->kek ? 1u << (a->kek - c->server->kms.ring->keks) : 0;
@@ -2406,7 +2498,7 @@ static void trace_use(struct conn *c, enum rpc rpc, const struct answer *a) {
         server_due(c->server, t->due_ms);
 }
 
-/* Logs the traces that are due; all there are, if `end`. */
+/* Logs the traces of a connection that are due, or all of them if `end` is set. */
 static void traces_log(struct conn *c, bool end) {
     for (enum rpc rpc = 0; rpc < RPC_UNKNOWN; rpc++) {
         if (c->traces[rpc].uses == 0)
@@ -2419,9 +2511,9 @@ static void traces_log(struct conn *c, bool end) {
 }
 
 /*
- * Ends a connection: of its own nothing remains but the struct, which callers up the
- * stack may still look at, and server_reap frees at the end of the turn. Never called from
- * within its own session.
+ * Closes a connection and frees all that it owns. The structure itself remains, because
+ * callers up the stack may still look at it; server_reap frees it at the end of the turn. A
+ * callback of the connection's own session must not call this function. `why` is for the log.
  */
 static void conn_close(struct conn *c, const char *why) {
     if (c->closed)
@@ -2432,18 +2524,21 @@ static void conn_close(struct conn *c, const char *why) {
     else
         log_line(LOG_DEBUG, "msg=closed pid=%d uid=%u reason=%s", c->peer.pid, c->peer.uid, why);
     c->closed = true;
-    while (c->streams) /* nghttp2_session_del calls no on_stream_close */
+    while (c->streams) /* nghttp2_session_del does not call on_stream_close */
         stream_free(c->streams);
     buffer_free(c, c->out);
     c->out = NULL;
     if (!c->broken)
         nghttp2_session_del(c->session);
-    conn_count(c, HELD, -(ptrdiff_t)c->used[HELD]); /* nothing, but of a broken session */
+    conn_count(c, HELD, -(ptrdiff_t)c->used[HELD]); /* zero already, except after a broken session */
     conn_count(c, CONNECTIONS, -1);
     close(c->source.fd);
 }
 
-/* The user who holds most of a resource, `asking` together with the `more` that it asks for; NULL if nobody holds any. */
+/*
+ * The user who holds most of a resource, or NULL if nobody holds any. The user `asking` is
+ * counted with the `more` units that it asks for, and is chosen among equals.
+ */
 static struct user *server_heaviest_user(struct server *s, enum resource r, const struct user *asking, size_t more) {
     struct user *heaviest = NULL;
     size_t most = 0;
@@ -2458,6 +2553,7 @@ static struct user *server_heaviest_user(struct server *s, enum resource r, cons
     return heaviest;
 }
 
+/* The connection of a user that holds most of a resource, or NULL if the user has none. */
 static struct conn *server_heaviest_conn(const struct server *s, const struct user *user, enum resource r) {
     struct conn *heaviest = NULL;
     for (struct conn *c = s->conns; c; c = c->next)
@@ -2466,7 +2562,10 @@ static struct conn *server_heaviest_conn(const struct server *s, const struct us
     return heaviest;
 }
 
-/* Closes the connection that holds most, of the user who does; false if that is `self`, or there is none. */
+/*
+ * Closes the connection of a user that holds most of a resource. Returns false, and closes
+ * nothing, if the user has none or if it is `self`.
+ */
 static bool server_shed(struct server *s, struct user *user, enum resource r, const struct conn *self) {
     struct conn *c = server_heaviest_conn(s, user, r);
     if (!c || c == self)
@@ -2478,7 +2577,10 @@ static bool server_shed(struct server *s, struct user *user, enum resource r, co
     return true;
 }
 
-/* Makes room for that much more of a resource at the cost of other connections; false if it would be at our own. */
+/*
+ * Closes other connections until a connection may take `more` units of a resource. Returns
+ * false if it would be the next to close.
+ */
 static bool conn_make_room(const struct conn *c, enum resource r, size_t more) {
     struct server *s = c->server;
     while (s->used[r] + more > s->limit[r])
@@ -2487,12 +2589,15 @@ static bool conn_make_room(const struct conn *c, enum resource r, size_t more) {
     return true;
 }
 
-/* Whether there is room for that much more of a resource, or can be made. */
+/* Whether a connection may take `more` units of a resource. Makes room for them if necessary. */
 static bool conn_has_room(const struct conn *c, enum resource r, size_t more) {
     return c->server->used[r] + more <= c->server->limit[r] || conn_make_room(c, r, more);
 }
 
-/* Counted memory, or NULL: the caller's connection is then closed by the loop. */
+/*
+ * Allocates counted memory for a connection. On NULL the caller fails, and the loop closes
+ * the connection.
+ */
 static void *conn_new_bytes(struct conn *c, size_t size) {
     void *bytes = conn_has_room(c, HELD, heap_cost(size)) ? heap_new(&c->server->heap, size) : NULL;
     if (bytes)
@@ -2500,7 +2605,7 @@ static void *conn_new_bytes(struct conn *c, size_t size) {
     return bytes;
 }
 
-/* Memory for a request or an answer; NULL as above. */
+/* Allocates memory for a request or an answer. On NULL, as above. */
 static uint8_t *buffer_new(struct conn *c, size_t size) {
     uint8_t *bytes = conn_has_room(c, BUFFERED, heap_cost(size)) ? conn_new_bytes(c, size) : NULL;
     if (bytes)
@@ -2509,11 +2614,12 @@ static uint8_t *buffer_new(struct conn *c, size_t size) {
 }
 
 /*
- * nghttp2_mem: the session's own memory is the connection's. No limit of ours refuses it
- * any, as nghttp2 1.52 does not bear that everywhere (an item of nghttp2_submit_data, when
- * the queue cannot grow, is freed and still pointed to): what a session took is looked at
- * when it returns, by conn_settle. If the system itself has none left, the session is broken:
- * better a leak than what deleting it might do.
+ * The functions of nghttp2_mem: a session's own memory is counted for its connection. They do
+ * not enforce a limit, because nghttp2 1.52 does not survive every failed allocation. (If the
+ * queue cannot grow, it frees an item of nghttp2_submit_data and keeps a pointer to it.)
+ * conn_settle applies the limit after the session has returned. If the system itself has no
+ * memory left, the session is marked as broken and is never deleted: a leak is safer than
+ * nghttp2's clean-up.
  */
 static void *session_malloc(size_t size, void *conn) {
     struct conn *c = conn;
@@ -2536,6 +2642,7 @@ static void *session_calloc(size_t n, size_t size, void *conn) {
     return bytes ? memset(bytes, 0, n * size) : NULL;
 }
 
+/* Like realloc. The old bytes are copied to a new block and wiped, so no copy stays behind. */
 static void *session_realloc(void *bytes, size_t size, void *conn) {
     void *moved = session_malloc(size, conn);
     if (moved && bytes) {
@@ -2547,13 +2654,14 @@ static void *session_realloc(void *bytes, size_t size, void *conn) {
 }
 
 /*
- * Holds a connection to the limit after its session has run, which takes at most some 600
- * KiB for the IN_BYTES of one read. -1 when the connection is to be closed.
+ * Applies the limit to a connection after its session has run. (For the IN_BYTES of one read
+ * a session takes some 600 KiB at most.) Returns 0, or -1 if the connection must be closed.
  */
 static int conn_settle(struct conn *c) {
     return !c->broken && conn_has_room(c, HELD, 0) ? 0 : -1;
 }
 
+/* Adds a stream to a connection. Returns NULL if there is no room for it. */
 static struct stream *stream_new(struct conn *c, int32_t id) {
     struct server *server = c->server;
     struct stream *s = NULL;
@@ -2578,36 +2686,53 @@ static struct stream *stream_new(struct conn *c, int32_t id) {
 
 /* ------------------------------------------------------------------ HTTP/2
  *
- * A server on nghttp2 (RFC 9113). nghttp2 parses frames, keeps windows and HPACK
- * tables, and calls back; what comes back from a callback is 0, or
- * NGHTTP2_ERR_CALLBACK_FAILURE to end the connection. Functions are in the order
- * of a stream's life: begun, its head read, its body read, answered, closed.
+ * The server's side of HTTP/2 (RFC 9113), on the library nghttp2. An HTTP/2 connection
+ * carries many requests at once, each on a stream with a number. All bytes are in frames.
+ * HEADERS carries header fields, compressed with HPACK by tables that both sides keep. DATA
+ * carries a body. SETTINGS tells limits, WINDOW_UPDATE grants more bytes, RST_STREAM ends one
+ * stream, and GOAWAY ends the connection. The flag END_STREAM marks the last frame of a
+ * request or of a response.
  *
- * Flow control: a stream's window holds the largest request there is and is never
- * extended. The connection's window is given back as DATA arrives, unless the
- * peer leaves so many answers unread that new requests have to wait.
+ * nghttp2 parses and builds the frames, and keeps the windows and HPACK tables. It calls the
+ * functions below, in the order of a stream's life: begun, head read, body read, answered,
+ * closed. Unless its comment says otherwise, a callback (on_...) returns 0, or
+ * NGHTTP2_ERR_CALLBACK_FAILURE to end the connection. A function stream_... returns 0 or an
+ * error code of nghttp2.
+ *
+ * A window is the number of bytes that the peer may still send, for each stream and for the
+ * connection. A stream's window holds the largest request, and is never extended. Bytes of
+ * DATA return to the connection's window as they arrive, unless the peer leaves too many
+ * answers unread; its new requests must then wait.
+ *
+ * This section neither reads nor writes the socket: section Connections does.
  */
 
+/* A header field from two string constants, which nghttp2 does not copy. */
 #define FIELD(n, v)                                                                                         \
     {(uint8_t *)(n), (uint8_t *)(v), sizeof(n) - 1, sizeof(v) - 1,                                          \
      NGHTTP2_NV_FLAG_NO_COPY_NAME | NGHTTP2_NV_FLAG_NO_COPY_VALUE}
 
-/* A field whose value nghttp2 copies. */
+/* A header field whose value nghttp2 copies. The name must be a constant. */
 static nghttp2_nv field_copied(const char *name, const char *value, size_t len) {
     return (nghttp2_nv){(uint8_t *)(uintptr_t)name, (uint8_t *)(uintptr_t)value, strlen(name), len,
                         NGHTTP2_NV_FLAG_NO_COPY_NAME};
 }
 
+/*
+ * Turns an error code of nghttp2 into a callback's result. Errors that are not fatal concern
+ * one stream only, and are ignored.
+ */
 static int callback_result(int rv) {
     return nghttp2_is_fatal(rv) ? NGHTTP2_ERR_CALLBACK_FAILURE : 0;
 }
 
+/* Ends a stream with RST_STREAM and an error code of HTTP/2. */
 static int stream_reset(struct stream *s, uint32_t error) {
     s->state = STREAM_ANSWERED;
     return nghttp2_submit_rst_stream(s->conn->session, NGHTTP2_FLAG_NONE, s->id, error);
 }
 
-/* Gives received bytes back to the peer's window, unless it has to read first. */
+/* Returns received bytes to the peer's window, unless the peer has too many unread answers. */
 static int conn_consume(struct conn *c) {
     if (c->unconsumed == 0 || c->unread > UNREAD_PAUSE_BYTES)
         return 0;
@@ -2617,9 +2742,9 @@ static int conn_consume(struct conn *c) {
 }
 
 /*
- * Tells nghttp2 how long the next DATA frame of a response is; on_send_data then takes that
- * many bytes from the reply, so that they are copied once, out of a buffer that is wiped.
- * The trailers are submitted with the last piece.
+ * Tells nghttp2 the length of the next DATA frame of a response, at most `len`. on_send_data
+ * then copies the bytes from the reply to the output. This saves a copy in a buffer of
+ * nghttp2 that would not be wiped. The trailers are submitted with the last piece.
  */
 static ssize_t on_data_source_read(nghttp2_session *session, int32_t id, uint8_t *buf, size_t len, uint32_t *flags,
                                    nghttp2_data_source *source, void *conn) {
@@ -2640,7 +2765,10 @@ static ssize_t on_data_source_read(nghttp2_session *session, int32_t id, uint8_t
     return (ssize_t)left;
 }
 
-/* Submits a response; with `len` bytes of body behind room for a gRPC prefix if `grpc`. */
+/*
+ * Submits a response with `count` header fields. The body is `len` bytes, after a gRPC prefix
+ * if `grpc` is set; NULL means no body. The bytes are copied.
+ */
 static int stream_respond(struct stream *s, const nghttp2_nv *fields, size_t count, const uint8_t *bytes, size_t len,
                           bool grpc) {
     struct conn *c = s->conn;
@@ -2663,7 +2791,10 @@ static int stream_respond(struct stream *s, const nghttp2_nv *fields, size_t cou
     return nghttp2_submit_response(c->session, s->id, fields, count, bytes ? &body : NULL);
 }
 
-/* Answers a gRPC request: a response, or a status in trailers alone. */
+/*
+ * Answers a gRPC request with a response, or with a status in trailers alone. Counts and logs
+ * it.
+ */
 static int stream_answer(struct stream *s, const struct answer *a) {
     static const nghttp2_nv ok[] = {FIELD(":status", "200"), FIELD("content-type", "application/grpc")};
     struct server *server = s->conn->server;
@@ -2690,13 +2821,16 @@ static int stream_fail(struct stream *s, enum grpc_code code, const char *messag
     return stream_answer(s, &a);
 }
 
-/* An answer to what is no gRPC request: a status of HTTP and no body. */
+/* Answers a request that does not use gRPC with an HTTP status of three digits and no body. */
 static int stream_http_error(struct stream *s, const char *status) {
     nghttp2_nv fields[] = {field_copied(":status", status, 3), FIELD("allow", "POST")};
     return stream_respond(s, fields, strcmp(status, "405") == 0 ? 2 : 1, NULL, 0, false);
 }
 
-/* The text of /metrics, rendered once for all who ask in a turn. 0, or -1 without memory. */
+/*
+ * Renders the text of /metrics, once for all requests in a turn. The arena is not in use at
+ * this time. Returns 0, or -1 without memory.
+ */
 static int server_render(struct server *s) {
     struct arena *arena = &s->kms.arena;
     struct text t = {.cap = METRICS_BYTES};
@@ -2712,22 +2846,28 @@ static int server_render(struct server *s) {
     return s->page ? 0 : -1;
 }
 
+/*
+ * Answers GET /metrics. The request is short and the answer long, so a peer with many unread
+ * answers gets status 503.
+ */
 static int stream_metrics(struct stream *s) {
     static const nghttp2_nv fields[] = {FIELD(":status", "200"),
                                         FIELD("content-type", "text/plain; version=0.0.4; charset=utf-8")};
     struct server *server = s->conn->server;
-    /* A short question with a long answer: who leaves many unread has to wait. */
     if (s->conn->unread > UNREAD_PAUSE_BYTES || server_render(server) < 0)
         return stream_http_error(s, "503");
     return stream_respond(s, fields, sizeof fields / sizeof *fields, server->page, server->page_len, false);
 }
 
-/* The stream of an id, or NULL. */
+/* The stream with this number, or NULL. */
 static struct stream *stream_find(nghttp2_session *session, int32_t id) {
     return nghttp2_session_get_stream_user_data(session, id);
 }
 
-/* PRIORITY is ignored, but of stream 0 it is an error of the connection (RFC 9113 6.3), which nghttp2 overlooks. */
+/*
+ * A frame begins. PRIORITY frames are ignored. On stream 0 such a frame is an error of the
+ * connection (RFC 9113 6.3), which nghttp2 does not notice.
+ */
 static int on_begin_frame(nghttp2_session *session, const nghttp2_frame_hd *frame, void *conn) {
     (void)conn;
     if (frame->type != NGHTTP2_PRIORITY || frame->stream_id != 0)
@@ -2735,6 +2875,10 @@ static int on_begin_frame(nghttp2_session *session, const nghttp2_frame_hd *fram
     return callback_result(nghttp2_session_terminate_session(session, NGHTTP2_PROTOCOL_ERROR));
 }
 
+/*
+ * A header block begins: of a new request, or of trailers. c->head is NULL for trailers of a
+ * stream that is already gone.
+ */
 static int on_begin_headers(nghttp2_session *session, const nghttp2_frame *frame, void *conn) {
     struct conn *c = conn;
     if (frame->headers.cat != NGHTTP2_HCAT_REQUEST) { /* trailers */
@@ -2747,6 +2891,7 @@ static int on_begin_headers(nghttp2_session *session, const nghttp2_frame *frame
     return callback_result(nghttp2_session_set_stream_user_data(session, frame->hd.stream_id, c->head));
 }
 
+/* One header field. Names and values are already decompressed. */
 static int on_header(nghttp2_session *session, const nghttp2_frame *frame, const uint8_t *name, size_t name_len,
                      const uint8_t *value, size_t len, uint8_t flags, void *conn) {
     (void)session;
@@ -2758,7 +2903,10 @@ static int on_header(nghttp2_session *session, const nghttp2_frame *frame, const
     return 0;
 }
 
-/* The head is complete: decides what needs no body, and waits for it otherwise. */
+/*
+ * The head is complete. Answers if no body is needed for that; otherwise waits for the body.
+ * A shorter grpc-timeout replaces the deadline.
+ */
 static int stream_head_end(struct stream *s) {
     struct request *r = &s->request;
     request_head_end(r);
@@ -2784,7 +2932,10 @@ static int stream_head_end(struct stream *s) {
     return 0;
 }
 
-/* The prefix is there: the message's length, or an answer if there is nothing to wait for. */
+/*
+ * The gRPC prefix is complete. Takes the length of the message from it, or answers with an
+ * error.
+ */
 static int stream_prefix_end(struct stream *s) {
     size_t len = grpc_prefix_len(s->prefix);
     if (s->prefix[0] == 1)
@@ -2797,7 +2948,7 @@ static int stream_prefix_end(struct stream *s) {
     return 0;
 }
 
-/* Takes a piece of a request's body. */
+/* Takes a piece of a request's body. The pieces need not end where prefix and message end. */
 static int stream_append(struct stream *s, const uint8_t *data, size_t len) {
     if (s->prefix_len < GRPC_PREFIX_BYTES) {
         size_t missing = GRPC_PREFIX_BYTES - s->prefix_len, n = len < missing ? len : missing;
@@ -2822,6 +2973,10 @@ static int stream_append(struct stream *s, const uint8_t *data, size_t len) {
     return 0;
 }
 
+/*
+ * A piece of a DATA frame. Bytes for a stream that is answered or gone are dropped, but count
+ * for the window.
+ */
 static int on_data_chunk_recv(nghttp2_session *session, uint8_t flags, int32_t id, const uint8_t *data, size_t len,
                               void *conn) {
     (void)flags;
@@ -2839,13 +2994,13 @@ static int on_data_chunk_recv(nghttp2_session *session, uint8_t flags, int32_t i
     return callback_result(rv);
 }
 
-/* The request is complete: answers it. */
+/* The request is complete. Answers it, unless it has been answered. */
 static int stream_end(struct stream *s) {
     struct kms *kms = &s->conn->server->kms;
     struct answer a;
     const uint8_t *message = s->body ? s->body : s->prefix; /* never NULL */
     if (s->state != STREAM_BODY)
-        return 0; /* answered early */
+        return 0; /* answered before its end */
     if (s->request.content_length != UINT64_MAX && s->request.content_length != s->received)
         return stream_reset(s, NGHTTP2_PROTOCOL_ERROR); /* RFC 9113 8.1.1 */
     if (s->request.method == METHOD_GET)
@@ -2860,12 +3015,13 @@ static int stream_end(struct stream *s) {
     return rv;
 }
 
-/* Trailers have to be sound, and the end of the request. */
+/* The trailers of a request are complete. They must be well-formed, and must end the request. */
 static int stream_trailers_end(struct stream *s, bool end) {
     bool sound = end && !s->request.malformed && s->request.field_bytes <= FIELDS_MAX_BYTES;
     return sound ? 0 : stream_reset(s, NGHTTP2_PROTOCOL_ERROR);
 }
 
+/* A frame is complete; HEADERS only when the whole header block is. */
 static int on_frame_recv(nghttp2_session *session, const nghttp2_frame *frame, void *conn) {
     struct conn *c = conn;
     if (frame->hd.type == NGHTTP2_SETTINGS) {
@@ -2890,8 +3046,9 @@ static int on_frame_recv(nghttp2_session *session, const nghttp2_frame *frame, v
 }
 
 /*
- * Appends to the server's output, which conn_send has emptied before and writes out after:
- * all of it, or nothing and NGHTTP2_ERR_WOULDBLOCK, and then nghttp2 comes again with the same.
+ * Appends to the output. conn_send has emptied it and writes it to the socket later. Appends
+ * everything and returns 0, or appends nothing and returns NGHTTP2_ERR_WOULDBLOCK; nghttp2
+ * then offers the same bytes again.
  */
 static int out_append(struct server *s, const uint8_t *head, size_t head_len, const uint8_t *data, size_t len) {
     if (head_len + len > OUT_BYTES - s->out_len)
@@ -2902,6 +3059,7 @@ static int out_append(struct server *s, const uint8_t *head, size_t head_len, co
     return 0;
 }
 
+/* Appends frames to the output. Returns len or NGHTTP2_ERR_WOULDBLOCK. */
 static ssize_t on_send(nghttp2_session *session, const uint8_t *data, size_t len, int flags, void *conn) {
     (void)session;
     (void)flags;
@@ -2909,7 +3067,10 @@ static ssize_t on_send(nghttp2_session *session, const uint8_t *data, size_t len
     return rv == 0 ? (ssize_t)len : rv;
 }
 
-/* A DATA frame of `len` bytes, as on_data_source_read has told. */
+/*
+ * Appends a DATA frame of `len` bytes, the length that on_data_source_read returned. `head`
+ * is the frame's header of 9 bytes. Returns 0 or NGHTTP2_ERR_WOULDBLOCK.
+ */
 static int on_send_data(nghttp2_session *session, nghttp2_frame *frame, const uint8_t *head, size_t len,
                         nghttp2_data_source *source, void *conn) {
     (void)session;
@@ -2922,8 +3083,8 @@ static int on_send_data(nghttp2_session *session, nghttp2_frame *frame, const ui
 }
 
 /*
- * After GOAWAY: remembers what the peer was told. After an answer that came before the end
- * of its request: asks for no more of it (RFC 9113 8.1).
+ * A frame is in the output. The error code of a GOAWAY is kept for the log. If the answer is
+ * complete and the request is not, RST_STREAM tells the peer to stop sending (RFC 9113 8.1).
  */
 static int on_frame_send(nghttp2_session *session, const nghttp2_frame *frame, void *conn) {
     if (frame->hd.type == NGHTTP2_GOAWAY)
@@ -2934,6 +3095,7 @@ static int on_frame_send(nghttp2_session *session, const nghttp2_frame *frame, v
     return s && !s->ended ? callback_result(stream_reset(s, NGHTTP2_NO_ERROR)) : 0;
 }
 
+/* A stream has ended, by both sides or by a reset. */
 static int on_stream_close(nghttp2_session *session, int32_t id, uint32_t error, void *conn) {
     (void)error;
     (void)conn;
@@ -2943,18 +3105,18 @@ static int on_stream_close(nghttp2_session *session, int32_t id, uint32_t error,
     return 0;
 }
 
-/* Options for a session, or NULL without memory. */
+/* The options of a session, or NULL without memory. */
 static nghttp2_option *session_options_new(void) {
     nghttp2_option *options;
     if (nghttp2_option_new(&options) != 0)
         return NULL;
     nghttp2_option_set_no_http_messaging(options, 1);     /* see section HTTP requests */
     nghttp2_option_set_no_auto_window_update(options, 1); /* see conn_consume */
-    nghttp2_option_set_no_closed_streams(options, 1);     /* 60 KB a connection */
+    nghttp2_option_set_no_closed_streams(options, 1);     /* saves 60 KB per connection */
     return options;
 }
 
-/* What all sessions share. 0, or -1 without memory. */
+/* Sets up the callbacks and options that all sessions share. Returns 0, or -1 without memory. */
 static int sessions_init(struct server *s) {
     s->session_options = session_options_new();
     if (!s->session_options || nghttp2_session_callbacks_new(&s->callbacks) != 0)
@@ -2971,13 +3133,13 @@ static int sessions_init(struct server *s) {
     return 0;
 }
 
-/* A session that has its SETTINGS to send. 0, or -1 without memory. */
+/* Makes a connection's session, and submits the SETTINGS. Returns 0, or -1 without memory. */
 static int session_init(struct conn *c) {
     static const nghttp2_settings_entry settings[] = {
         {NGHTTP2_SETTINGS_MAX_CONCURRENT_STREAMS, STREAMS_MAX},
         {NGHTTP2_SETTINGS_INITIAL_WINDOW_SIZE, STREAM_WINDOW_BYTES},
         {NGHTTP2_SETTINGS_MAX_HEADER_LIST_SIZE, FIELDS_MAX_BYTES},
-        {NGHTTP2_SETTINGS_NO_RFC7540_PRIORITIES, 1}, /* no tree of streams to keep */
+        {NGHTTP2_SETTINGS_NO_RFC7540_PRIORITIES, 1}, /* no tree of priorities to keep */
     };
     nghttp2_mem memory = {c, session_malloc, session_free, session_calloc, session_realloc};
     if (nghttp2_session_server_new3(&c->session, c->server->callbacks, c, c->server->session_options, &memory) != 0)
@@ -2986,9 +3148,20 @@ static int session_init(struct conn *c) {
     return nghttp2_submit_settings(c->session, NGHTTP2_FLAG_NONE, settings, count) == 0 ? 0 : -1;
 }
 
-/* ------------------------------------------------------------- Connections */
+/* ------------------------------------------------------------- Connections
+ *
+ * Reading, writing and closing a connection. A connection waits either for bytes to read or
+ * for room to write, never for both: a peer that does not take its answers is not read from.
+ *
+ * A read takes at most one buffer in a turn, and passes it to nghttp2. Output collects in one
+ * buffer of the server. Only the part that the socket does not take is copied to a buffer of
+ * the connection (c->out).
+ *
+ * Nothing here interprets bytes or decides about deadlines: the sections HTTP/2 and Event
+ * loop do.
+ */
 
-/* Waits for room to write, or for something to read: one of the two. */
+/* Makes epoll wait for room to write, or for bytes to read. Returns 0, or -1 with errno. */
 static int conn_watch(struct conn *c, bool writing) {
     if (c->writing == writing)
         return 0;
@@ -2997,7 +3170,7 @@ static int conn_watch(struct conn *c, bool writing) {
     return epoll_ctl(c->server->epoll, EPOLL_CTL_MOD, c->source.fd, &event);
 }
 
-/* write(2), where a full socket is 0 bytes written. -1 when the peer is gone. */
+/* Like write(2), except that a full socket makes the result 0. Returns -1 if the peer is gone. */
 static ssize_t conn_write(struct conn *c, const uint8_t *bytes, size_t len) {
     ssize_t n;
     do
@@ -3006,7 +3179,10 @@ static ssize_t conn_write(struct conn *c, const uint8_t *bytes, size_t len) {
     return n < 0 && (errno == EAGAIN || errno == EWOULDBLOCK) ? 0 : n;
 }
 
-/* Keeps what the socket did not take. Until it is gone nothing more is read. */
+/*
+ * Keeps the bytes that the socket did not take. Nothing is read until they are sent. Returns
+ * 0, or -1 if the connection must be closed.
+ */
 static int conn_keep(struct conn *c, const uint8_t *bytes, size_t len) {
     c->out = buffer_new(c, len);
     if (!c->out)
@@ -3020,8 +3196,8 @@ static int conn_keep(struct conn *c, const uint8_t *bytes, size_t len) {
 }
 
 /*
- * Sends what an earlier conn_flush had to keep. 1 when nothing is left of it, 0 when the
- * socket is full still, -1 when the connection is to be closed.
+ * Sends the bytes that conn_keep has kept. Returns 1 if none are left, 0 if the socket is
+ * still full, -1 if the connection must be closed.
  */
 static int conn_resume(struct conn *c) {
     if (!c->out)
@@ -3038,9 +3214,9 @@ static int conn_resume(struct conn *c) {
 }
 
 /*
- * Fills the server's output with the frames that the session has to send, as many as fit,
- * and writes them; what the socket does not take is kept in c->out. How many bytes
- * there were, or -1 when the connection is to be closed.
+ * Fills the output with as many frames of the session as fit, and writes it to the socket.
+ * Bytes that the socket does not take are kept in c->out. Returns the number of bytes in the
+ * output, or -1 if the connection must be closed.
  */
 static ssize_t conn_send(struct conn *c) {
     struct server *s = c->server;
@@ -3058,9 +3234,9 @@ static ssize_t conn_send(struct conn *c) {
 }
 
 /*
- * Sends all that can be sent. Afterwards either the socket is full, c->out holds what is
- * left, and epoll waits for room; or nothing is left to send, and it waits for something to
- * read. -1 when the connection is to be closed.
+ * Sends all that can be sent. Afterwards there are two cases. If the socket is full, c->out
+ * has the rest, and epoll waits for room to write. Otherwise nothing is left to send, and
+ * epoll waits for bytes to read. Returns 0, or -1 if the connection must be closed.
  */
 static int conn_flush(struct conn *c) {
     int resumed;
@@ -3076,7 +3252,10 @@ static int conn_flush(struct conn *c) {
     return resumed;
 }
 
-/* Reads one turn's worth, handles it, and sends the answers. -1 as conn_flush. */
+/*
+ * Reads at most s->share bytes, handles them, and sends the answers. Returns as conn_flush
+ * does.
+ */
 static int conn_read(struct conn *c) {
     struct server *s = c->server;
     ssize_t n = read(c->source.fd, s->in, s->share);
@@ -3090,7 +3269,10 @@ static int conn_read(struct conn *c) {
     return used < 0 || conn_settle(c) < 0 ? -1 : conn_flush(c);
 }
 
-/* Tells the peer which requests it can repeat elsewhere (RFC 9113 6.8), then flushes. */
+/*
+ * Tells the peer the last stream that is handled, so that it can repeat later requests
+ * elsewhere (RFC 9113 6.8). Sends all output. Returns as conn_flush does.
+ */
 static int conn_goaway(struct conn *c) {
     int32_t last = nghttp2_session_get_last_proc_stream_id(c->session);
     if (nghttp2_submit_goaway(c->session, NGHTTP2_FLAG_NONE, last, NGHTTP2_NO_ERROR, NULL, 0) != 0)
@@ -3098,7 +3280,10 @@ static int conn_goaway(struct conn *c) {
     return conn_flush(c);
 }
 
-/* Takes over a descriptor. The connection joins the server, or all is undone. */
+/*
+ * Takes over a descriptor and adds a connection to the server. If that fails, the descriptor
+ * is closed.
+ */
 static void conn_new(struct server *s, int fd, const struct ucred *peer, struct user *user) {
     struct conn *c = calloc(1, sizeof *c);
     if (!c) {
@@ -3121,7 +3306,7 @@ static void conn_new(struct server *s, int fd, const struct ucred *peer, struct 
         conn_close(c, "set-up failed");
 }
 
-/* Frees the structs of closed connections, when nothing can point at them any more. */
+/* Frees the structures of closed connections. Nothing points at them at the end of a turn. */
 static void server_reap(struct server *s) {
     for (struct conn **at = &s->conns, *c; (c = *at);) {
         if (!c->closed) {
@@ -3133,20 +3318,21 @@ static void server_reap(struct server *s) {
     }
 }
 
-/* A user's longest idle connection without an open stream, or NULL. */
+/* The connection of a user that has been idle longest and has no open stream, or NULL. */
 static struct conn *server_idlest(const struct server *s, const struct user *user) {
     struct conn *idlest = NULL;
     for (struct conn *c = s->conns; c; c = c->next)
         if (!c->closed && !c->streams && c->user == user &&
-            (!idlest || c->idle_since_ms <= idlest->idle_since_ms)) /* the list has the newest first */
+            (!idlest || c->idle_since_ms <= idlest->idle_since_ms)) /* the newest is first in the list */
             idlest = c;
     return idlest;
 }
 
 /*
- * Closes a connection for the sake of a newcomer: of the user who has most, that one counted
- * if `newcomer` is its user (NULL: not known yet), the longest idle; the heaviest, if none is
- * idle. False if there is none.
+ * Closes a connection to make room for a new one. It belongs to the user with most
+ * connections, where the new one counts for `newcomer` (NULL if its user is not known yet).
+ * It is the one that has been idle longest, or the one that holds most memory if none is
+ * idle. Returns false if there is no connection to close.
  */
 static bool server_make_way(struct server *s, const struct user *newcomer) {
     struct user *user = server_heaviest_user(s, CONNECTIONS, newcomer, 1);
