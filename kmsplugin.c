@@ -3346,13 +3346,24 @@ static bool server_make_way(struct server *s, const struct user *newcomer) {
 
 /* --------------------------------------------------------------- Endpoints
  *
- * An endpoint is, byte for byte, the string that stands in an
- * EncryptionConfiguration: unix:///path, or unix:///@name for a name in Linux's
- * abstract name space. There the address is a NUL and the name, and its length
- * counts no NUL at the end: Go's clients count none either.
+ * The sockets of the server: their names, checks of their directories, binding, and sockets
+ * inherited from systemd.
+ *
+ * An endpoint is the same string, byte for byte, as in Kubernetes' EncryptionConfiguration:
+ * unix:///path, or unix:///@name for a name in Linux's abstract name space. An abstract name
+ * is not a file, so nobody needs permission to take it. Its address is a NUL and the name,
+ * and the length of the address includes no NUL at the end, just as in Go's clients.
+ *
+ * A process that replaces the socket receives the DEKs that the API server sends next. This
+ * is why every directory on the way to the socket is checked.
+ *
+ * Nothing here accepts connections or knows who may connect: section Event loop does.
  */
 
-/* Parses an endpoint. Returns NULL, or a sentence that says what is wrong with it. */
+/*
+ * Parses an endpoint into a socket address. Returns NULL, or a sentence that says why the
+ * endpoint is wrong.
+ */
 static const char *endpoint_parse(const char *endpoint, struct sockaddr_un *address, socklen_t *address_len) {
     static const char scheme[] = "unix://";
     memset(address, 0, sizeof *address);
@@ -3383,14 +3394,14 @@ static const char *endpoint_parse(const char *endpoint, struct sockaddr_un *addr
     return NULL;
 }
 
-/* Parses an endpoint; bad usage, if it is none. */
+/* Parses an endpoint. If it is wrong, the program ends for wrong usage. */
 static void endpoint_require(const char *endpoint, struct sockaddr_un *address, socklen_t *address_len) {
     const char *wrong = endpoint_parse(endpoint, address, address_len);
     if (wrong)
         die_usage("%s: %s", endpoint, wrong);
 }
 
-/* The endpoint string of an address, for log lines and messages. */
+/* Writes the endpoint of an address as a string, for log lines and messages. Returns `out`. */
 static const char *endpoint_name(const struct sockaddr_un *address, socklen_t len, char *out, size_t cap) {
     struct text t = {.buf = out, .cap = cap - 1};
     size_t n = len - offsetof(struct sockaddr_un, sun_path);
@@ -3402,12 +3413,13 @@ static const char *endpoint_name(const struct sockaddr_un *address, socklen_t le
     return out;
 }
 
+/* Room for any endpoint, and a NUL. */
 enum { ENDPOINT_NAME_BYTES = sizeof "unix:///@" + sizeof((struct sockaddr_un *)0)->sun_path };
 
 /*
- * Dies if someone other than root and ourselves can rename what lies in a directory, or
- * what a link stands for. Sticky directories pass: there only an owner can rename a file,
- * and whatever comes next on the way has its own owner looked at.
+ * Dies if another user than root and our own can rename the entries of a directory, or
+ * replace a link. Other users may write to a sticky directory, because there only the owner
+ * of a file can rename it; directory_check checks the owner of the next name on the way.
  */
 static void owner_check(const char *path, const struct stat *st) {
     if (st->st_uid != 0 && st->st_uid != geteuid())
@@ -3418,13 +3430,13 @@ static void owner_check(const char *path, const struct stat *st) {
             "chmod go-w, or choose another directory", path);
 }
 
-/* Takes the last name from a path; of "/" nothing. */
+/* Removes the last name from a path. "/" stays as it is. */
 static void path_up(char *path) {
     char *slash = strrchr(path, '/');
     slash[slash == path ? 1 : 0] = '\0';
 }
 
-/* Puts "first/second" into `out`. False if it does not fit. */
+/* Writes "first/second" to `out`. Returns false if it does not fit. */
 static bool path_join(char out[WAY_MAX], const char *first, const char *second) {
     struct text t = {.buf = out, .cap = WAY_MAX};
     text_add(&t, "%s%s%s", first, first[0] && first[strlen(first) - 1] == '/' ? "" : "/", second);
@@ -3435,13 +3447,13 @@ static bool path_join(char out[WAY_MAX], const char *first, const char *second) 
 }
 
 /*
- * Walks to the directory of a socket as the kernel would, name by name and through
- * links, and dies where someone other than root and ourselves could rename the next
- * name: who swaps the socket receives the next data key. `at` is where the walk has
- * come, without links, and `rest` is what is still to go.
+ * Walks to the directory of a socket as the kernel would, name by name and through links.
+ * Dies where another user than root and our own could rename the next name. In the last
+ * directory other users must not be able to write at all. `at` is the part of the way already
+ * walked, without links. `rest` is the part that is still to come.
  */
 static void directory_check(const char *path) {
-    enum { LINKS_MAX = 40 }; /* as the kernel follows */
+    enum { LINKS_MAX = 40 }; /* the kernel's own limit */
     char at[WAY_MAX] = "/", rest[WAY_MAX], next[WAY_MAX], target[WAY_MAX];
     struct stat st;
     if (lstat(at, &st) < 0)
@@ -3485,7 +3497,7 @@ static void directory_check(const char *path) {
             "choose another directory, or in a sidecar's emptyDir an abstract socket (unix:///@name)", at);
 }
 
-/* A socket of ours, close-on-exec and non-blocking; dies without. */
+/* Makes a socket that is close-on-exec and non-blocking. Dies if that fails. */
 static int socket_new(void) {
     int fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
     if (fd < 0)
@@ -3493,7 +3505,10 @@ static int socket_new(void) {
     return fd;
 }
 
-/* What connect(2) says: 0 if somebody listens, ECONNREFUSED if nobody does any more, EAGAIN if the queue is full. */
+/*
+ * Tries connect(2) and returns its errno: 0 if a process is listening, ECONNREFUSED if none
+ * is, EAGAIN if the queue of a listening process is full.
+ */
 static int socket_try(const struct sockaddr_un *address, socklen_t len) {
     int fd = socket_new();
     int error = connect(fd, (const struct sockaddr *)address, len) < 0 ? errno : 0;
@@ -3506,9 +3521,10 @@ static bool same_file(const struct stat *a, const struct stat *b) {
 }
 
 /*
- * Removes what a crashed server left at the path. A live socket, or anything that
- * is no socket, ends the program and stays untouched. A server that is just
- * starting has bound and does not yet listen: hence the second look.
+ * Removes the socket that a crashed server has left at the path. Dies, and removes nothing,
+ * if a process is listening, if that cannot be told, or if the file is not a socket. A server
+ * that is just starting has bound its socket and does not listen yet, so the socket is tried
+ * twice.
  */
 static void socket_clear(const struct sockaddr_un *address, socklen_t len) {
     const char *path = address->sun_path;
@@ -3531,14 +3547,14 @@ static void socket_clear(const struct sockaddr_un *address, socklen_t len) {
         if (look == 0)
             nanosleep(&wait, NULL);
     }
-    if (lstat(path, &after) < 0 || !same_file(&before, &after) || /* inodes are used again: */
+    if (lstat(path, &after) < 0 || !same_file(&before, &after) || /* inode numbers are used again: */
         after.st_ctim.tv_sec != before.st_ctim.tv_sec || after.st_ctim.tv_nsec != before.st_ctim.tv_nsec)
         die("%s: another process is starting there", path);
     if (unlink(path) < 0)
         die("%s: cannot remove the stale socket of uid %u: unlink: %s", path, before.st_uid, strerror(errno));
 }
 
-/* Sees to it that an endpoint can be bound, or dies. */
+/* Prepares an endpoint for bind, or dies. */
 static void listener_prepare(struct listener *l, const char *endpoint) {
     endpoint_require(endpoint, &l->address, &l->address_len);
     if (l->address.sun_path[0] == '\0')
@@ -3547,15 +3563,15 @@ static void listener_prepare(struct listener *l, const char *endpoint) {
     socket_clear(&l->address, l->address_len);
 }
 
-/* A step of listener_open, and what helps when it fails. */
+/* A step of listener_open, and advice for the case that it fails. Both are constants. */
 struct listen_step {
     const char *call, *hint;
 };
 
 /*
- * Binds and listens. A file never has a wider mode than asked for: it is made with
- * none, given its group, then its mode, and only then listened on. NULL; or, with
- * errno, the step that failed.
+ * Binds and listens. The socket's file never has a wider mode than --mode: it is made with
+ * mode 0, then gets its group, then its mode, and only then listens. Returns NULL, or with
+ * errno the step that failed.
  */
 static const struct listen_step *listener_open(struct listener *l, const struct serve_options *options) {
     static const struct listen_step bind_file = {"bind", "our user has to be able to write to the socket's directory"},
@@ -3583,7 +3599,10 @@ static const struct listen_step *listener_open(struct listener *l, const struct 
     return listen(l->source.fd, BACKLOG) < 0 ? &listen_on : NULL;
 }
 
-/* Takes over a socket that systemd has opened: listening, stream, AF_UNIX. */
+/*
+ * Takes over a socket that systemd has opened: an AF_UNIX stream socket that listens. Dies if
+ * it is another.
+ */
 static void listener_inherit(struct listener *l, int fd) {
     int type = 0, listening = 0;
     socklen_t len = sizeof(int);
@@ -3599,13 +3618,14 @@ static void listener_inherit(struct listener *l, int fd) {
         die("LISTEN_FDS: descriptor %d: %s", fd, strerror(errno));
 }
 
-/* Removes a file, unless it has been replaced since. */
+/* Removes a file, unless another file has taken its place. */
 static void file_remove(const char *path, const struct stat *file) {
     struct stat st;
     if (lstat(path, &st) == 0 && same_file(&st, file))
         unlinkat(AT_FDCWD, path, 0);
 }
 
+/* Closes a listener, and removes the file that it has made. */
 static void listener_close(struct listener *l) {
     if (l->made)
         file_remove(l->address.sun_path, &l->file);
@@ -3617,7 +3637,10 @@ static void listeners_close(struct server *s) {
         listener_close(&s->listeners[--s->listener_count]);
 }
 
-/* The number of a decimal string, or -1; nothing but digits, at most `max`. */
+/*
+ * The number that a string of decimal digits stands for, or -1 if the string is empty, has
+ * any other character, or the number is over `max`.
+ */
 static long long decimal(const char *s, long long max) {
     long long n = 0;
     if (!*s)
@@ -3630,8 +3653,9 @@ static long long decimal(const char *s, long long max) {
 }
 
 /*
- * All sockets: systemd's (sd_listen_fds(3)), and those of --listen; without
- * either, the default endpoint.
+ * Opens all sockets: those of systemd (sd_listen_fds(3)) and those of --listen, or the
+ * default endpoint if there are neither. All endpoints are checked before the first is bound.
+ * Dies if one fails, after removing the files made so far.
  */
 static void listeners_open(struct server *s) {
     enum { FIRST_INHERITED = 3 };
@@ -3668,7 +3692,10 @@ static void listeners_open(struct server *s) {
     }
 }
 
-/* A socket to the service manager (sd_notify(3)), or -1: there is none, or it cannot be reached. */
+/*
+ * Connects a socket to the service manager (sd_notify(3)). Returns -1 if there is no manager
+ * or it cannot be reached.
+ */
 static int notify_open(void) {
     const char *path = getenv("NOTIFY_SOCKET");
     struct sockaddr_un address = {.sun_family = AF_UNIX};
@@ -3680,7 +3707,7 @@ static int notify_open(void) {
         address.sun_path[0] = '\0';
     int fd = socket(AF_UNIX, SOCK_DGRAM | SOCK_CLOEXEC, 0);
     socklen_t address_len = (socklen_t)(offsetof(struct sockaddr_un, sun_path) + len);
-    const struct timeval patience = {.tv_sec = 1}; /* a manager that is busy would else miss READY=1 */
+    const struct timeval patience = {.tv_sec = 1}; /* a busy manager gets this time, or it would miss READY=1 */
     if (fd >= 0)
         setsockopt(fd, SOL_SOCKET, SO_SNDTIMEO, &patience, sizeof patience);
     if (fd >= 0 && connect(fd, (struct sockaddr *)&address, address_len) < 0) {
@@ -3690,7 +3717,7 @@ static int notify_open(void) {
     return fd;
 }
 
-/* Tells the service manager, best effort. */
+/* Tells the service manager a state. A failure is ignored. */
 static void notify(int fd, const char *state) {
     if (fd >= 0)
         write_all(fd, state, strlen(state));
@@ -3698,16 +3725,23 @@ static void notify(int fd, const char *state) {
 
 /* -------------------------------------------------------------- Event loop
  *
- * One thread and one epoll. A turn: wait; handle what is ready, each connection at
- * most one read; expire what is due; wipe the stack; free what was closed. Nothing
- * in a turn blocks. Without traffic and deadlines the loop sleeps for good.
+ * The loop that runs the server: one thread waits for all descriptors with epoll. A turn has
+ * five parts. The loop waits. It handles the ready descriptors, with at most one read for
+ * each connection. It ends whatever has passed its deadline. It wipes the stack. It frees
+ * closed connections. Nothing in a turn blocks, and without traffic and deadlines the loop
+ * sleeps.
  *
- * What is due next has a timer, which stays set from turn to turn. A time-out of
- * epoll_wait's would be set up and taken back in each: 2 of some 20 microseconds
- * that a client waits for an answer.
+ * A timer descriptor wakes the loop for the next deadline, and stays set from turn to turn. A
+ * timeout of epoll_wait would be set up and removed in every turn, which takes 2 of the 20
+ * microseconds or so that a client waits for an answer.
+ *
+ * The loop does not know HTTP/2 or the KMS APIs; it calls the sections above.
  */
 
-/* Clocks and waiting are in every turn: dies if the kernel has them not, or a container runtime of old refuses them. */
+/*
+ * Dies if the clocks or ppoll(2) do not work. Every turn needs them, and an old kernel may
+ * lack these calls or an old container runtime may refuse them.
+ */
 static void clocks_check(void) {
     struct timespec now = {0, 0};
     if (clock_gettime(CLOCK_MONOTONIC, &now) < 0 || clock_gettime(CLOCK_REALTIME, &now) < 0)
@@ -3722,7 +3756,7 @@ static void server_clock(struct server *s) {
     s->now_ms = (int64_t)(s->now_us / 1000);
 }
 
-/* The user of a uid, or NULL if it may not connect. */
+/* The user with this uid, or NULL if the uid may not connect. */
 static struct user *server_user(struct server *s, uid_t uid) {
     for (size_t i = 0; i < s->user_count; i++)
         if (s->users[i].uid == uid)
@@ -3744,6 +3778,7 @@ static void server_log_refused(struct server *s) {
     s->refused_logged_ms = s->now_ms;
 }
 
+/* Makes epoll watch the listeners, or not. */
 static void server_accept_from(struct server *s, bool on) {
     for (size_t i = 0; i < s->listener_count; i++) {
         struct epoll_event event = {.events = on ? EPOLLIN : 0, .data.ptr = &s->listeners[i].source};
@@ -3751,7 +3786,11 @@ static void server_accept_from(struct server *s, bool on) {
     }
 }
 
-/* Our own descriptors are used up: a peer gives way. The machine's are, or its memory, or whatever: a little patience. */
+/*
+ * Handles an error of accept. If our own descriptors are used up, a connection is closed for
+ * the new peer. If there is none, or if the error is another (the machine may lack
+ * descriptors or memory), the listeners pause for ACCEPT_PAUSE_MS.
+ */
 static void server_accept_failed(struct server *s, int error) {
     if (error == EMFILE && server_make_way(s, NULL))
         return;
@@ -3760,6 +3799,7 @@ static void server_accept_failed(struct server *s, int error) {
     server_due(s, s->resume_accept_ms);
 }
 
+/* Admits a new peer if its uid may connect; otherwise closes the connection. */
 static void server_admit(struct server *s, int fd) {
     struct ucred peer = {.uid = UNMAPPED_UID};
     socklen_t len = sizeof peer;
@@ -3778,21 +3818,23 @@ static void server_admit(struct server *s, int fd) {
     conn_new(s, fd, &peer, user);
 }
 
+/* Accepts up to ACCEPT_BURST peers. */
 static void listener_ready(struct server *s, struct listener *l) {
     for (int i = 0; i < ACCEPT_BURST; i++) {
         int fd = accept4(l->source.fd, NULL, NULL, SOCK_NONBLOCK | SOCK_CLOEXEC);
         if (fd >= 0) {
             server_admit(s, fd);
         } else if (errno == EAGAIN) {
-            return; /* nobody waits any more */
+            return; /* no more peers are waiting */
         } else if (errno != EINTR && errno != ECONNABORTED) {
-            if (i == 0) /* else it may be that nobody waits: accept4 looks for a descriptor first */
+            if (i == 0) /* later, perhaps no peer is waiting: accept4 needs a free descriptor even then */
                 server_accept_failed(s, errno);
             return;
         }
     }
 }
 
+/* Handles the events of a connection, and closes it if it has ended. */
 static void conn_ready(struct conn *c, uint32_t events) {
     if (c->closed)
         return;
@@ -3802,7 +3844,10 @@ static void conn_ready(struct conn *c, uint32_t events) {
         conn_close(c, "done");
 }
 
-/* Expires a connection's requests. -1 when the connection itself has had its time. */
+/*
+ * Ends the requests of a connection that have passed their deadlines. Returns -1 if the
+ * connection itself must be closed.
+ */
 static int conn_expire(struct conn *c) {
     struct server *s = c->server;
     if (!c->greeted && s->now_ms >= c->preface_deadline_ms)
@@ -3822,7 +3867,7 @@ static int conn_expire(struct conn *c) {
                 return -1;
             answered = true;
         } else {
-            return -1; /* an endless head, or an answer that nobody takes */
+            return -1; /* an endless head, or an answer that the peer does not take */
         }
     }
     if (!c->greeted)
@@ -3834,8 +3879,9 @@ static int conn_expire(struct conn *c) {
 }
 
 /*
- * Does what is due, and finds out when the next thing will be: next_ms is never later than
- * that, as whoever sets a deadline calls server_due, and whoever is looked at here does again.
+ * Does everything that is due, and computes next_ms anew. next_ms is never later than the
+ * next deadline: each function that sets a deadline calls server_due, and so does each
+ * function called here for the deadlines that are left.
  */
 static void server_expire(struct server *s) {
     if (s->now_ms < s->next_ms)
@@ -3855,7 +3901,10 @@ static void server_expire(struct server *s) {
     server_log_left_out(s, false);
 }
 
-/* SIGTERM and SIGINT. The first: no new work; what has begun gets DRAIN_TIMEOUT_MS. The second: the end. */
+/*
+ * Handles SIGTERM and SIGINT. After the first, nothing new is accepted, and requests that
+ * have begun get DRAIN_TIMEOUT_MS. The second ends the loop at once.
+ */
 static void server_stop(struct server *s, unsigned signal) {
     if (s->drain_ms != INT64_MAX) {
         s->drain_ms = s->now_ms;
@@ -3873,6 +3922,7 @@ static void server_stop(struct server *s, unsigned signal) {
             conn_close(c, "drained");
 }
 
+/* Reads one signal and handles it. SIGHUP only logs a line. */
 static void server_signal(struct server *s) {
     struct signalfd_siginfo info;
     if (read(s->signals.fd, &info, sizeof info) != sizeof info)
@@ -3884,7 +3934,10 @@ static void server_signal(struct server *s) {
         server_stop(s, info.ssi_signo);
 }
 
-/* Sees to it that the timer goes off at next_ms or before: one that is set too early goes off in vain, once. */
+/*
+ * Makes sure that the timer expires at next_ms or earlier. A timer that expires too early
+ * costs one empty turn.
+ */
 static void server_set_timer(struct server *s) {
     if (s->used[STREAMS] == 0 && s->heap.total > s->heap.in_use)
         server_due(s, s->active_ms + TIDY_AFTER_MS);
@@ -3896,14 +3949,14 @@ static void server_set_timer(struct server *s) {
     s->timer_ms = s->next_ms;
 }
 
-/* The timer has gone off: server_expire looks at what is due. */
+/* The timer has expired, and server_expire will look for the cause. */
 static void server_timer(struct server *s) {
     uint64_t times;
     if (read(s->timer.fd, &times, sizeof times) == sizeof times)
         s->timer_ms = INT64_MAX;
 }
 
-/* Nothing that a turn made outlives it, but what peers still have to receive. */
+/* Removes everything that a turn has made, except the bytes that peers are still to receive. */
 static void server_turn_end(struct server *s) {
     random_drop(&s->kms.random);
     free(s->page);
@@ -3912,7 +3965,10 @@ static void server_turn_end(struct server *s) {
     server_reap(s);
 }
 
-/* Serves until it is told to stop. */
+/*
+ * Serves until a signal stops it and all connections are closed or the drain time is over.
+ * Each turn shares TURN_BYTES among the ready descriptors.
+ */
 static void server_run(struct server *s) {
     struct epoll_event events[EVENTS_MAX];
     while (s->drain_ms == INT64_MAX || (s->used[CONNECTIONS] > 0 && s->now_ms < s->drain_ms)) {
@@ -3940,14 +3996,17 @@ static void server_run(struct server *s) {
     }
 }
 
-/* Connections that the descriptor limit allows, after raising it as far as it goes. */
+/*
+ * The number of connections that the limit of descriptors allows, at most `wanted`. Raises
+ * the limit as far as necessary and possible.
+ */
 static size_t server_capacity(size_t wanted) {
     struct rlimit files;
     rlim_t need = wanted + RESERVED_FILES;
     if (getrlimit(RLIMIT_NOFILE, &files) < 0 || files.rlim_cur >= need)
         return wanted;
     files.rlim_cur = files.rlim_max < need ? files.rlim_max : need;
-    prlimit(0, RLIMIT_NOFILE, &files, NULL); /* musl's setrlimit is 2 KB, for the sake of threads */
+    prlimit(0, RLIMIT_NOFILE, &files, NULL); /* musl's setrlimit is 2 KB of code for threads */
     if (getrlimit(RLIMIT_NOFILE, &files) < 0 || files.rlim_cur >= need)
         return wanted;
     size_t fit = files.rlim_cur > RESERVED_FILES ? (size_t)files.rlim_cur - RESERVED_FILES : 1;
@@ -3955,6 +4014,7 @@ static size_t server_capacity(size_t wanted) {
     return fit;
 }
 
+/* Makes epoll report when a descriptor can be read. Dies if that fails. */
 static void server_watch(struct server *s, struct source *source) {
     struct epoll_event event = {.events = EPOLLIN, .data.ptr = source};
     if (epoll_ctl(s->epoll, EPOLL_CTL_ADD, source->fd, &event) < 0)
@@ -3962,15 +4022,18 @@ static void server_watch(struct server *s, struct source *source) {
 }
 
 /*
- * Signals before there is a server: SIGTERM and SIGINT end the start at once, and would
- * do so as process 1 of a container, where the default action is none. All others wait
- * for signals_open, but for those of a terminal that stop a job.
+ * Handles SIGTERM and SIGINT before the server runs: they end the start at once. The handler
+ * is necessary in process 1 of a container, which these signals do not end by default.
  */
 static void on_early_signal(int signal) {
     (void)signal;
     _exit(0);
 }
 
+/*
+ * Blocks all signals until signals_open, except SIGTERM, SIGINT and the three that stop a job
+ * of a terminal.
+ */
 static void signals_hold(void) {
     sigset_t set;
     static const int free[] = {SIGTSTP, SIGTTIN, SIGTTOU, SIGTERM, SIGINT};
@@ -3983,8 +4046,9 @@ static void signals_hold(void) {
 }
 
 /*
- * Signals as events, from before there is a socket file that one could leave behind:
- * SIGTERM, SIGINT and SIGHUP. No other but SIGKILL does anything.
+ * Makes a descriptor that reports SIGTERM, SIGINT and SIGHUP. It must exist before the first
+ * socket file, because on_early_signal would leave the file behind. All other signals that
+ * can be blocked stay blocked, except the three that stop a job of a terminal.
  */
 static int signals_open(void) {
     sigset_t set;
@@ -3999,7 +4063,7 @@ static int signals_open(void) {
     return fd;
 }
 
-/* A server without sockets; dies when something is missing. */
+/* Makes a server without sockets, and gives it the ring. Dies if something is missing. */
 static struct server *server_new(struct ring *ring, const struct serve_options *options) {
     struct server *s = calloc(1, sizeof *s);
     if (!s || kms_init(&s->kms, ring) < 0 || sessions_init(s) < 0)
@@ -4030,7 +4094,7 @@ static struct server *server_new(struct ring *ring, const struct serve_options *
     return s;
 }
 
-/* Closes what is left and wipes what was secret. */
+/* Closes and frees everything that a server owns, and wipes its secrets. */
 static void server_free(struct server *s) {
     for (struct conn *c = s->conns; c; c = c->next)
         conn_close(c, "the end");
@@ -4056,12 +4120,22 @@ static void server_free(struct server *s) {
 
 /* ------------------------------------------------------------- Confinement
  *
- * When everything is open, the process gives up what it no longer needs: new
- * privileges, its capabilities, and system calls (seccomp(2)). Of these there are three
- * kinds. What a turn is made of is allowed. What would serve an attacker (a program, a
- * process, a socket, a file to open, executable memory, another machine's calls) kills
- * the process. Any other call fails with ENOSYS, as on an older kernel: it gives an
- * attacker nothing, and a libc that tries it goes on without.
+ * Confinement limits the damage if an attacker takes over the process. When everything is
+ * open, the process gives up new privileges, its capabilities, and system calls (seccomp(2)).
+ *
+ * The kernel runs a filter before each system call. The filter is a small program (BPF) that
+ * looks at the number and the arguments of the call, and returns an action:
+ *
+ *     calls that a turn needs      are allowed
+ *     calls useful to an attacker  kill the process: they start a program or a process, open a
+ *                                  socket or a file, make memory executable, or are another
+ *                                  architecture's
+ *     any other call               fails with ENOSYS, the error of a kernel without the call
+ *
+ * A call of the last kind gives an attacker nothing, and a libc that tries it can do without.
+ *
+ * The filter cannot stop the use of the KEKs by code within the process, nor the use of
+ * connections that are already open.
  */
 
 #if defined(__x86_64__)
@@ -4073,35 +4147,46 @@ static void server_free(struct server *s) {
 #elif defined(__riscv) && __riscv_xlen == 64
 #define THIS_ARCH AUDIT_ARCH_RISCV64
 #else
-#define THIS_ARCH 0 /* i386 and s390x pass arguments of mmap in memory, where a filter cannot look: no seccomp there */
+#define THIS_ARCH 0 /* i386 and s390x pass mmap's arguments in memory, where a filter cannot look: no seccomp */
 #endif
 
-/* A call that not every machine or libc has. */
+/* The number of a call that this machine or libc does not have. */
 #define NO_CALL (-1)
-#ifdef SYS_mmap2 /* 32-bit machines have calls of their own for 64-bit times and offsets, and libcs try one after the other */
+/*
+ * 32-bit machines have additional calls for 64-bit times and offsets. A libc tries one after the
+ * other, so the filter must know all of them.
+ */
+#ifdef SYS_mmap2
 #define SYS_MMAP SYS_mmap2
 #else
 #define SYS_MMAP SYS_mmap
 #endif
 
+/*
+ * A filter under construction. It lives on the stack of seccomp_install, and 512 instructions
+ * are more than enough for the lists below.
+ */
 struct filter {
     struct sock_filter code[512];
     unsigned short len;
 };
 
+/* Adds one instruction. if_true and if_false are the numbers of instructions to skip. */
 static void filter_add(struct filter *f, uint16_t code, uint8_t if_true, uint8_t if_false, uint32_t k) {
     f->code[f->len++] = (struct sock_filter){code, if_true, if_false, k};
 }
 
+/* Adds: load 32 bits of the call's description (struct seccomp_data) from this offset. */
 static void filter_load(struct filter *f, size_t offset) {
     filter_add(f, BPF_LD | BPF_W | BPF_ABS, 0, 0, (uint32_t)offset);
 }
 
+/* Adds: end with this action. */
 static void filter_return(struct filter *f, uint32_t action) {
     filter_add(f, BPF_RET | BPF_K, 0, 0, action);
 }
 
-/* What becomes of each of these calls. */
+/* Adds: end with this action if the call is in the list. */
 static void filter_calls(struct filter *f, const int *calls, size_t count, uint32_t action) {
     for (size_t i = 0; i < count; i++) {
         if (calls[i] == NO_CALL)
@@ -4111,7 +4196,10 @@ static void filter_calls(struct filter *f, const int *calls, size_t count, uint3
     }
 }
 
-/* mmap and mprotect, allowed unless the third argument has PROT_EXEC; its low word comes first or last. */
+/*
+ * Adds: if the call is `call` (mmap or mprotect), allow it, unless its third argument has
+ * PROT_EXEC. The argument has 64 bits, and the low half comes first or last by byte order.
+ */
 static void filter_memory(struct filter *f, int call, uint32_t deadly) {
     const size_t low = __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__ ? 0 : 4;
     filter_add(f, BPF_JMP | BPF_JEQ | BPF_K, 0, 4, (uint32_t)call);
@@ -4121,13 +4209,16 @@ static void filter_memory(struct filter *f, int call, uint32_t deadly) {
     filter_return(f, SECCOMP_RET_ALLOW);
 }
 
-/* What a turn, a log line and the end are made of, with each libc and on each machine; often used ones first. */
+/*
+ * Allows the calls of a turn, of a log line and of the exit, with each libc and on each
+ * machine. Frequent ones come first.
+ */
 static void filter_allow(struct filter *f) {
     const int calls[] = {
         SYS_epoll_pwait, SYS_read, SYS_write, SYS_getrandom, SYS_epoll_ctl, SYS_accept4, SYS_getsockopt, SYS_close,
         SYS_madvise, SYS_munmap, SYS_brk, SYS_exit_group, SYS_unlinkat,
         SYS_pread64, /* metrics_resident */
-#ifdef SYS_clock_gettime /* where the vDSO has no clock */
+#ifdef SYS_clock_gettime /* used when the vDSO has no clock */
         SYS_clock_gettime,
 #endif
 #ifdef SYS_clock_gettime32
@@ -4170,7 +4261,7 @@ static void filter_allow(struct filter *f) {
     filter_calls(f, calls, sizeof calls / sizeof *calls, SECCOMP_RET_ALLOW);
 }
 
-/* What gives an attacker something that the process does not have. */
+/* Kills the process for calls that give an attacker something that the process does not have. */
 static void filter_kill(struct filter *f, uint32_t deadly) {
     const int calls[] = {
         /* programs and processes */
@@ -4240,8 +4331,8 @@ static void filter_kill(struct filter *f, uint32_t deadly) {
 }
 
 /*
- * Installs the filter: `deadly` is what becomes of an attacker's calls, `other` of those
- * that are in neither list. 0, or -1 with errno.
+ * Installs the filter. `deadly` is the action for an attacker's calls, `other` the action for
+ * calls in neither list. Returns 0, or -1 with errno.
  */
 static int seccomp_install(uint32_t deadly, uint32_t other) {
     if (THIS_ARCH == 0) {
@@ -4254,7 +4345,7 @@ static int seccomp_install(uint32_t deadly, uint32_t other) {
     filter_return(&f, deadly);
     filter_load(&f, offsetof(struct seccomp_data, nr));
 #ifdef __x86_64__
-    enum { X32 = 0x40000000 }; /* its calls are x86-64's by number, but for this bit */
+    enum { X32 = 0x40000000 }; /* the calls of x32 have x86-64's numbers with this bit set */
     filter_add(&f, BPF_JMP | BPF_JGE | BPF_K, 0, 1, X32);
     filter_return(&f, deadly);
 #endif
@@ -4269,25 +4360,34 @@ static int seccomp_install(uint32_t deadly, uint32_t other) {
 }
 
 /*
- * Gives up every capability. The bounding set stays, and is of no use: after
- * privileges_freeze no execve could regain one, and there is no execve either.
+ * Gives up every capability. Returns 0, or -1 with errno. The bounding set is left, and is
+ * useless: after privileges_freeze no execve could regain a capability from it, and the
+ * filter forbids execve.
  */
 static int capabilities_drop(void) {
     struct __user_cap_header_struct header = {.version = _LINUX_CAPABILITY_VERSION_3};
     struct __user_cap_data_struct none[_LINUX_CAPABILITY_U32S_3] = {0};
-    prctl(PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0); /* unknown before Linux 4.3 */
+    prctl(PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0); /* Linux before 4.3 does not know it */
     return (int)syscall(SYS_capset, &header, none);
 }
 
+/*
+ * Forbids this process and its children to gain privileges by execve. Returns 0, or -1 with
+ * errno.
+ */
 static int privileges_freeze(void) {
     return prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0);
 }
 
+/* Installs the filter for serving. Returns 0, or -1 with errno. */
 static int seccomp_enforce(void) {
     return seccomp_install(SECCOMP_RET_KILL_PROCESS, SECCOMP_RET_ERRNO | ENOSYS);
 }
 
-/* Confines the process, with the filter or without. Returns NULL, or with errno the feature that is required and lacking. */
+/*
+ * Confines the process, without seccomp if `filtered` is false. Returns NULL, or with errno
+ * the feature that --sandbox require demands and this machine lacks.
+ */
 static const char *confine(enum sandbox sandbox, bool filtered) {
     static const struct {
         const char *feature;
@@ -4312,29 +4412,42 @@ static const char *confine(enum sandbox sandbox, bool filtered) {
 
 /* ------------------------------------------------------------------- Probe
  *
- * The other side: a gRPC client that goes through every RPC on a real socket, as
- * kube-apiserver would. Needs no key, and nothing beside this binary, so it can be
- * an exec probe in an image without a shell.
+ * A gRPC client that calls every RPC on a real socket, as kube-apiserver does. It needs no
+ * key and no other program, so it can be a container's exec probe in an image without a
+ * shell.
+ *
+ * The client has one connection and one request at a time, and waits for each answer. `struct
+ * client` and the functions client_... are a small gRPC client. The functions probe_... are
+ * its steps: they encrypt a random secret, decrypt the result, and compare.
+ *
+ * The probe checks that a plugin works. It cannot check whether the plugin keeps its KEK
+ * secret.
  */
 
+/* One call of an RPC. It borrows its request. The server's strings are cut to the sizes below. */
 struct call {
-    const uint8_t *request; /* with its prefix */
+    const uint8_t *request; /* with gRPC prefix */
     size_t request_len, request_sent;
-    uint8_t response[GRPC_PREFIX_BYTES + MESSAGE_MAX]; /* with its prefix */
+    uint8_t response[GRPC_PREFIX_BYTES + MESSAGE_MAX]; /* with gRPC prefix */
     size_t response_len;
     char http_status[4], status[4], message[MESSAGE_TEXT_MAX + 1];
-    bool closed;
+    bool closed; /* the stream has ended */
 };
 
+/*
+ * A connection to a plugin. It owns the descriptor and the session, both until the process
+ * ends or probe() closes them.
+ */
 struct client {
     int fd;
     nghttp2_session *session;
     int64_t deadline_ms;
-    bool heard; /* something has come from the server */
-    struct call call; /* one at a time */
-    char why[LOG_LINE_MAX]; /* of the last failure */
+    bool heard; /* some bytes have come from the server */
+    struct call call; /* the present call */
+    char why[LOG_LINE_MAX]; /* reason of the last failure */
 };
 
+/* Sets the reason of a failure, and returns -1. */
 __attribute__((format(printf, 2, 3)))
 static int client_fail(struct client *c, const char *format, ...) {
     struct text t = {.buf = c->why, .cap = sizeof c->why - 1};
@@ -4346,6 +4459,10 @@ static int client_fail(struct client *c, const char *format, ...) {
     return -1;
 }
 
+/*
+ * nghttp2's callback for the body of the request. Copies the next piece to `buf`, and returns
+ * its length.
+ */
 static ssize_t client_read_request(nghttp2_session *session, int32_t id, uint8_t *buf, size_t len, uint32_t *flags,
                                    nghttp2_data_source *source, void *client) {
     (void)session;
@@ -4362,6 +4479,7 @@ static ssize_t client_read_request(nghttp2_session *session, int32_t id, uint8_t
     return (ssize_t)left;
 }
 
+/* Keeps the three fields of a response that matter: HTTP status, gRPC status, and message. */
 static int client_on_header(nghttp2_session *session, const nghttp2_frame *frame, const uint8_t *name, size_t name_len,
                             const uint8_t *value, size_t len, uint8_t flags, void *client) {
     (void)session;
@@ -4377,6 +4495,7 @@ static int client_on_header(nghttp2_session *session, const nghttp2_frame *frame
     return 0;
 }
 
+/* Keeps a piece of the response. A response that is too long ends the session. */
 static int client_on_data_chunk_recv(nghttp2_session *session, uint8_t flags, int32_t id, const uint8_t *data,
                                      size_t len, void *client) {
     (void)flags;
@@ -4396,7 +4515,10 @@ static int client_on_stream_close(nghttp2_session *session, int32_t id, uint32_t
     return 0;
 }
 
-/* The connection is gone: an error of read or write, or 0 for its end. */
+/*
+ * The connection is lost, by an error of the system call `call`, or at the end of its bytes
+ * if `error` is 0. Returns -1.
+ */
 static int client_lost(struct client *c, const char *call, int error) {
     if (!c->heard && (error == 0 || error == EPIPE || error == ECONNRESET))
         return client_fail(c, "the server closed the connection without a word, as it does to a uid that it does not allow: "
@@ -4405,7 +4527,7 @@ static int client_lost(struct client *c, const char *call, int error) {
                       : client_fail(c, "%s: %s", call, strerror(error));
 }
 
-/* Waits until the socket can be read (or written); -1 when time is up. */
+/* Waits until the socket can be read or written. Returns 0, or -1 when the time is over. */
 static int client_wait(struct client *c, short events) {
     struct pollfd p = {.fd = c->fd, .events = events};
     int64_t left = c->deadline_ms - monotonic_us() / 1000;
@@ -4416,6 +4538,7 @@ static int client_wait(struct client *c, short events) {
     return n != 0 ? 0 : client_fail(c, "no answer in time");
 }
 
+/* Connects, and starts a session. Returns 0, or -1 with a reason in c->why. */
 static int client_open(struct client *c, const struct sockaddr_un *address, socklen_t len) {
     static const nghttp2_settings_entry settings[] = {
         {NGHTTP2_SETTINGS_ENABLE_PUSH, 0},
@@ -4427,7 +4550,7 @@ static int client_open(struct client *c, const struct sockaddr_un *address, sock
     while (connect(c->fd, (const struct sockaddr *)address, len) < 0) {
         if (errno != EAGAIN)
             return client_fail(c, "connect: %s", strerror(errno));
-        const struct timespec wait = {.tv_nsec = 1000000}; /* the backlog is full */
+        const struct timespec wait = {.tv_nsec = 1000000}; /* the server's queue is full */
         if (monotonic_us() / 1000 >= c->deadline_ms || nanosleep(&wait, NULL) < 0)
             return client_fail(c, "connect: no answer in time");
     }
@@ -4445,7 +4568,7 @@ static int client_open(struct client *c, const struct sockaddr_un *address, sock
     return 0;
 }
 
-/* Runs the session until the call's stream is closed. */
+/* Sends and receives until the call's stream has ended. Returns 0, or -1 with a reason. */
 static int client_run(struct client *c) {
     static uint8_t in[IN_BYTES];
     while (!c->call.closed) {
@@ -4480,10 +4603,13 @@ static int client_run(struct client *c) {
     return 0;
 }
 
-/* A response or NULL; the caller frees it with protobuf_c_message_free_unpacked. */
+/*
+ * Calls an RPC. Returns its response, which the caller frees with
+ * protobuf_c_message_free_unpacked, or NULL with a reason in c->why.
+ */
 static void *client_call(struct client *c, enum rpc rpc, const void *request, const ProtobufCMessageDescriptor *type) {
     struct call *call = &c->call;
-    static uint8_t bytes[GRPC_PREFIX_BYTES + 2 * MESSAGE_MAX]; /* a request holds what a response brought, and a uid */
+    static uint8_t bytes[GRPC_PREFIX_BYTES + 2 * MESSAGE_MAX]; /* a request may contain a whole response, and a uid */
     nghttp2_nv fields[] = {FIELD(":method", "POST"), FIELD(":scheme", "http"),
                            field_copied(":path", rpcs[rpc].path, rpcs[rpc].path_len),
                            FIELD(":authority", "localhost"), FIELD("content-type", "application/grpc"),
@@ -4526,7 +4652,10 @@ static void *client_call(struct client *c, enum rpc rpc, const void *request, co
     return response;
 }
 
-/* The steps of a probe, and what one hands to the next. */
+/*
+ * The client, and the values that one step of a probe passes to the next. It is static, so it
+ * begins as zeros.
+ */
 struct probe {
     struct client client;
     uint8_t secret[KEK_BYTES];
@@ -4535,6 +4664,7 @@ struct probe {
     size_t sealed_len;
 };
 
+/* Keeps a ciphertext for the next step. Returns 0, or -1 with a reason. */
 static int probe_keep(struct probe *p, ProtobufCBinaryData sealed) {
     if (sealed.len == 0 || sealed.len > sizeof p->sealed)
         return client_fail(&p->client, "a ciphertext of %zu bytes", sealed.len);
@@ -4543,12 +4673,14 @@ static int probe_keep(struct probe *p, ProtobufCBinaryData sealed) {
     return 0;
 }
 
+/* Compares a decrypted secret with the original. Returns 0, or -1 with a reason. */
 static int probe_compare(struct probe *p, ProtobufCBinaryData opened) {
     if (opened.len != sizeof p->secret || memcmp(opened.data, p->secret, opened.len) != 0)
         return client_fail(&p->client, "what was encrypted does not decrypt to the same bytes");
     return 0;
 }
 
+/* The steps. Each calls one RPC and checks its response. Each returns 0, or -1 with a reason. */
 static int probe_v2_status(struct probe *p) {
     V2__StatusRequest request = V2__STATUS_REQUEST__INIT;
     V2__StatusResponse *r = client_call(&p->client, V2_STATUS, &request, &v2__status_response__descriptor);
@@ -4631,7 +4763,7 @@ static int probe_v1_decrypt(struct probe *p) {
     return rv;
 }
 
-/* Prints which server that was, in words of its own. */
+/* Prints the server's key_id and version. Both are the server's words, so they are escaped. */
 static void probe_tell(const struct probe *p) {
     char line[4 * (sizeof p->key_id + sizeof p->version)];
     struct text t = {.buf = line, .cap = sizeof line};
@@ -4643,8 +4775,9 @@ static void probe_tell(const struct probe *p) {
 }
 
 /*
- * Probes an endpoint: one line a step, exit status 1 after the first that fails; at last
- * key_id and version of the server. With expected_key_id no other may answer.
+ * Probes an endpoint. Prints one line for each step, and at the end the key_id and version of
+ * the server. Dies with exit status 1 at the first step that fails, and at the end if the
+ * server has another key_id than expected_key_id (unless that is NULL).
  */
 static int probe(const char *endpoint, int64_t timeout_ms, const char *expected_key_id) {
     static const struct {
@@ -4684,37 +4817,45 @@ static int probe(const char *endpoint, int64_t timeout_ms, const char *expected_
 
 /* --------------------------------------------------------------- Rehearsal
  *
- * Another libc, kernel, emulator or container runtime may make system calls that the
- * filter does not know, or refuse some that a server needs. That is found out before
- * READY=1, where it costs nobody a Secret: a forked child, which has none of the KEKs,
- * confines itself and does all that a server may come to do, and a second child probes
- * it. What they came through is then done in earnest.
+ * A trial run, which tells whether a confined server can work on this machine. Another libc,
+ * kernel, emulator or container runtime may make system calls that the filter does not know,
+ * or refuse calls that a server needs. The trial finds this before READY=1, while no Secret
+ * depends on the server.
+ *
+ * A forked child confines itself and does everything that a server may have to do. It has no
+ * KEK of the real ring. A second child probes it. If both succeed, the process confines
+ * itself in the same way.
+ *
+ * A rehearsal does not test the configured endpoints, uids and KEKs.
  */
 
-/* How a rehearsal went; RUINED: it could not be held. */
+/* Results of a rehearsal. RUINED means that it could not take place. */
 enum rehearsal { WELL, BADLY, RUINED };
 
-enum { REHEARSAL_SECONDS = 30, REHEARSAL_PROBE_MS = 20 * 1000 }; /* for a few milliseconds of work, on a machine that boots */
+/* Time limits of the children. They work for some milliseconds, but the machine may be busy with its start. */
+enum { REHEARSAL_SECONDS = 30, REHEARSAL_PROBE_MS = 20 * 1000 };
 
+/* The sentence about a call that the filter does not allow. rehearse recognizes its beginning. */
 static const char forbidden[] = "system call %d is needed here, and is not one that the filter allows";
 
+/* Handles SIGSYS, by which the filter reports a call in a rehearsal. */
 static void on_forbidden_call(int signal, siginfo_t *info, void *context) {
     (void)signal;
     (void)context;
     die(forbidden, info->si_syscall);
 }
 
-/* Dies if a call has failed that a server does not look at when it makes it. */
+/* Dies if a call has failed. It is for calls whose result the server itself ignores. */
 static void must(const char *call, int result) {
     if (result < 0)
         die("%s: %s", call, strerror(errno));
 }
 
-/* What a server may come to do, but a probe does not make it do. */
+/* Does everything that a server may have to do and that a probe does not cause. */
 static void server_warm_up(struct server *s) {
     enum { BLOCKS = 16 };
     void *blocks[BLOCKS];
-    for (size_t size = HEAP_CLASS0_BYTES; size <= BUFFERED_MAX; size *= 4) { /* what malloc asks the kernel for */
+    for (size_t size = HEAP_CLASS0_BYTES; size <= BUFFERED_MAX; size *= 4) { /* malloc's system calls */
         for (size_t i = 0; i < BLOCKS; i++)
             blocks[i] = malloc(size);
         for (size_t i = 0; i < BLOCKS; i++)
@@ -4736,7 +4877,7 @@ static void server_warm_up(struct server *s) {
     must("getsockopt", getsockopt(s->listeners[0].source.fd, SOL_SOCKET, SO_TYPE, &type, &len));
     struct stat st;
     must("lstat", lstat("/", &st));
-    file_remove("/", &st); /* as if it were a socket: no directory is removed so */
+    file_remove("/", &st); /* as with a socket; without a flag unlinkat removes no directory */
     must("unlinkat", errno == ENOSYS ? -1 : 0);
     clocks_check();
     s->refused_unlogged = 1;
@@ -4745,7 +4886,10 @@ static void server_warm_up(struct server *s) {
     server_accept_from(s, true);
 }
 
-/* The child that serves, under a KEK of its own. `other` is what the filter does with a call that is in neither list. */
+/*
+ * The child that serves, under a random KEK of its own. `other` is the filter's action for
+ * calls in neither list.
+ */
 static void rehearse_server(const struct serve_options *asked, int listener, bool filtered, uint32_t other) {
     const struct sigaction tell = {.sa_sigaction = on_forbidden_call, .sa_flags = SA_SIGINFO};
     struct serve_options options = *asked;
@@ -4777,7 +4921,10 @@ static void rehearse_server(const struct serve_options *asked, int listener, boo
     server_free(s);
 }
 
-/* Reads what the children said, to its end; the first sentence of one that failed goes to `why`, without our name. */
+/*
+ * Reads the output of the children to its end. Copies the first sentence of one that failed
+ * to `why`, without the program's name.
+ */
 static void rehearsal_read(int fd, char *why, size_t cap) {
     static const char mark[] = "kmsplugin: ";
     char bytes[LOG_LINE_MAX], line[LOG_LINE_MAX];
@@ -4798,7 +4945,7 @@ static void rehearsal_read(int fd, char *why, size_t cap) {
     }
 }
 
-/* Waits for a child and gives its wait status, 0 if it ended well; -1 with errno if it cannot be waited for. */
+/* Waits for a child. Returns its wait status, which is 0 if it ended well, or -1 with errno. */
 static int child_wait(pid_t pid) {
     int status = 0;
     while (waitpid(pid, &status, 0) < 0)
@@ -4807,14 +4954,14 @@ static int child_wait(pid_t pid) {
     return status;
 }
 
-/* Makes a child's output go to `words`, and its life end in bounded time. */
+/* Directs a child's output to `words`, and limits its lifetime. */
 static void child_begin(int words) {
     must("dup2", dup2(words, STDOUT_FILENO));
     must("dup2", dup2(words, STDERR_FILENO));
     alarm(REHEARSAL_SECONDS);
 }
 
-/* A rehearsal that could not be held, for want of a call that has set errno. */
+/* Reports that a rehearsal could not take place because `call` has failed with errno. */
 static enum rehearsal rehearsal_ruined(const char *call, char *why, size_t cap) {
     struct text t = {.buf = why, .cap = cap - 1};
     text_add(&t, "no rehearsal could be held: %s: %s", call, strerror(errno));
@@ -4822,7 +4969,10 @@ static enum rehearsal rehearsal_ruined(const char *call, char *why, size_t cap) 
     return RUINED;
 }
 
-/* A listening socket of an abstract name that the kernel chooses, and a pipe. NULL, or with errno the call that failed. */
+/*
+ * Opens a listening socket with an abstract name that the kernel chooses, and a pipe. Returns
+ * NULL, or with errno the call that failed.
+ */
 static const char *rehearsal_open(int listener, struct sockaddr_un *address, socklen_t *len, int words[2]) {
     *address = (struct sockaddr_un){.sun_family = AF_UNIX};
     *len = sizeof *address;
@@ -4833,7 +4983,7 @@ static const char *rehearsal_open(int listener, struct sockaddr_un *address, soc
                                                                                       : NULL;
 }
 
-/* One rehearsal; if it did not go well, `why` has the reason. */
+/* Holds one rehearsal. If the result is not WELL, `why` has the reason. */
 static enum rehearsal rehearse(const struct serve_options *options, bool filtered, uint32_t other, char *why, size_t cap) {
     enum rehearsal went = WELL;
     struct sockaddr_un address;
@@ -4866,7 +5016,7 @@ static enum rehearsal rehearse(const struct serve_options *options, bool filtere
     if (went == WELL && probed < 0)
         went = rehearsal_ruined("waitpid", why, cap);
     if (server > 0 && kill(server, probed == 0 ? SIGTERM : SIGKILL) < 0)
-        went = rehearsal_ruined("kill", why, cap); /* it ends by its alarm */
+        went = rehearsal_ruined("kill", why, cap); /* its alarm ends it */
     else if (server > 0)
         served = child_wait(server);
     if (went == WELL)
@@ -4877,7 +5027,7 @@ static enum rehearsal rehearse(const struct serve_options *options, bool filtere
     struct text t = {.buf = why, .cap = cap - 1};
     bool named = strncmp(why, forbidden, 12) == 0; /* "system call " */
     if (WIFSIGNALED(served) && WTERMSIG(served) == SIGSYS && !named)
-        text_add(&t, forbidden, (int)SYS_write); /* which is why on_forbidden_call could not say so */
+        text_add(&t, forbidden, (int)SYS_write); /* without it on_forbidden_call could not report the call */
     else if (!why[0])
         text_add(&t, "a rehearsal did not come to its end");
     if (t.len > 0)
@@ -4885,7 +5035,10 @@ static enum rehearsal rehearse(const struct serve_options *options, bool filtere
     return BADLY;
 }
 
-/* Whether a server can work here with the filter. Dies if it has to, and cannot; or if it cannot even without. */
+/*
+ * Whether the server can work here with the filter. Dies if it cannot and --sandbox require
+ * demands it, or if it cannot work even without the filter.
+ */
 static bool serve_rehearse(const struct serve_options *options, const struct ring *ring) {
     char why[LOG_LINE_MAX] = "madvise knows no MADV_DONTFORK: a rehearsal would have the KEKs", other[LOG_LINE_MAX];
     enum rehearsal went = RUINED;
@@ -4895,7 +5048,7 @@ static bool serve_rehearse(const struct serve_options *options, const struct rin
         if (went == WELL)
             return true;
         if (went == BADLY && rehearse(options, true, SECCOMP_RET_TRAP, other, sizeof other) == BADLY)
-            memcpy(why, other, sizeof why); /* which call it was */
+            memcpy(why, other, sizeof why); /* this reason names the call */
         if (options->sandbox == SANDBOX_REQUIRE)
             die("--sandbox require: seccomp: %s", why);
     }
@@ -5761,15 +5914,28 @@ static int audit(const struct ring *ring, bool strict, bool list) {
     return 0;
 }
 
-/* ----------------------------------------------------------------- Options */
+/* ----------------------------------------------------------------- Options
+ *
+ * The command line: its verbs, its options, and the help text. Each option has a function
+ * set_... that checks the value and stores it; the table in options_set says which verb it
+ * belongs to. Users and groups may be names, which are looked up in /etc/passwd and
+ * /etc/group.
+ *
+ * A wrong command line ends the program with a sentence and exit status 2, an unknown user or
+ * group with status 1.
+ *
+ * Nothing is opened, bound or read here, except /etc/passwd, /etc/group and the map of uids.
+ */
 
+/* The parsed command line. Strings are those of argv. */
 struct options {
     struct serve_options serve;
-    const char *argument, *expected_key_id, *all;
+    const char *argument, *expected_key_id, *all; /* of probe and unseal; of probe; of unseal */
     int64_t timeout_ms;
-    bool strict, list;
+    bool strict, list; /* of audit */
 };
 
+/* The text of --help. */
 static const char help[] =
     "Usage: kmsplugin [VERB] [OPTION]... [ARGUMENT]\n"
     "A Kubernetes KMS plugin (v2 and v1beta1) on a UNIX socket.\n"
@@ -5810,7 +5976,10 @@ static const char help[] =
     "  KMS_KEK_FILE                a file with one KEK in base64, or several with commas between\n"
     "  KMS_KEK                     the same text in the environment\n";
 
-/* A user's uid, or a group's gid: a number, or -1 for a name that has to be looked up. */
+/*
+ * Reads a uid or gid. Returns the number, or -1 for a name. A number that is too large, or
+ * any other word that begins with a digit or '-', is wrong usage.
+ */
 static long long id_parse(const char *option, const char *s) {
     long long n = decimal(s, UINT32_MAX - 1);
     if (n < 0 && (s[0] == '-' || (s[0] >= '0' && s[0] <= '9')))
@@ -5818,7 +5987,7 @@ static long long id_parse(const char *option, const char *s) {
     return n;
 }
 
-/* The id in a line "name:password:id:...", or -1 if the line is not of that name. */
+/* The id in a line "name:password:id:...", or -1 if the line is for another name. */
 static long long id_in_line(char *line, const char *name) {
     size_t len = strlen(name);
     char *id = strncmp(line, name, len) == 0 && line[len] == ':' ? strchr(line + len + 1, ':') : NULL;
@@ -5830,12 +5999,12 @@ static long long id_in_line(char *line, const char *name) {
 }
 
 /*
- * The id of a name in /etc/passwd or /etc/group, or -1. getpwnam and getgrnam would
- * ask name services, too, which a file without libraries cannot be sure to reach, and
- * make the static binary 9 KB larger.
+ * The id of a name in /etc/passwd or /etc/group, or -1. getpwnam and getgrnam would also ask
+ * name services, which need libraries that a static binary may not find, and they would make
+ * the static binary 9 KB larger.
  */
 static long long id_find(const char *path, const char *name) {
-    char bytes[1024], line[512]; /* what is cut off is behind the id */
+    char bytes[1024], line[512]; /* the id comes before the place where a long line is cut */
     size_t len = 0;
     long long id = -1;
     int fd = open(path, O_RDONLY | O_CLOEXEC);
@@ -5843,7 +6012,7 @@ static long long id_find(const char *path, const char *name) {
         ssize_t n = read(fd, bytes, sizeof bytes);
         more = n > 0;
         if (!more)
-            bytes[0] = '\n', n = 1; /* the last line may have none */
+            bytes[0] = '\n', n = 1; /* the last line may lack its newline */
         for (ssize_t i = 0; i < n && id < 0; i++) {
             if (bytes[i] == '\n') {
                 line[len] = '\0';
@@ -5873,7 +6042,7 @@ static gid_t gid_parse(const char *s) {
     return (gid_t)n;
 }
 
-/* Whether uids mean in this user namespace what they mean on the host. */
+/* Whether uids in this user namespace are the same as on the host. */
 static bool uid_map_is_identity(void) {
     char map[128];
     int fd = open("/proc/self/uid_map", O_RDONLY | O_CLOEXEC);
@@ -5887,6 +6056,7 @@ static bool uid_map_is_identity(void) {
     return number_next(&at) == 0 && number_next(&at) == 0 && number_next(&at) == UINT32_MAX;
 }
 
+/* Reads the list of --allow-uid, which replaces any earlier list. */
 static void options_allow(struct serve_options *o, const char *list) {
     char name[256];
     o->uid_count = 0;
@@ -5905,7 +6075,7 @@ static void options_allow(struct serve_options *o, const char *list) {
     }
 }
 
-/* Who may connect unless told otherwise: root and this process's own user. */
+/* Allows root and this process's own user to connect, the default of --allow-uid. */
 static void options_allow_default(struct serve_options *o) {
     uid_t own = geteuid();
     o->uids[o->uid_count++] = 0;
@@ -5915,6 +6085,7 @@ static void options_allow_default(struct serve_options *o) {
         o->uids[o->uid_count++] = own;
 }
 
+/* Reads an octal mode up to 0777. */
 static mode_t mode_parse(const char *s) {
     unsigned mode = 0;
     size_t len = 0;
@@ -5945,14 +6116,14 @@ static enum sandbox sandbox_parse(const char *s) {
     die_usage("--sandbox: auto, require or off");
 }
 
-/* Seconds with up to three decimals, in milliseconds. */
+/* Reads seconds with up to three decimals. Returns milliseconds. */
 static int64_t timeout_parse(const char *s) {
     enum { TIMEOUT_MAX_MS = 3600 * 1000 };
     const char *dot = strchr(s, '.');
     size_t whole = dot ? (size_t)(dot - s) : strlen(s), decimals = dot ? strlen(dot + 1) : 0;
     int64_t ms = 0;
     bool right = whole > 0 && whole <= 4 && decimals <= 3 && (!dot || decimals > 0);
-    for (size_t i = 0; right && i < whole + 3; i++) { /* "2.5" as 2500 */
+    for (size_t i = 0; right && i < whole + 3; i++) { /* reads "2.5" as 2500 */
         char c = i < whole ? s[i] : i - whole < decimals ? dot[1 + i - whole] : '0';
         right = c >= '0' && c <= '9';
         ms = 10 * ms + (c - '0');
@@ -5969,6 +6140,7 @@ static size_t max_connections_parse(const char *s) {
     return (size_t)n;
 }
 
+/* The verbs, and which of them take an argument. */
 enum verb { SERVE, PROBE, GENKEY, KEYID, UNSEAL, AUDIT, VERBS };
 
 static const struct {
@@ -5979,12 +6151,16 @@ static const struct {
     [KEYID] = {"keyid", false}, [UNSEAL] = {"unseal", true}, [AUDIT] = {"audit", false},
 };
 
+/*
+ * The options of serve, probe, unseal and audit, in this order. An option without a value
+ * ignores `value`.
+ */
 static void set_listen(struct options *o, const char *value) {
     struct sockaddr_un address;
     socklen_t address_len;
     if (o->serve.endpoint_count == LISTENERS_MAX)
         die_usage("--listen: more than %d endpoints", LISTENERS_MAX);
-    endpoint_require(value, &address, &address_len); /* before anything else is looked at */
+    endpoint_require(value, &address, &address_len); /* a wrong endpoint ends the program early */
     o->serve.endpoints[o->serve.endpoint_count++] = value;
 }
 
@@ -6040,7 +6216,10 @@ static void set_list(struct options *o, const char *value) {
     o->list = true;
 }
 
-/* One option of a verb. Returns whether it took the value. */
+/*
+ * Sets one option of a verb. `value` is the text after '=', or the next word of the command
+ * line, or NULL. Returns whether the option used it.
+ */
 static bool options_set(struct options *o, enum verb verb, const char *name, const char *value) {
     static const struct {
         const char *name;
@@ -6076,7 +6255,10 @@ static bool is_help(const char *s) {
     return strcmp(s, "-h") == 0 || strcmp(s, "--help") == 0;
 }
 
-/* Reads the command line. --help and --version end here, as does bad usage. */
+/*
+ * Reads the command line into `o`, and returns the verb. Ends the program for --help,
+ * --version and wrong usage.
+ */
 static enum verb options_parse(struct options *o, int argc, char **argv) {
     enum verb verb = SERVE;
     int i = 1;
@@ -6122,21 +6304,33 @@ static enum verb options_parse(struct options *o, int argc, char **argv) {
     return verb;
 }
 
-/* -------------------------------------------------------------------- Main */
+/* -------------------------------------------------------------------- Main
+ *
+ * The verbs that are left (serve, genkey, keyid), and the start of the process. main protects
+ * the process, reads the command line, and calls one function for the verb.
+ *
+ * The order of steps in serve matters. Signals come first. Keys are loaded before anything
+ * can connect. The rehearsal comes before the sockets, and confinement after them. A listener
+ * becomes ready after the first sealing has succeeded.
+ *
+ * Nothing here handles a request: server_run does.
+ */
 
 /*
- * Standard descriptors that are closed, so that no file or socket of ours comes to be
- * one of them. /dev/null, the wrong way round: using it still is an error, and is told.
+ * Opens /dev/null for each standard descriptor that is closed. Otherwise the next file or
+ * socket would become standard input or output. The direction is the wrong one on purpose: to
+ * use the descriptor is still an error, and is reported.
  */
 static void descriptors_open(void) {
     for (int fd = STDIN_FILENO; fd <= STDERR_FILENO; fd++)
         if (fcntl(fd, F_GETFD) < 0 && errno == EBADF && open("/dev/null", fd == STDIN_FILENO ? O_WRONLY : O_RDONLY) != fd)
-            exit(1); /* nobody to tell */
+            exit(1); /* no descriptor is left to report on */
 }
 
 /*
- * Makes what the start has relocated read-only (GNU_RELRO of the program's headers): dynamic
- * linkers do, musl's start of a static-pie leaves it to us. The first object is the program.
+ * Makes the data read-only that only the start of the program writes (GNU_RELRO in the
+ * program headers). Dynamic linkers do this; musl's start code of a static-pie does not.
+ * dl_iterate_phdr calls this function for the program first, and the result 1 ends its loop.
  */
 static int relro_protect(struct dl_phdr_info *program, size_t size, void *unused) {
     (void)size;
@@ -6152,8 +6346,12 @@ static int relro_protect(struct dl_phdr_info *program, size_t size, void *unused
     return 1;
 }
 
-#ifndef __GLIBC__ /* whose stdio is in memory anyway, and which declares __assert_fail otherwise */
-/* Where a library's assert ends. musl's own function would bring stdio, 8 KB, and what it prints is 7 KB of text. */
+/*
+ * assert in a library calls this function when it fails. musl's own version would add stdio (8
+ * KB) to the static binary, and its messages 7 KB of text. With glibc stdio is in memory anyway,
+ * and the declaration is another.
+ */
+#ifndef __GLIBC__
 _Noreturn void __assert_fail(const char *assertion, const char *file, int line, const char *function);
 _Noreturn void __assert_fail(const char *assertion, const char *file, int line, const char *function) {
     (void)assertion, (void)file, (void)line, (void)function;
@@ -6161,8 +6359,9 @@ _Noreturn void __assert_fail(const char *assertion, const char *file, int line, 
 }
 
 /*
- * nghttp2 words errors with this for a callback that we do not set. musl's own function is
- * 12 KB. This one knows what text_vadd knows, and returns the length of what fitted.
+ * nghttp2 calls this function to word errors, for a callback that is not set here. musl's own
+ * version is 12 KB. This one knows the conversions of text_vadd, and returns the length of the
+ * part that fits.
  */
 int vsnprintf(char *restrict out, size_t cap, const char *restrict format, va_list args);
 int vsnprintf(char *restrict out, size_t cap, const char *restrict format, va_list args) {
@@ -6174,14 +6373,14 @@ int vsnprintf(char *restrict out, size_t cap, const char *restrict format, va_li
 }
 #endif
 
-/* Keeps this process's memory out of core files and debuggers. */
+/* Keeps the memory of this process out of core files and away from debuggers. */
 static void dump_protect(void) {
     const struct rlimit none = {0, 0};
     prctl(PR_SET_DUMPABLE, 0);
     prlimit(0, RLIMIT_CORE, &none, NULL);
 }
 
-/* Logs that a listener is open, and what its kind is worth. */
+/* Logs that a listener is ready, and warns about an abstract name. */
 static void serve_announce(const struct server *s, const struct listener *l) {
     const struct ring *ring = s->kms.ring;
     char name[ENDPOINT_NAME_BYTES];
@@ -6194,9 +6393,9 @@ static void serve_announce(const struct server *s, const struct listener *l) {
 }
 
 /*
- * Waits until the kernel has entropy, which early in a boot it may not: from then on
- * getrandom(2) never blocks, in no turn. A call that blocks is what makes the kernel gather
- * some. SIGTERM ends it (on_early_signal).
+ * Waits until the kernel has enough entropy, which may take a while after boot. Afterwards
+ * getrandom(2) does not block in any turn. Only a blocking call makes the kernel collect
+ * entropy, so this function makes one. SIGTERM ends the wait (on_early_signal).
  */
 static void random_wait(void) {
     const struct timespec pause = {.tv_nsec = ACCEPT_PAUSE_MS * 1000000L};
@@ -6212,7 +6411,10 @@ static void random_wait(void) {
     }
 }
 
-/* A seal and an open before anybody is told that we are ready. False, and the reason in `a`, when they fail. */
+/*
+ * Seals and opens once, before the server says that it is ready. Returns false with the
+ * reason in `a` if that fails.
+ */
 static bool kms_try(struct kms *kms, struct answer *a) {
     kms_call(kms, V2_STATUS, (const uint8_t *)"", 0, a);
     kms_done(kms);
@@ -6220,6 +6422,7 @@ static bool kms_try(struct kms *kms, struct answer *a) {
     return a->code == GRPC_OK;
 }
 
+/* The verb serve. Returns the exit status after a signal has stopped the server. */
 static int serve(struct serve_options *options) {
     struct answer first;
     signals_hold();
@@ -6257,6 +6460,7 @@ static int serve(struct serve_options *options) {
     return 0;
 }
 
+/* The verb genkey: prints 32 random bytes in base64. */
 static int genkey(void) {
     uint8_t key[KEK_BYTES];
     char text[KEK_BYTES * 2];
@@ -6272,7 +6476,11 @@ static int genkey(void) {
     return 0;
 }
 
-/* apiserver_envelope_encryption_key_id_hash_total and its like show "sha256:" and a hash of the key_id. */
+/*
+ * The verb keyid: prints the key_id of each KEK, and "sha256:" with a hash of it. The API
+ * server shows the hash in its metrics, apiserver_envelope_encryption_key_id_hash_total for
+ * example.
+ */
 static int keyid(const struct ring *ring) {
     for (size_t i = 0; i < ring->count; i++) {
         br_sha256_context sha;
@@ -6287,7 +6495,7 @@ static int keyid(const struct ring *ring) {
     return 0;
 }
 
-/* Runs a verb that needs the ring and ends with it. */
+/* Runs a verb that needs the ring and ends with it. Returns its exit status. */
 static int with_ring(enum verb verb, const struct options *o) {
     struct ring *ring = ring_load();
     int rv = verb == KEYID   ? keyid(ring)
