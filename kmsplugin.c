@@ -8,10 +8,10 @@
  * database reveals no encrypted value to a reader without the KEK, and the API server never
  * has the KEK. The API server calls the plugin by gRPC, over a UNIX socket.
  *
- * This program is such a plugin, complete. It seals (encrypts and authenticates) DEKs with
+ * This program is a complete KMS plugin. It seals (encrypts and authenticates) DEKs with
  * XAES-256-GCM, and takes its KEK from an environment variable or a file.
  *
- * Contents, in the order of the file: each section uses only what stands above it.
+ * Contents, in the order of the file: each section uses only the sections above it.
  *
  *     Constants      every limit, with its reason
  *     Types          every structure, with its owner
@@ -97,9 +97,10 @@
  * The limits of the program, each with its unit and its reason. They hold regardless of a
  * peer's behaviour. Together they keep the resident memory of the process under 16 MiB.
  *
- * A name that ends in _MAX is a limit, in _BYTES a fixed size in bytes, in _MS a time in
- * milliseconds. A command line option changes CONNECTIONS_DEFAULT; this section has no other
- * default of an option.
+ * A name that ends in _MAX is a limit, in _BYTES a size in bytes, in _MS a time in
+ * milliseconds, in _DEFAULT the default of an option.
+ *
+ * Constants that belong to a single function are not here: they stand in that function.
  */
 #define DEFAULT_ENDPOINT "unix:///run/kmsplugin/kms.sock"
 
@@ -170,7 +171,7 @@ enum {
     ARENA_BYTES = 1024 * 1024,          /* one unpacked message: 64 KiB hold at most some 8,000 fields */
     ARENA_KEEP_BYTES = 64 * 1024,       /* the part of the arena that stays resident */
     HEAP_CLASSES = 6,                   /* blocks of 64 to 2,048 bytes are kept for reuse */
-    HEAP_CLASS0_BYTES = 64, /* size of the smallest class */
+    HEAP_CLASS0_BYTES = 64,             /* size of the smallest class */
     HEAP_KEEP_BYTES = 1024 * 1024,      /* unused blocks kept, and only under load (TIDY_AFTER_MS) */
     RANDOM_BYTES = 128 * NONCE_BYTES,   /* fetched at once, at most, in a turn of many Encrypts */
     STACK_WIPE_BYTES = 6 * 1024,        /* the deepest stack measured in a turn was 4,384 bytes (s390x) */
@@ -194,7 +195,7 @@ enum {
  * The structures form a tree. The server owns listeners and connections, a connection owns
  * its streams, and a stream owns its request and its answer. `struct kms` has all that an RPC
  * needs, and the server has one. Names follow a rule: _len is the part of a buffer in use,
- * _cap its capacity, _ms and _us are times of the monotonic clock.
+ * _cap its capacity, _ms a time in milliseconds, _us a time in microseconds.
  *
  * Structures of the client (Probe), the seccomp filter (Confinement) and the etcd values
  * (Rescue) are not here: they stand in their sections.
@@ -232,7 +233,7 @@ struct random {
 
 /*
  * BearSSL's implementations of AES and GCM for this CPU: with the CPU's AES instructions, or
- * in plain C. Each takes the same time for every key and text.
+ * in plain C. Their running time depends neither on keys nor on texts.
  */
 struct suite {
     const br_block_ctrcbc_class *aes; /* for a KEK: CBC-MAC over a single block */
@@ -317,8 +318,8 @@ struct kms {
 };
 
 /*
- * The result of an RPC. Its pointers lead to constants, to the ring, or into the arena; they
- * are valid until kms_done.
+ * The result of an RPC. Its pointers point to constants, into the ring or into the arena.
+ * They are valid until kms_done.
  */
 struct answer {
     enum grpc_code code;
@@ -582,16 +583,17 @@ struct server {
 
 /* -------------------------------------------------------------------- Text
  *
- * Text for people: log lines, sentences on stderr, output of the verbs. All of it goes
- * through a small printf, so that a peer's words cannot forge a line.
+ * Text for people: log lines, sentences on stderr, output of the verbs. A small printf makes
+ * it.
  *
  * The printf knows %s %.*s %c %d %u %x %lu %llu %zu, %% and widths padded with zeros. The
  * compiler checks its arguments as it does for printf. (stdio's printf would be a tenth of
- * the static binary.) In a log line it writes every %s as a logfmt value, quoted and escaped
- * where necessary. Log lines are logfmt: key=value pairs, the time (RFC 3339, UTC) first.
+ * the static binary.) Log lines are logfmt: key=value pairs, the time (RFC 3339, UTC) first.
+ * In a log line the printf writes every %s as a logfmt value, quoted and escaped where
+ * necessary, so that a peer can forge neither a line nor a pair.
  *
  * This section allocates no memory, and log_line never waits for a reader of the log. Nothing
- * here parses text: that is done in the sections Bytes, Endpoints and Options.
+ * here parses text: the sections Bytes, Endpoints and Options do.
  */
 
 static enum log_level log_level = LOG_INFO;
@@ -658,7 +660,7 @@ static void text_number(struct text *t, unsigned long long n, unsigned base, int
 
 /*
  * Adds text by a format, see the head of this section. A %s is a logfmt value if t->logfmt is
- * set. Conversions outside that list are not recognized as errors.
+ * set. Conversions outside the list are not detected.
  */
 static void text_vadd(struct text *t, const char *format, va_list args) {
     for (const char *f = format; *f; f++) {
@@ -714,7 +716,7 @@ static void copy_text(char *out, size_t cap, const uint8_t *value, size_t len) {
     out[len] = '\0';
 }
 
-/* Writes len bytes. Returns 0, or -1 with errno after a part of them. */
+/* Writes len bytes. Returns 0, or -1 with errno; a part may have been written then. */
 static int write_all(int fd, const void *bytes, size_t len) {
     const uint8_t *at = bytes;
     while (len > 0) {
@@ -729,7 +731,10 @@ static int write_all(int fd, const void *bytes, size_t len) {
     return 0;
 }
 
-/* Blocks SIGPIPE. Writing to a peer that has gone then fails with EPIPE, and nothing more. */
+/*
+ * Blocks SIGPIPE. Writing to a peer that has gone then fails with EPIPE instead of ending the
+ * program.
+ */
 static void sigpipe_block(void) {
     sigset_t set;
     sigemptyset(&set);
@@ -1125,8 +1130,7 @@ static void random_drop(struct random *r) {
 
 /* ------------------------------------------------------------------ Memory
  *
- * Memory whose amount is known and which is wiped after use. There are two allocators, the
- * heap and the arena.
+ * Two allocators, the heap and the arena, which count memory and wipe it after use.
  *
  * The heap serves nghttp2, which allocates and frees about ten small blocks for each request.
  * It counts them, wipes each freed block, and keeps freed blocks in a list for each size
@@ -1140,8 +1144,9 @@ static void random_drop(struct random *r) {
  */
 
 /*
- * The class of a block of `size` bytes. Class 0 has HEAP_CLASS0_BYTES, and each further class
- * has twice as many. A result of HEAP_CLASSES or more means that no class is large enough.
+ * The class of a block for `size` bytes. Blocks of class 0 have HEAP_CLASS0_BYTES, and those
+ * of each further class have twice as many. A result of HEAP_CLASSES or more means that no
+ * class is large enough.
  */
 static unsigned heap_class(size_t size) {
     enum { LONG_BITS = 8 * sizeof(unsigned long) };
@@ -1297,9 +1302,9 @@ static void arena_reset(struct arena *a) {
  *     41+n    16     tag
  *
  * The algorithm is XAES-256-GCM (C2SP). It derives a fresh AES key for each message from the
- * KEK and the first half of the nonce N. Under that key it encrypts with AES-256-GCM (NIST SP
- * 800-38D), with the second half as the nonce. Random nonces are therefore safe for any
- * number of messages, while plain AES-GCM needs a new key before 2^32 messages.
+ * KEK and the first half of the nonce N. It then encrypts with AES-256-GCM (NIST SP 800-38D)
+ * under that key, and the second half of N is the nonce. Random nonces are therefore safe for
+ * any practical number of messages, while plain AES-GCM needs a new key before 2^32 messages.
  *
  *     L  = AES(KEK, 0)                 K1 = L shifted left by one bit, and xor 0x87
  *                                           if the bit shifted out was 1 (CMAC)
@@ -1336,10 +1341,10 @@ static void aes_block(const br_aes_gen_ctrcbc_keys *key, const uint8_t mask[BLOC
 }
 
 /*
- * AES-GCM (NIST SP 800-38D) of len bytes under a key of 16, 24 or 32 bytes. To seal writes
- * the tag after the ciphertext, len + TAG_BYTES in all. To open reads the tag there and
- * compares it in constant time. Returns 0, or -1 for a wrong tag; `out` then holds zeros.
- * `in` and `out` must not overlap.
+ * AES-GCM (NIST SP 800-38D) of len bytes under a key of 16, 24 or 32 bytes. Sealing writes
+ * the ciphertext and the tag, len + TAG_BYTES in all. Opening reads the tag after the
+ * ciphertext and compares it in constant time. Returns 0, or -1 for a wrong tag; `out` then
+ * holds zeros. `in` and `out` must not overlap.
  */
 static int gcm_crypt(const struct suite *suite, bool seal, const uint8_t *key, size_t key_len,
                      const uint8_t nonce[12], const uint8_t *aad, size_t aad_len,
@@ -1366,7 +1371,10 @@ static int gcm_crypt(const struct suite *suite, bool seal, const uint8_t *key, s
     return result;
 }
 
-/* XAES-256-GCM: derives the message key Kx, then does as gcm_crypt does. */
+/*
+ * XAES-256-GCM: derives the message key Kx from the KEK and the nonce, and calls gcm_crypt
+ * with it. Arguments and result are as there.
+ */
 static int xaes_crypt(const struct suite *suite, bool seal, const struct kek *kek,
                       const uint8_t nonce[NONCE_BYTES], const uint8_t *aad, size_t aad_len,
                       const uint8_t *in, size_t len, uint8_t *out) {
@@ -1735,13 +1743,13 @@ static struct ring *ring_load(void) {
  * (v1beta1). Each RPC takes a request that protobuf-c has unpacked, and fills in an answer: a
  * response packed into the arena, or a gRPC status with a fixed sentence.
  *
- * Encrypt seals a DEK, Decrypt opens it, and Status (v2) or Version (v1) says whether the
- * plugin works. Status and a v2 Encrypt also return a key_id. The API server expects the same
- * key_id from both, so both name the first KEK of the ring, which never changes while the
- * process lives. A bytes field of any content up to the limits can be sealed: the plugin does
- * not know whether it is a key.
+ * Encrypt seals a DEK and Decrypt opens it. Status (v2) says whether the plugin works;
+ * Version (v1) names the plugin. Status and a v2 Encrypt also return a key_id. The API server
+ * expects the same key_id from both, so both name the first KEK of the ring, which never
+ * changes while the process lives. The plugin does not know whether a plaintext is a key: it
+ * seals any bytes up to the limits.
  *
- * Nothing here reads or writes a socket. Unit tests and fuzzers call kms_call with bytes.
+ * Nothing here reads or writes a socket, so unit tests and fuzzers call kms_call with bytes.
  */
 
 /* Makes the answer an error. `message` must outlive the answer. */
@@ -1929,8 +1937,8 @@ static void v1_decrypt(struct kms *kms, const void *message, struct answer *a) {
 }
 
 /*
- * The RPCs: the path of the HTTP request, its two parts for log lines and metrics, the type
- * of the request, and the function.
+ * The RPCs: the path of the HTTP request, the names of service and method for log lines and
+ * metrics, the type of the request, and the function.
  */
 #define RPC(service, method, type, call)                                                                     \
     {"/" service ".KeyManagementService/" method, sizeof "/" service ".KeyManagementService/" method - 1, \
@@ -1994,8 +2002,8 @@ static void kms_done(struct kms *kms) {
  * /metrics on the same socket.
  *
  * A metric has a name and labels, and each combination of label values is a series of its
- * own. A histogram counts durations in buckets: bucket `le` has those that are less than or
- * equal to its bound.
+ * own. A histogram counts durations in buckets. On the page, the bucket with the label le="1"
+ * counts all durations up to 1 second.
  *
  * Nothing here sends the page: stream_metrics does.
  */
@@ -2053,7 +2061,7 @@ static uint64_t metrics_resident(const struct metrics *m) {
     return second ? number_next(&second) * (uint64_t)getpagesize() : 0;
 }
 
-/* Adds the histogram of one RPC. Prometheus expects cumulative buckets. */
+/* Adds the histogram of one RPC. On the page each bucket includes all lower ones. */
 static void metrics_histogram(const struct metrics *m, unsigned rpc, struct text *t) {
     uint64_t total = 0;
     const char *service = rpcs[rpc].service, *method = rpcs[rpc].method;
@@ -2134,12 +2142,14 @@ static void metrics_write(const struct metrics *m, const char *key_id, size_t co
  * to HTTP/2. An RPC is one HTTP/2 request, a POST to /SERVICE/METHOD. The request has HEADERS
  * and DATA. The DATA consists of a prefix of 5 bytes and a message:
  *
- *     0   1   compressed flag; always 0 here, as this server offers no compression
- *     1   4   length of the message, big-endian
+ *     offset  bytes  content
+ *     0       1      compressed flag; always 0 here, as this server offers no compression
+ *     1       4      length of the message, big-endian
+ *     5       n      message
  *
  * A response has HEADERS (:status 200, content-type), DATA of the same form, and trailers.
- * Trailers are a second HEADERS that ends the stream, with grpc-status and grpc-message. A
- * response that is an error may put all fields into one HEADERS ("trailers-only").
+ * Trailers are a second HEADERS that ends the stream, with grpc-status and grpc-message. An
+ * error response may have one HEADERS with all these fields ("trailers-only").
  *
  * Only values are encoded and decoded here. Section HTTP/2 puts them into a stream.
  */
@@ -2206,13 +2216,13 @@ static size_t percent_encode(const char *s, char *out, size_t cap) {
 /* ----------------------------------------------------------- HTTP requests
  *
  * The rules that the head of a request must follow (RFC 9113 sections 8.2 and 8.3). nghttp2
- * could check them, but it resets some requests of real clients. On a UNIX socket clients
- * send :authority as "localhost", as the path of the socket (percent-encoded or not), as
- * "@name", as an empty string, or not at all.
+ * could check them, but it would reset some requests of real clients. On a UNIX socket
+ * clients send :authority as "localhost", as the path of the socket (percent-encoded or not),
+ * as "@name", as an empty string, or not at all.
  *
- * There are three kinds of wrong requests. A malformed request has its stream reset with
- * PROTOCOL_ERROR. A well-formed request that does not use gRPC gets an HTTP status. A gRPC
- * request for an unknown method gets a gRPC status.
+ * There are three kinds of wrong requests. If a request is malformed, its stream is reset
+ * with PROTOCOL_ERROR. A well-formed request that does not use gRPC gets an HTTP status. A
+ * gRPC request for an unknown method gets a gRPC status.
  *
  * The functions here only judge. stream_head_end in section HTTP/2 acts.
  */
@@ -2288,8 +2298,8 @@ static bool is_value(const uint8_t *value, size_t len) {
 
 /*
  * Takes a field of the head that has a meaning here. Returns false if it is malformed. A
- * value that equals a constant below is well-formed. is_value checks all other values, which
- * takes 4 % of the instructions of a request.
+ * value that equals a constant below is well-formed, so is_value checks only the other
+ * values; this saves 4 % of the instructions of a request.
  */
 static bool request_known(struct request *r, enum field_name name, const uint8_t *value, size_t len) {
     bool again = r->seen & 1u << name;
@@ -2355,9 +2365,9 @@ static void request_field(struct request *r, const uint8_t *name, size_t name_le
 }
 
 /*
- * Judges the head as a whole (RFC 9113 8.3.1 and 8.5). CONNECT needs :method and :authority
- * and nothing more; any other request needs :method, :scheme and :path. A head that is too
- * large is not judged, because not all of its fields were.
+ * Judges the head as a whole (RFC 9113 8.3.1 and 8.5). CONNECT needs :method and :authority,
+ * without :scheme and :path. Any other request needs :method, :scheme and :path. A head over
+ * FIELDS_MAX_BYTES is not judged here: it is rejected for its size.
  */
 static void request_head_end(struct request *r) {
     const unsigned method = 1u << FIELD_METHOD, scheme = 1u << FIELD_SCHEME, path = 1u << FIELD_PATH,
@@ -2376,9 +2386,9 @@ static void request_head_end(struct request *r) {
  * server.
  *
  * When the server reaches a limit, it closes a connection of the uid that holds most. If the
- * uid that asks for more would hold most, it loses a connection of its own. A uid that holds
- * less than its even share of a limit therefore never pays for a uid that holds more, with
- * however many connections.
+ * uid that asks for more would hold most, it loses a connection of its own. Therefore a uid
+ * that holds less than its even share of a limit loses nothing to a uid that holds more. It
+ * makes no difference how many connections a uid has.
  *
  * This section does not share out CPU time. The event loop does, by limiting reads.
  */
@@ -2402,9 +2412,9 @@ static void server_log_left_out(struct server *s, bool end) {
 }
 
 /*
- * Whether one more log line of a kind that peers can cause at will may be written. There are
- * LINES_A_MINUTE, so that peers cannot fill a disk. Further lines are counted, and the first
- * line of the next minute reports their number.
+ * Decides whether one more line may be logged. Callers ask for lines that a user's peers can
+ * cause at will. LINES_A_MINUTE of them are permitted, so that peers cannot fill a disk. Each
+ * uid has an even share, so that no uid can hide another's lines. Further lines are counted.
  */
 static bool server_may_log(struct server *s, struct user *user) {
     if (s->now_ms >= s->minute_ms + MINUTE_MS) {
@@ -2422,7 +2432,7 @@ static bool server_may_log(struct server *s, struct user *user) {
     return true;
 }
 
-/* Counts n units of a resource that a connection takes, or returns if n is negative. */
+/* Counts n units of a resource for a connection. A negative n gives units back. */
 static void conn_count(struct conn *c, enum resource r, ptrdiff_t n) {
     c->used[r] += (size_t)n;
     c->user->used[r] += (size_t)n;
@@ -2474,8 +2484,8 @@ static void trace_log(struct conn *c, enum rpc rpc) {
 }
 
 /*
- * Counts one use of a KEK. The first use by a method is logged at once. Later uses are
- * collected for a line in each minute, or until another KEK is used.
+ * Counts one use of a KEK. The first use of each KEK by a method is logged at once. Later
+ * uses are collected and logged once a minute.
  */
 static void trace_use(struct conn *c, enum rpc rpc, const struct answer *a) {
     struct trace *t = &c->traces[rpc];
@@ -2595,8 +2605,8 @@ static bool conn_has_room(const struct conn *c, enum resource r, size_t more) {
 }
 
 /*
- * Allocates counted memory for a connection. On NULL the caller fails, and the loop closes
- * the connection.
+ * Allocates counted memory for a connection. Returns NULL if there is no room; the caller
+ * then fails, and the loop closes the connection.
  */
 static void *conn_new_bytes(struct conn *c, size_t size) {
     void *bytes = conn_has_room(c, HELD, heap_cost(size)) ? heap_new(&c->server->heap, size) : NULL;
@@ -2605,7 +2615,7 @@ static void *conn_new_bytes(struct conn *c, size_t size) {
     return bytes;
 }
 
-/* Allocates memory for a request or an answer. On NULL, as above. */
+/* Allocates memory for a request or an answer. Returns NULL as conn_new_bytes does. */
 static uint8_t *buffer_new(struct conn *c, size_t size) {
     uint8_t *bytes = conn_has_room(c, BUFFERED, heap_cost(size)) ? conn_new_bytes(c, size) : NULL;
     if (bytes)
@@ -2614,8 +2624,8 @@ static uint8_t *buffer_new(struct conn *c, size_t size) {
 }
 
 /*
- * The functions of nghttp2_mem: a session's own memory is counted for its connection. They do
- * not enforce a limit, because nghttp2 1.52 does not survive every failed allocation. (If the
+ * The functions of nghttp2_mem. They count a session's own memory for its connection. They do
+ * not enforce a limit, because nghttp2 1.52 does not survive every failed allocation. (If its
  * queue cannot grow, it frees an item of nghttp2_submit_data and keeps a pointer to it.)
  * conn_settle applies the limit after the session has returned. If the system itself has no
  * memory left, the session is marked as broken and is never deleted: a leak is safer than
@@ -2686,23 +2696,23 @@ static struct stream *stream_new(struct conn *c, int32_t id) {
 
 /* ------------------------------------------------------------------ HTTP/2
  *
- * The server's side of HTTP/2 (RFC 9113), on the library nghttp2. An HTTP/2 connection
- * carries many requests at once, each on a stream with a number. All bytes are in frames.
- * HEADERS carries header fields, compressed with HPACK by tables that both sides keep. DATA
- * carries a body. SETTINGS tells limits, WINDOW_UPDATE grants more bytes, RST_STREAM ends one
- * stream, and GOAWAY ends the connection. The flag END_STREAM marks the last frame of a
+ * The server's side of HTTP/2 (RFC 9113), with the library nghttp2. An HTTP/2 connection
+ * carries many requests at once, each on a stream with a number. All bytes travel in frames.
+ * HEADERS carries header fields; HPACK compresses them with tables that both sides keep. DATA
+ * carries a body. SETTINGS announces limits, WINDOW_UPDATE permits more DATA, RST_STREAM ends
+ * one stream, and GOAWAY ends the connection. The flag END_STREAM marks the last frame of a
  * request or of a response.
  *
  * nghttp2 parses and builds the frames, and keeps the windows and HPACK tables. It calls the
- * functions below, in the order of a stream's life: begun, head read, body read, answered,
- * closed. Unless its comment says otherwise, a callback (on_...) returns 0, or
- * NGHTTP2_ERR_CALLBACK_FAILURE to end the connection. A function stream_... returns 0 or an
- * error code of nghttp2.
+ * functions on_..., which stand in the order of a stream's life: begun, head read, body read,
+ * answered, closed. Unless its comment says otherwise, such a callback returns 0, or
+ * NGHTTP2_ERR_CALLBACK_FAILURE to end the connection. A function stream_... with an int as
+ * its result returns 0 or an error code of nghttp2.
  *
- * A window is the number of bytes that the peer may still send, for each stream and for the
- * connection. A stream's window holds the largest request, and is never extended. Bytes of
- * DATA return to the connection's window as they arrive, unless the peer leaves too many
- * answers unread; its new requests must then wait.
+ * A window is the number of bytes that the peer may still send. Each stream has a window, and
+ * so has the connection. A stream's window holds the largest request, and is never extended.
+ * The connection's window is extended by the DATA that has arrived, unless the peer leaves
+ * too many answers unread; its new requests must then wait.
  *
  * This section neither reads nor writes the socket: section Connections does.
  */
@@ -2732,7 +2742,10 @@ static int stream_reset(struct stream *s, uint32_t error) {
     return nghttp2_submit_rst_stream(s->conn->session, NGHTTP2_FLAG_NONE, s->id, error);
 }
 
-/* Returns received bytes to the peer's window, unless the peer has too many unread answers. */
+/*
+ * Extends the peer's window by the bytes received, unless the peer has too many unread
+ * answers. Returns 0 or an error code of nghttp2.
+ */
 static int conn_consume(struct conn *c) {
     if (c->unconsumed == 0 || c->unread > UNREAD_PAUSE_BYTES)
         return 0;
@@ -2743,8 +2756,9 @@ static int conn_consume(struct conn *c) {
 
 /*
  * Tells nghttp2 the length of the next DATA frame of a response, at most `len`. on_send_data
- * then copies the bytes from the reply to the output. This saves a copy in a buffer of
- * nghttp2 that would not be wiped. The trailers are submitted with the last piece.
+ * then copies the bytes from the reply to the output. The bytes are therefore copied only
+ * once, from a buffer that is wiped. The trailers are submitted with the last piece. Returns
+ * the length.
  */
 static ssize_t on_data_source_read(nghttp2_session *session, int32_t id, uint8_t *buf, size_t len, uint32_t *flags,
                                    nghttp2_data_source *source, void *conn) {
@@ -2766,8 +2780,8 @@ static ssize_t on_data_source_read(nghttp2_session *session, int32_t id, uint8_t
 }
 
 /*
- * Submits a response with `count` header fields. The body is `len` bytes, after a gRPC prefix
- * if `grpc` is set; NULL means no body. The bytes are copied.
+ * Submits a response with `count` header fields and a body. The body has a gRPC prefix if
+ * `grpc` is set, and then a copy of the `len` bytes. If `bytes` is NULL, there is no body.
  */
 static int stream_respond(struct stream *s, const nghttp2_nv *fields, size_t count, const uint8_t *bytes, size_t len,
                           bool grpc) {
@@ -3021,7 +3035,7 @@ static int stream_trailers_end(struct stream *s, bool end) {
     return sound ? 0 : stream_reset(s, NGHTTP2_PROTOCOL_ERROR);
 }
 
-/* A frame is complete; HEADERS only when the whole header block is. */
+/* A frame is complete. A header block may have several frames, and this is called for it once. */
 static int on_frame_recv(nghttp2_session *session, const nghttp2_frame *frame, void *conn) {
     struct conn *c = conn;
     if (frame->hd.type == NGHTTP2_SETTINGS) {
@@ -3151,11 +3165,12 @@ static int session_init(struct conn *c) {
 /* ------------------------------------------------------------- Connections
  *
  * Reading, writing and closing a connection. A connection waits either for bytes to read or
- * for room to write, never for both: a peer that does not take its answers is not read from.
+ * for room to write, never for both. While a peer does not take its answers, the server reads
+ * nothing more from it.
  *
- * A read takes at most one buffer in a turn, and passes it to nghttp2. Output collects in one
- * buffer of the server. Only the part that the socket does not take is copied to a buffer of
- * the connection (c->out).
+ * A connection reads at most one buffer in a turn, and passes it to nghttp2. Output collects
+ * in one buffer of the server. Only bytes that the socket does not take are copied to a
+ * buffer of the connection (c->out).
  *
  * Nothing here interprets bytes or decides about deadlines: the sections HTTP/2 and Event
  * loop do.
@@ -3329,10 +3344,10 @@ static struct conn *server_idlest(const struct server *s, const struct user *use
 }
 
 /*
- * Closes a connection to make room for a new one. It belongs to the user with most
- * connections, where the new one counts for `newcomer` (NULL if its user is not known yet).
- * It is the one that has been idle longest, or the one that holds most memory if none is
- * idle. Returns false if there is no connection to close.
+ * Closes one connection to make room for a new one. The user with most connections loses it;
+ * the new connection counts for `newcomer`, or for nobody if that is NULL. Of this user's
+ * connections the one that has been idle longest is closed, or the one that holds most memory
+ * if none is idle. Returns false if there is no connection to close.
  */
 static bool server_make_way(struct server *s, const struct user *newcomer) {
     struct user *user = server_heaviest_user(s, CONNECTIONS, newcomer, 1);
@@ -3417,7 +3432,7 @@ static const char *endpoint_name(const struct sockaddr_un *address, socklen_t le
 enum { ENDPOINT_NAME_BYTES = sizeof "unix:///@" + sizeof((struct sockaddr_un *)0)->sun_path };
 
 /*
- * Dies if another user than root and our own can rename the entries of a directory, or
+ * Dies if a user other than root and our own can rename the entries of a directory, or
  * replace a link. Other users may write to a sticky directory, because there only the owner
  * of a file can rename it; directory_check checks the owner of the next name on the way.
  */
@@ -3448,7 +3463,7 @@ static bool path_join(char out[WAY_MAX], const char *first, const char *second) 
 
 /*
  * Walks to the directory of a socket as the kernel would, name by name and through links.
- * Dies where another user than root and our own could rename the next name. In the last
+ * Dies where a user other than root and our own could rename the next name. In the last
  * directory other users must not be able to write at all. `at` is the part of the way already
  * walked, without links. `rest` is the part that is still to come.
  */
@@ -3547,7 +3562,7 @@ static void socket_clear(const struct sockaddr_un *address, socklen_t len) {
         if (look == 0)
             nanosleep(&wait, NULL);
     }
-    if (lstat(path, &after) < 0 || !same_file(&before, &after) || /* inode numbers are used again: */
+    if (lstat(path, &after) < 0 || !same_file(&before, &after) || /* a new file may get the old inode number: */
         after.st_ctim.tv_sec != before.st_ctim.tv_sec || after.st_ctim.tv_nsec != before.st_ctim.tv_nsec)
         die("%s: another process is starting there", path);
     if (unlink(path) < 0)
@@ -3563,7 +3578,7 @@ static void listener_prepare(struct listener *l, const char *endpoint) {
     socket_clear(&l->address, l->address_len);
 }
 
-/* A step of listener_open, and advice for the case that it fails. Both are constants. */
+/* A step of listener_open, and advice for its failure. Both are constants. */
 struct listen_step {
     const char *call, *hint;
 };
@@ -3601,7 +3616,7 @@ static const struct listen_step *listener_open(struct listener *l, const struct 
 
 /*
  * Takes over a socket that systemd has opened: an AF_UNIX stream socket that listens. Dies if
- * it is another.
+ * the socket is of another kind.
  */
 static void listener_inherit(struct listener *l, int fd) {
     int type = 0, listening = 0;
@@ -3727,13 +3742,13 @@ static void notify(int fd, const char *state) {
  *
  * The loop that runs the server: one thread waits for all descriptors with epoll. A turn has
  * five parts. The loop waits. It handles the ready descriptors, with at most one read for
- * each connection. It ends whatever has passed its deadline. It wipes the stack. It frees
- * closed connections. Nothing in a turn blocks, and without traffic and deadlines the loop
- * sleeps.
+ * each connection. It ends requests and connections that have passed their deadlines. It
+ * wipes the stack. It frees closed connections. Nothing in a turn blocks. Without traffic and
+ * deadlines the loop sleeps.
  *
  * A timer descriptor wakes the loop for the next deadline, and stays set from turn to turn. A
- * timeout of epoll_wait would be set up and removed in every turn, which takes 2 of the 20
- * microseconds or so that a client waits for an answer.
+ * timeout of epoll_wait would be set up and removed in every turn. This would cost 2 of the
+ * some 20 microseconds that a client waits for an answer.
  *
  * The loop does not know HTTP/2 or the KMS APIs; it calls the sections above.
  */
@@ -3778,7 +3793,7 @@ static void server_log_refused(struct server *s) {
     s->refused_logged_ms = s->now_ms;
 }
 
-/* Makes epoll watch the listeners, or not. */
+/* Makes epoll watch the listeners, or stop watching them. */
 static void server_accept_from(struct server *s, bool on) {
     for (size_t i = 0; i < s->listener_count; i++) {
         struct epoll_event event = {.events = on ? EPOLLIN : 0, .data.ptr = &s->listeners[i].source};
@@ -3827,7 +3842,7 @@ static void listener_ready(struct server *s, struct listener *l) {
         } else if (errno == EAGAIN) {
             return; /* no more peers are waiting */
         } else if (errno != EINTR && errno != ECONNABORTED) {
-            if (i == 0) /* later, perhaps no peer is waiting: accept4 needs a free descriptor even then */
+            if (i == 0) /* after the first, the queue may be empty: accept4 takes a descriptor before it looks */
                 server_accept_failed(s, errno);
             return;
         }
@@ -3880,8 +3895,8 @@ static int conn_expire(struct conn *c) {
 
 /*
  * Does everything that is due, and computes next_ms anew. next_ms is never later than the
- * next deadline: each function that sets a deadline calls server_due, and so does each
- * function called here for the deadlines that are left.
+ * next deadline. For this, each function that sets a deadline calls server_due, and the
+ * functions called here call it again for each deadline that is still to come.
  */
 static void server_expire(struct server *s) {
     if (s->now_ms < s->next_ms)
@@ -3966,8 +3981,8 @@ static void server_turn_end(struct server *s) {
 }
 
 /*
- * Serves until a signal stops it and all connections are closed or the drain time is over.
- * Each turn shares TURN_BYTES among the ready descriptors.
+ * Serves until a signal stops the server. Then returns as soon as all connections are closed
+ * or the drain time is over. Each turn shares TURN_BYTES among the ready descriptors.
  */
 static void server_run(struct server *s) {
     struct epoll_event events[EVENTS_MAX];
@@ -3997,8 +4012,8 @@ static void server_run(struct server *s) {
 }
 
 /*
- * The number of connections that the limit of descriptors allows, at most `wanted`. Raises
- * the limit as far as necessary and possible.
+ * The number of connections that the limit of descriptors permits, at most `wanted`. Raises
+ * the limit if it is too low, as far as the system allows.
  */
 static size_t server_capacity(size_t wanted) {
     struct rlimit files;
@@ -4022,8 +4037,8 @@ static void server_watch(struct server *s, struct source *source) {
 }
 
 /*
- * Handles SIGTERM and SIGINT before the server runs: they end the start at once. The handler
- * is necessary in process 1 of a container, which these signals do not end by default.
+ * Handles SIGTERM and SIGINT before the server runs: they end the start at once. Process 1 of
+ * a container needs this handler, because by default these signals do not end it.
  */
 static void on_early_signal(int signal) {
     (void)signal;
@@ -4031,8 +4046,8 @@ static void on_early_signal(int signal) {
 }
 
 /*
- * Blocks all signals until signals_open, except SIGTERM, SIGINT and the three that stop a job
- * of a terminal.
+ * Blocks all signals until signals_open, except SIGTERM, SIGINT, and the three that stop a
+ * job of a terminal (SIGTSTP, SIGTTIN, SIGTTOU).
  */
 static void signals_hold(void) {
     sigset_t set;
@@ -4048,7 +4063,7 @@ static void signals_hold(void) {
 /*
  * Makes a descriptor that reports SIGTERM, SIGINT and SIGHUP. It must exist before the first
  * socket file, because on_early_signal would leave the file behind. All other signals that
- * can be blocked stay blocked, except the three that stop a job of a terminal.
+ * can be blocked stay blocked, except those three of a terminal.
  */
 static int signals_open(void) {
     sigset_t set;
@@ -4120,16 +4135,17 @@ static void server_free(struct server *s) {
 
 /* ------------------------------------------------------------- Confinement
  *
- * Confinement limits the damage if an attacker takes over the process. When everything is
- * open, the process gives up new privileges, its capabilities, and system calls (seccomp(2)).
+ * Confinement limits the damage if an attacker takes over the process. When all files and
+ * sockets are open, the process gives up its capabilities, the chance to gain new privileges,
+ * and most system calls (seccomp(2)).
  *
  * The kernel runs a filter before each system call. The filter is a small program (BPF) that
  * looks at the number and the arguments of the call, and returns an action:
  *
  *     calls that a turn needs      are allowed
  *     calls useful to an attacker  kill the process: they start a program or a process, open a
- *                                  socket or a file, make memory executable, or are another
- *                                  architecture's
+ *                                  socket or a file, make memory executable, or belong to
+ *                                  another architecture
  *     any other call               fails with ENOSYS, the error of a kernel without the call
  *
  * A call of the last kind gives an attacker nothing, and a libc that tries it can do without.
@@ -4153,8 +4169,8 @@ static void server_free(struct server *s) {
 /* The number of a call that this machine or libc does not have. */
 #define NO_CALL (-1)
 /*
- * 32-bit machines have additional calls for 64-bit times and offsets. A libc tries one after the
- * other, so the filter must know all of them.
+ * 32-bit machines have two calls where one has 64-bit times or offsets. A libc tries one after
+ * the other, so the filter must know both.
  */
 #ifdef SYS_mmap2
 #define SYS_MMAP SYS_mmap2
@@ -4181,12 +4197,12 @@ static void filter_load(struct filter *f, size_t offset) {
     filter_add(f, BPF_LD | BPF_W | BPF_ABS, 0, 0, (uint32_t)offset);
 }
 
-/* Adds: end with this action. */
+/* Adds: end the filter with this action. */
 static void filter_return(struct filter *f, uint32_t action) {
     filter_add(f, BPF_RET | BPF_K, 0, 0, action);
 }
 
-/* Adds: end with this action if the call is in the list. */
+/* Adds: end the filter with this action if the call is in the list. */
 static void filter_calls(struct filter *f, const int *calls, size_t count, uint32_t action) {
     for (size_t i = 0; i < count; i++) {
         if (calls[i] == NO_CALL)
@@ -4197,8 +4213,9 @@ static void filter_calls(struct filter *f, const int *calls, size_t count, uint3
 }
 
 /*
- * Adds: if the call is `call` (mmap or mprotect), allow it, unless its third argument has
- * PROT_EXEC. The argument has 64 bits, and the low half comes first or last by byte order.
+ * Adds a rule for mmap or mprotect: allow the call, unless its third argument has PROT_EXEC.
+ * The argument has 64 bits, and the byte order tells whether its low half is the first or the
+ * second.
  */
 static void filter_memory(struct filter *f, int call, uint32_t deadly) {
     const size_t low = __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__ ? 0 : 4;
@@ -4360,9 +4377,9 @@ static int seccomp_install(uint32_t deadly, uint32_t other) {
 }
 
 /*
- * Gives up every capability. Returns 0, or -1 with errno. The bounding set is left, and is
- * useless: after privileges_freeze no execve could regain a capability from it, and the
- * filter forbids execve.
+ * Gives up every capability. Returns 0, or -1 with errno. The bounding set stays, because it
+ * is useless: privileges_freeze keeps execve from regaining a capability, and the filter
+ * kills the process for an execve.
  */
 static int capabilities_drop(void) {
     struct __user_cap_header_struct header = {.version = _LINUX_CAPABILITY_VERSION_3};
@@ -4372,8 +4389,8 @@ static int capabilities_drop(void) {
 }
 
 /*
- * Forbids this process and its children to gain privileges by execve. Returns 0, or -1 with
- * errno.
+ * Keeps this process and its children from gaining privileges by execve. Returns 0, or -1
+ * with errno.
  */
 static int privileges_freeze(void) {
     return prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0);
@@ -4416,9 +4433,9 @@ static const char *confine(enum sandbox sandbox, bool filtered) {
  * key and no other program, so it can be a container's exec probe in an image without a
  * shell.
  *
- * The client has one connection and one request at a time, and waits for each answer. `struct
- * client` and the functions client_... are a small gRPC client. The functions probe_... are
- * its steps: they encrypt a random secret, decrypt the result, and compare.
+ * `struct client` and the functions client_... are a small gRPC client. It has one connection
+ * and one request at a time, and waits for each answer. The functions probe_... are the steps
+ * of a probe: they encrypt a random secret, decrypt the result, and compare.
  *
  * The probe checks that a plugin works. It cannot check whether the plugin keeps its KEK
  * secret.
@@ -4435,8 +4452,8 @@ struct call {
 };
 
 /*
- * A connection to a plugin. It owns the descriptor and the session, both until the process
- * ends or probe() closes them.
+ * A connection to a plugin. It owns the descriptor and the session. probe() closes both, or
+ * the end of the program does.
  */
 struct client {
     int fd;
@@ -4495,7 +4512,7 @@ static int client_on_header(nghttp2_session *session, const nghttp2_frame *frame
     return 0;
 }
 
-/* Keeps a piece of the response. A response that is too long ends the session. */
+/* Keeps a piece of the response. If the response is too long, the session ends. */
 static int client_on_data_chunk_recv(nghttp2_session *session, uint8_t flags, int32_t id, const uint8_t *data,
                                      size_t len, void *client) {
     (void)flags;
@@ -4516,8 +4533,8 @@ static int client_on_stream_close(nghttp2_session *session, int32_t id, uint32_t
 }
 
 /*
- * The connection is lost, by an error of the system call `call`, or at the end of its bytes
- * if `error` is 0. Returns -1.
+ * Reports that the connection is lost: the system call `call` has failed with `error`, or the
+ * server has closed the connection if `error` is 0. Returns -1.
  */
 static int client_lost(struct client *c, const char *call, int error) {
     if (!c->heard && (error == 0 || error == EPIPE || error == ECONNRESET))
@@ -4775,9 +4792,9 @@ static void probe_tell(const struct probe *p) {
 }
 
 /*
- * Probes an endpoint. Prints one line for each step, and at the end the key_id and version of
- * the server. Dies with exit status 1 at the first step that fails, and at the end if the
- * server has another key_id than expected_key_id (unless that is NULL).
+ * Probes an endpoint. Prints one line for each step, and after the last step the key_id and
+ * version of the server. Dies with exit status 1 if a step fails. Also dies if the server's
+ * key_id is not expected_key_id, unless that is NULL.
  */
 static int probe(const char *endpoint, int64_t timeout_ms, const char *expected_key_id) {
     static const struct {
@@ -4832,7 +4849,7 @@ static int probe(const char *endpoint, int64_t timeout_ms, const char *expected_
 /* Results of a rehearsal. RUINED means that it could not take place. */
 enum rehearsal { WELL, BADLY, RUINED };
 
-/* Time limits of the children. They work for some milliseconds, but the machine may be busy with its start. */
+/* Time limits of the children. Their work takes some milliseconds, but the machine may be busy booting. */
 enum { REHEARSAL_SECONDS = 30, REHEARSAL_PROBE_MS = 20 * 1000 };
 
 /* The sentence about a call that the filter does not allow. rehearse recognizes its beginning. */
@@ -5036,8 +5053,8 @@ static enum rehearsal rehearse(const struct serve_options *options, bool filtere
 }
 
 /*
- * Whether the server can work here with the filter. Dies if it cannot and --sandbox require
- * demands it, or if it cannot work even without the filter.
+ * Whether the server can work here with the filter. If it cannot, --sandbox require makes
+ * this function die. It also dies if the server cannot work even without the filter.
  */
 static bool serve_rehearse(const struct serve_options *options, const struct ring *ring) {
     char why[LOG_LINE_MAX] = "madvise knows no MADV_DONTFORK: a rehearsal would have the KEKs", other[LOG_LINE_MAX];
@@ -6306,8 +6323,9 @@ static enum verb options_parse(struct options *o, int argc, char **argv) {
 
 /* -------------------------------------------------------------------- Main
  *
- * The verbs that are left (serve, genkey, keyid), and the start of the process. main protects
- * the process, reads the command line, and calls one function for the verb.
+ * The start of the process, and the verbs without a section of their own: serve, genkey,
+ * keyid. main protects the process, reads the command line, and calls one function for the
+ * verb.
  *
  * The order of steps in serve matters. Signals come first. Keys are loaded before anything
  * can connect. The rehearsal comes before the sockets, and confinement after them. A listener
@@ -6328,8 +6346,8 @@ static void descriptors_open(void) {
 }
 
 /*
- * Makes the data read-only that only the start of the program writes (GNU_RELRO in the
- * program headers). Dynamic linkers do this; musl's start code of a static-pie does not.
+ * Makes those data read-only that nothing writes after the start of the program (GNU_RELRO in
+ * the program headers). Dynamic linkers do this; musl's start code of a static-pie does not.
  * dl_iterate_phdr calls this function for the program first, and the result 1 ends its loop.
  */
 static int relro_protect(struct dl_phdr_info *program, size_t size, void *unused) {
@@ -6394,8 +6412,8 @@ static void serve_announce(const struct server *s, const struct listener *l) {
 
 /*
  * Waits until the kernel has enough entropy, which may take a while after boot. Afterwards
- * getrandom(2) does not block in any turn. Only a blocking call makes the kernel collect
- * entropy, so this function makes one. SIGTERM ends the wait (on_early_signal).
+ * getrandom(2) does not block in any turn. A blocking call makes the kernel collect entropy,
+ * so this function makes one. SIGTERM ends the wait (on_early_signal).
  */
 static void random_wait(void) {
     const struct timespec pause = {.tv_nsec = ACCEPT_PAUSE_MS * 1000000L};
