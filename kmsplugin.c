@@ -1,12 +1,17 @@
 /*
  * kmsplugin - a Kubernetes KMS plugin: envelope encryption under one KEK.
  *
- * kube-apiserver encrypts what it stores in etcd with data keys (DEKs), and asks
- * a KMS plugin over gRPC on a UNIX socket to wrap and unwrap those keys. This
- * program is such a plugin, whole: it seals with XAES-256-GCM under a key
- * encryption key (KEK) that comes from a variable or a file.
+ * The Kubernetes API server (kube-apiserver) keeps its objects in a database, etcd. It can
+ * encrypt each value with a data encryption key (DEK) before it stores the value. It then
+ * asks a KMS plugin to wrap the DEK, that is, to encrypt it under a key encryption key (KEK),
+ * and stores the wrapped DEK beside the value. This is envelope encryption: a copy of the
+ * database reveals no encrypted value to a reader without the KEK, and the API server never
+ * has the KEK. The API server calls the plugin by gRPC, over a UNIX socket.
  *
- * Contents, in the order of the file: each section uses only what stands above it.
+ * This program is a complete KMS plugin. It seals (encrypts and authenticates) DEKs with
+ * XAES-256-GCM, and takes its KEK from an environment variable or a file.
+ *
+ * Contents, in the order of the file: each section uses only the sections above it.
  *
  *     Constants      every limit, with its reason
  *     Types          every structure, with its owner
@@ -14,33 +19,38 @@
  *     Bytes          wiping, hex, base64, UTF-8, protobuf fields, random bytes
  *     Memory         blocks that are counted, kept and wiped; the arena
  *     Sealing        AES-GCM, XAES-256-GCM, the sealed form, the key ring
- *     Keys           where KEKs come from and which are refused
+ *     Keys           where KEKs come from, and which ones are refused
  *     KMS service    the six RPCs: bytes in, bytes and a status out
  *     Metrics        counters, and their text for Prometheus
  *     gRPC           methods, grpc-timeout, percent-encoding
  *     HTTP requests  the rules for header fields
- *     Room           what peers may hold, what gives way at a limit, what is logged of them
+ *     Room           limits on what peers hold and cause to be logged
  *     HTTP/2         nghttp2's callbacks, in the order of a stream's life
  *     Connections    reading, writing, closing
  *     Endpoints      unix:///path and unix:///@name, bound or inherited
  *     Event loop     one thread, one epoll, no waiting anywhere else
- *     Confinement    what is given up before the first request
+ *     Confinement    the privileges given up before the first request
  *     Probe          a gRPC client that tries every RPC
- *     Rehearsal      whether a confined server can work here, tried before it is one
- *     Rescue         telling what somebody has at hand, and opening etcd values without an API server
+ *     Rehearsal      a trial run of a confined server on this machine
+ *     Rescue         recognizing input, and opening etcd values without an API server
  *     Options        the command line
- *     Main           one function a verb
+ *     Main           one function for each verb
  *
- * The way of one request: the loop (server_run) finds a connection readable;
- * conn_read hands its bytes to nghttp2, which calls on_header for each field
- * (request_field judges it) and on_data_chunk_recv for the body (stream_append
- * takes the gRPC frame apart). At END_STREAM stream_end calls kms_call, which
- * unpacks the message, seals or opens, and packs the answer; stream_answer hands
- * it to nghttp2 as HEADERS, DATA and trailers. When all that was read has been
- * dealt with, conn_flush sends everything, 64 KiB a system call.
+ * A request takes this way through the file. The event loop (server_run) finds a connection
+ * readable. conn_read passes the bytes it reads to nghttp2, the library that implements
+ * HTTP/2. nghttp2 calls on_header for each header field, and request_field judges the field.
+ * nghttp2 calls on_data_chunk_recv for each piece of the body, and stream_append removes the
+ * gRPC prefix. At the end of the request stream_end calls kms_call. kms_call unpacks the
+ * message, seals or opens, and packs the response. stream_answer passes the response to
+ * nghttp2 as HEADERS, DATA and trailers. When nghttp2 has handled all bytes of the read,
+ * conn_flush sends the output, up to 64 KiB in one system call.
+ *
+ * Some words have one meaning throughout. A peer is the process at the other end of a
+ * connection. A turn is one pass of the event loop. To seal is to encrypt and authenticate
+ * under a KEK; to open is to check and decrypt. A key_id names a KEK without revealing it.
  */
 #define _GNU_SOURCE          /* accept4, struct ucred, environ */
-#define _FILE_OFFSET_BITS 64 /* on 32-bit machines: inodes of large file systems, */
+#define _FILE_OFFSET_BITS 64 /* 32-bit machines: inode numbers of large file systems, */
 #define _TIME_BITS 64        /* and times after 2038 */
 #include <bearssl.h>
 #include <errno.h>
@@ -78,14 +88,19 @@
 
 #include "kms.pb-c.h"
 
-#ifndef VERSION /* the Makefile knows both */
+#ifndef VERSION /* the Makefile sets VERSION and BEARSSL_VERSION */
 #error "VERSION and BEARSSL_VERSION come from the Makefile"
 #endif
 
 /* ---------------------------------------------------------------- Constants
  *
- * Limits hold whatever a peer does; together they keep the process under
- * 16 MiB of resident memory.
+ * The limits of the program, each with its unit and its reason. They hold regardless of a
+ * peer's behaviour. Together they keep the resident memory of the process under 16 MiB.
+ *
+ * A name that ends in _MAX is a limit, in _BYTES a size in bytes, in _MS a time in
+ * milliseconds, in _DEFAULT the default of an option.
+ *
+ * Constants that belong to a single function are not here: they stand in that function.
  */
 #define DEFAULT_ENDPOINT "unix:///run/kmsplugin/kms.sock"
 
@@ -101,134 +116,163 @@ enum {
     SEALED_FORMAT = 0x01,
 
     /* Keys. */
-    KEK_MAX = 16,                       /* a rotation needs two, a long-lived cluster some more */
-    KEK_TEXT_MAX = 4096,                /* sixteen keys of 44 characters with much white space */
-    KEY_JUDGED_BYTES = 45,              /* of what a text stands for: a key's own text and a newline, encoded twice */
+    KEK_MAX = 16,                       /* a rotation needs two; a long-lived cluster collects more */
+    KEK_TEXT_MAX = 4096,                /* sixteen keys of 44 characters, and room for white space */
+    KEY_JUDGED_BYTES = 45,              /* decoded bytes to look at: a key encoded twice gives 44 and a newline */
     KEY_ID_LEN = 2 * FINGERPRINT_BYTES,
 
     /* Messages. */
     GRPC_PREFIX_BYTES = 5,              /* compressed flag, 32-bit length */
-    MESSAGE_MAX = 64 * 1024,            /* Kubernetes' own plugins and KMS libraries take as much */
-    V2_CIPHERTEXT_MAX = 1024,           /* kube-apiserver refuses a longer one */
-    V1_REQUEST_OVERHEAD = 9 + 4,        /* version "v1beta1"; tag and length of cipher */
-    V1_CIPHERTEXT_MAX = MESSAGE_MAX - V1_REQUEST_OVERHEAD, /* what a Decrypt can bring back */
+    MESSAGE_MAX = 64 * 1024,            /* Kubernetes' own plugins and KMS libraries accept as much */
+    V2_CIPHERTEXT_MAX = 1024,           /* kube-apiserver refuses a longer ciphertext */
+    V1_REQUEST_OVERHEAD = 9 + 4,        /* field version "v1beta1"; tag and length of field cipher */
+    V1_CIPHERTEXT_MAX = MESSAGE_MAX - V1_REQUEST_OVERHEAD, /* the longest that fits into a Decrypt request */
 
     /* HTTP/2. */
-    STREAMS_MAX = 256,                  /* a connection; grpc-go assumes 100 until told */
-    STREAM_WINDOW_BYTES = 128 * 1024,   /* holds any request whole: streams need no WINDOW_UPDATE */
-    FIELDS_MAX_BYTES = 16 * 1024,       /* a header list, as RFC 9113 6.5.2 counts it */
-    FIELD_OVERHEAD_BYTES = 32,          /* a field in that count */
+    STREAMS_MAX = 256,                  /* per connection; grpc-go assumes 100 until it is told */
+    STREAM_WINDOW_BYTES = 128 * 1024,   /* holds any request, so a stream needs no WINDOW_UPDATE */
+    FIELDS_MAX_BYTES = 16 * 1024,       /* the fields of a request, counted as in RFC 9113 6.5.2 */
+    FIELD_OVERHEAD_BYTES = 32,          /* that count adds this to each field */
     MESSAGE_TEXT_MAX = 160,             /* grpc-message, percent-encoded */
-    METRICS_BYTES = 48 * 1024,          /* all series there can be take some 34 KB */
+    METRICS_BYTES = 48 * 1024,          /* the longest possible page has about 34 KB */
 
     /* The server. */
-    CONNECTIONS_DEFAULT = 256,          /* an apiserver opens one a provider entry and reload */
-    CONNECTIONS_LIMIT = 4096,           /* what --max-connections may ask for */
-    ALL_STREAMS_MAX = 4096,             /* open streams over all connections */
-    BUFFERED_MAX = 4 * 1024 * 1024,     /* requests and unread answers over all connections */
-    HEAP_MAX = 11 * 1024 * 1024,        /* those, streams, and nghttp2's own memory */
-    USER_SERIES_MAX = 16,               /* uids with a series of their own in /metrics */
-    UNREAD_PAUSE_BYTES = 256 * 1024,    /* unread answers at which a peer's window stays shut */
+    CONNECTIONS_DEFAULT = 256,          /* an API server opens one per KMS entry of its configuration at each load */
+    CONNECTIONS_LIMIT = 4096,           /* the largest value of --max-connections */
+    ALL_STREAMS_MAX = 4096,             /* open streams of all connections */
+    BUFFERED_MAX = 4 * 1024 * 1024,     /* requests and unread answers of all connections */
+    HEAP_MAX = 11 * 1024 * 1024,        /* requests, unread answers, streams, and nghttp2's own memory */
+    USER_SERIES_MAX = 16,               /* uids with their own time series in /metrics */
+    UNREAD_PAUSE_BYTES = 256 * 1024,    /* a peer with more unread answers than this gets no new window */
     LISTENERS_MAX = 16,
-    ACCEPT_BURST = 16,                  /* connections a wake-up takes from one listener */
-    EVENTS_MAX = 64,                    /* what one epoll_wait brings */
-    TURN_BYTES = 64 * 1024,             /* read in a turn, shared by all who are ready: bounds a newcomer's wait */
-    IN_BYTES = 16 * 1024,               /* of that, one peer's at most */
-    OUT_BYTES = 64 * 1024,              /* sent a turn: the answers to a full read fit */
+    ACCEPT_BURST = 16,                  /* connections accepted from one listener in a turn */
+    EVENTS_MAX = 64,                    /* events from one epoll_wait */
+    TURN_BYTES = 64 * 1024,             /* read in a turn from all ready peers: limits how long a new peer waits */
+    IN_BYTES = 16 * 1024,               /* read in a turn from one peer */
+    OUT_BYTES = 64 * 1024,              /* sent in one write: the answers to a full read fit */
     ALLOWED_UIDS_MAX = 32,
-    WAY_MAX = 1024,                     /* the way to a socket, links' targets included: a path of 107 bytes */
-    BACKLOG = INT_MAX,                  /* peers that wait to be accepted: as many as net.core.somaxconn lets */
-    RESERVED_FILES = 32,                /* descriptors that are not connections */
+    WAY_MAX = 1024,                     /* a socket's path (107 bytes), with links replaced by their targets */
+    BACKLOG = INT_MAX,                  /* peers waiting to be accepted; the kernel reduces it to net.core.somaxconn */
+    RESERVED_FILES = 32,                /* descriptors for other uses than connections */
 
     /* Times. */
-    PREFACE_TIMEOUT_MS = 10 * 1000,     /* accept to the client's SETTINGS */
-    REQUEST_TIMEOUT_MS = 10 * 1000,     /* HEADERS to the end of the body */
-    UNREAD_TIMEOUT_MS = 10 * 1000,      /* an answer made to an answer taken */
-    DRAIN_TIMEOUT_MS = 5 * 1000,        /* SIGTERM to exit */
-    ACCEPT_PAUSE_MS = 100,              /* no descriptors: how long to leave newcomers waiting */
-    REFUSED_LOG_MS = 1000,              /* at most one line of refused peers in this time */
-    MINUTE_MS = 60 * 1000,              /* between two lines of a connection on its use of a method */
-    LINES_A_MINUTE = 120,               /* that peers can cause: some 30 megabytes a day at most */
-    TIDY_AFTER_MS = 1000,               /* quiet time after which kept memory goes back */
-    STALE_RETRY_MS = 100,               /* a socket bound but not yet listening gets this long */
+    PREFACE_TIMEOUT_MS = 10 * 1000,     /* from accept to the client's SETTINGS */
+    REQUEST_TIMEOUT_MS = 10 * 1000,     /* from HEADERS to the end of the body */
+    UNREAD_TIMEOUT_MS = 10 * 1000,      /* from the making of an answer until the peer has taken it */
+    DRAIN_TIMEOUT_MS = 5 * 1000,        /* from SIGTERM to exit */
+    ACCEPT_PAUSE_MS = 100,              /* out of descriptors: pause before the next accept */
+    REFUSED_LOG_MS = 1000,              /* refused peers cause at most one log line in this time */
+    MINUTE_MS = 60 * 1000,              /* a connection causes at most one line per method in this time */
+    LINES_A_MINUTE = 120,               /* log lines that peers can cause: some 30 megabytes a day at most */
+    TIDY_AFTER_MS = 1000,               /* after this time without traffic the heap returns unused memory */
+    STALE_RETRY_MS = 100,               /* time for a new server between bind and listen */
 
     /* Memory. */
-    ARENA_BYTES = 1024 * 1024,          /* one message unpacked: 64 KiB holds at most some 8,000 fields */
-    ARENA_KEEP_BYTES = 64 * 1024,       /* of which this much stays resident */
+    ARENA_BYTES = 1024 * 1024,          /* one unpacked message: 64 KiB hold at most some 8,000 fields */
+    ARENA_KEEP_BYTES = 64 * 1024,       /* the part of the arena that stays resident */
     HEAP_CLASSES = 6,                   /* blocks of 64 to 2,048 bytes are kept for reuse */
-    HEAP_CLASS0_BYTES = 64,
-    HEAP_KEEP_BYTES = 1024 * 1024,      /* kept at most, and only under load (TIDY_AFTER_MS) */
-    RANDOM_BYTES = 128 * NONCE_BYTES,   /* bought at once at most, in a turn of many Encrypts */
-    STACK_WIPE_BYTES = 6 * 1024,        /* a turn was 4,384 bytes deep at most (s390x) */
+    HEAP_CLASS0_BYTES = 64,             /* size of the smallest class */
+    HEAP_KEEP_BYTES = 1024 * 1024,      /* unused blocks kept, and only under load (TIDY_AFTER_MS) */
+    RANDOM_BYTES = 128 * NONCE_BYTES,   /* fetched at once, at most, in a turn of many Encrypts */
+    STACK_WIPE_BYTES = 6 * 1024,        /* the deepest stack measured in a turn was 4,384 bytes (s390x) */
 
     /* Rescue. */
     ENTRY_MAX = 4 * 1024 * 1024,        /* etcd refuses values over 1.5 MiB by default */
-    JUDGED_BYTES = 4096,                /* of the input, to tell what it is */
-    V1_NAME_MAX = 1024,                 /* where colons of a provider's name are looked for */
+    JUDGED_BYTES = 4096,                /* bytes of an input that tell its kind */
+    V1_NAME_MAX = 1024,                 /* a provider's name ends at a colon within these bytes */
     AUDIT_ROWS_MAX = 64,                /* pairs of API and key_id in one cluster */
 
-    LOG_VALUE_MAX = 64,                 /* of a peer's words in a line: Kubernetes' uids have 36 */
-    LOG_LINE_MAX = 1024,                /* under PIPE_BUF: a line is written whole or not at all */
-    UNMAPPED_UID = 65534,               /* what the kernel shows for a uid without a mapping */
+    LOG_VALUE_MAX = 64,                 /* bytes of a peer's text in a log line; Kubernetes' uids have 36 */
+    LOG_LINE_MAX = 1024,                /* under PIPE_BUF: a pipe takes the line whole or not at all */
+    UNMAPPED_UID = 65534,               /* the kernel shows this uid when a user namespace lacks the real one */
 };
 
-/* ------------------------------------------------------------------- Types */
+/* ------------------------------------------------------------------- Types
+ *
+ * Every structure of the server, the service and the sealed form. The comment above a
+ * structure states who owns it and which condition always holds.
+ *
+ * The structures form a tree. The server owns listeners and connections, a connection owns
+ * its streams, and a stream owns its request and its answer. `struct kms` has all that an RPC
+ * needs, and the server has one. Names follow a rule: _len is the part of a buffer in use,
+ * _cap its capacity, _ms a time in milliseconds, _us a time in microseconds.
+ *
+ * Structures of the client (Probe), the seccomp filter (Confinement) and the etcd values
+ * (Rescue) are not here: they stand in their sections.
+ */
 
+/* Levels of log lines. --log-level sets the highest that is written. */
 enum log_level { LOG_ERROR, LOG_WARN, LOG_INFO, LOG_DEBUG };
 
-/* Text under construction; what does not fit is cut off. Borrows its buffer. */
+/*
+ * Text under construction. Bytes beyond `cap` are dropped, so len <= cap always holds. The
+ * structure borrows its buffer, and adds no NUL.
+ */
 struct text {
     char *buf;
     size_t len, cap;
-    bool logfmt; /* strings are written as logfmt values, quoted and escaped */
+    bool logfmt; /* write strings as logfmt values, quoted and escaped */
 };
 
-/* One field of an encoded protobuf message; borrows its bytes. */
+/* One field of an encoded protobuf message. It borrows its bytes from the message. */
 struct field {
     uint32_t number;
-    unsigned wire_type; /* 0 varint, 1 64 bits, 2 bytes, 5 32 bits */
+    unsigned wire_type; /* 0 varint, 1 64 bits, 2 length and bytes, 5 32 bits */
     const uint8_t *bytes;
     size_t len;
 };
 
-/* Random bytes, each given out once and wiped as it goes; random_drop leaves none at the end of a turn. */
+/*
+ * A stock of random bytes. Every byte is given out once and wiped at that moment. The stock
+ * is empty between turns (random_drop).
+ */
 struct random {
-    size_t left, next; /* bytes that are there, and that will be bought when they are used up */
+    size_t left, next; /* bytes in stock; bytes to fetch when the stock is empty */
     uint8_t bytes[RANDOM_BYTES];
 };
 
-/* BearSSL's code for this CPU, all of it constant-time: with the instructions for AES and GCM, or without. */
+/*
+ * BearSSL's implementations of AES and GCM for this CPU: with the CPU's AES instructions, or
+ * in plain C. Their running time depends neither on keys nor on texts.
+ */
 struct suite {
-    const br_block_ctrcbc_class *aes; /* a KEK: CBC-MAC, for a block at a time */
-    const br_block_ctr_class *ctr;    /* the key of one message */
-    br_ghash ghash;
+    const br_block_ctrcbc_class *aes; /* for a KEK: CBC-MAC over a single block */
+    const br_block_ctr_class *ctr;    /* for the key of one message: counter mode */
+    br_ghash ghash; /* the hash of GCM */
     const char *name;
 };
 
-/* A key encryption key: its AES key schedule and what follows from it. */
+/* A key encryption key, in the forms in which it is used. The ring owns it. */
 struct kek {
-    br_aes_gen_ctrcbc_keys aes;
-    uint8_t k1[BLOCK_BYTES]; /* CMAC's first subkey */
-    uint8_t fingerprint[FINGERPRINT_BYTES];
-    char key_id[KEY_ID_LEN + 1];
+    br_aes_gen_ctrcbc_keys aes; /* AES key schedule */
+    uint8_t k1[BLOCK_BYTES]; /* first subkey of CMAC */
+    uint8_t fingerprint[FINGERPRINT_BYTES]; /* names the KEK in the sealed form */
+    char key_id[KEY_ID_LEN + 1]; /* the fingerprint in hex */
 };
 
-/* The configured KEKs. The first seals, all open. Lives in pages of its own. */
+/*
+ * The configured KEKs. The first seals, and all open. ring_new maps pages for it alone, and
+ * ring_free wipes them. At least one KEK is present once ring_load has returned.
+ */
 struct ring {
     struct suite suite;
-    int unlocked; /* the error of mlock(2), or 0 */
-    bool unforked; /* a forked child does not have it */
+    int unlocked; /* errno of mlock(2), or 0 if the pages are locked */
+    bool unforked; /* a forked child does not get these pages */
     size_t count;
     struct kek keks[KEK_MAX];
-    char text[KEK_TEXT_MAX + 1]; /* KMS_KEK, or the file; wiped once parsed */
+    char text[KEK_TEXT_MAX + 1]; /* KMS_KEK, or the content of the file; wiped after parsing */
 };
 
-/* Which API a ciphertext belongs to; the value is sealed into it. */
+/* The API that a ciphertext belongs to. Its number is authenticated with the ciphertext. */
 enum api { API_V1 = 0x01, API_V2 = 0x02 };
 
+/* Results of opening a sealed form. Only OPENED leaves a plaintext. */
 enum opened { OPENED, OPEN_MALFORMED, OPEN_UNKNOWN_KEY, OPEN_FORGED };
 
-/* https://github.com/grpc/grpc/blob/master/doc/statuscodes.md: those in use. */
+/*
+ * The gRPC status codes in use here
+ * (https://github.com/grpc/grpc/blob/master/doc/statuscodes.md).
+ */
 enum grpc_code {
     GRPC_OK = 0,
     GRPC_INVALID_ARGUMENT = 3,
@@ -237,9 +281,10 @@ enum grpc_code {
     GRPC_RESOURCE_EXHAUSTED = 8,
     GRPC_UNIMPLEMENTED = 12,
     GRPC_INTERNAL = 13,
-    GRPC_CODES = 17,
+    GRPC_CODES = 17, /* how many codes gRPC defines */
 };
 
+/* The RPCs (remote procedure calls) of the two APIs; indexes of the table `rpcs`. */
 enum rpc {
     V2_STATUS,
     V2_ENCRYPT,
@@ -247,67 +292,89 @@ enum rpc {
     V1_VERSION,
     V1_ENCRYPT,
     V1_DECRYPT,
-    RPC_UNKNOWN,
+    RPC_UNKNOWN, /* any other path */
     RPCS,
 };
 
-/* Memory for one message: handed out in order, wiped and taken back at once. */
+/*
+ * Memory for one message. Allocations only add to it; one reset wipes and frees all of them.
+ * The service owns it.
+ */
 struct arena {
-    uint8_t *base; /* mapped, ARENA_BYTES */
+    uint8_t *base; /* ARENA_BYTES, mapped */
     size_t used;
-    bool exhausted; /* since the last reset */
+    bool exhausted; /* an allocation has failed since the last reset */
 };
 
-/* The service: everything an RPC needs, and no socket. */
+/*
+ * The service: everything an RPC needs. It has no socket. It owns the arena; server_free
+ * frees the ring for it.
+ */
 struct kms {
     struct ring *ring;
     struct random random;
     struct arena arena;
-    ProtobufCAllocator allocator; /* draws on the arena */
+    ProtobufCAllocator allocator; /* allocates from the arena */
 };
 
-/* What an RPC came to. Everything pointed to is constant or in the arena. */
+/*
+ * The result of an RPC. Its pointers point to constants, into the ring or into the arena.
+ * They are valid until kms_done.
+ */
 struct answer {
     enum grpc_code code;
-    const char *message; /* with an error */
+    const char *message; /* for the client, unless the code is GRPC_OK */
     const uint8_t *bytes; /* with GRPC_OK: the encoded response */
     size_t len;
     const char *uid, *key_id; /* for the log */
-    const struct kek *kek; /* the one that was used, or NULL */
+    const struct kek *kek; /* the KEK that was used, or NULL */
 };
 
-/* Histogram bounds in microseconds, and the same in seconds as Prometheus wants them. */
+/*
+ * Upper bounds of the histogram's buckets in microseconds, and in seconds as Prometheus
+ * writes them.
+ */
 #define BUCKETS(X)                                                                     \
     X(50, "0.00005") X(100, "0.0001") X(250, "0.00025") X(500, "0.0005") X(1000, "0.001") \
     X(2500, "0.0025") X(5000, "0.005") X(10000, "0.01") X(100000, "0.1") X(1000000, "1")
 #define BUCKET_COUNT(us, s) +1
 enum { BUCKETS_LEN = 0 BUCKETS(BUCKET_COUNT) };
 
+/* Counters since the start of the program. The server owns them. */
 struct metrics {
     uint64_t requests[RPCS][GRPC_CODES];
-    uint64_t buckets[RPCS][BUCKETS_LEN + 1]; /* the last is +Inf; not cumulative */
-    uint64_t microseconds[RPCS];
+    uint64_t buckets[RPCS][BUCKETS_LEN + 1]; /* not cumulative; the last is +Inf */
+    uint64_t microseconds[RPCS]; /* sum of all durations */
     uint64_t accepted, refused;
-    uint64_t start_time_s; /* since 1970 */
-    int statm; /* /proc/self/statm, or -1 */
+    uint64_t start_time_s; /* seconds since 1970 */
+    int statm; /* descriptor of /proc/self/statm, or -1 */
 };
 
-/* A counted block of memory: kept in a list of its class when it is free. */
+/* One allocation of the heap. A block is either given out or in the free list of its class. */
 struct block {
-    uint32_t size; /* asked for */
-    uint32_t cost; /* see heap_cost */
-    struct block *next; /* when free */
-    _Alignas(max_align_t) uint8_t bytes[]; /* what malloc would promise */
+    uint32_t size; /* bytes asked for */
+    uint32_t cost; /* bytes counted, see heap_cost */
+    struct block *next; /* in the free list */
+    _Alignas(max_align_t) uint8_t bytes[]; /* aligned as malloc aligns */
 };
 
+/*
+ * Memory for buffers, streams and nghttp2. in_use <= total always holds; the difference is in
+ * the free lists. The server owns it.
+ */
 struct heap {
     struct block *free[HEAP_CLASSES];
-    size_t total; /* cost of all blocks there are */
-    size_t in_use; /* of which were not given back */
+    size_t total; /* cost of all blocks */
+    size_t in_use; /* cost of the blocks given out */
 };
 
+/* The methods that make a difference here. */
 enum http_method { METHOD_OTHER, METHOD_POST, METHOD_GET, METHOD_CONNECT };
 
+/*
+ * The header fields with a meaning here. A name that begins with a colon is a pseudo-header
+ * field: HTTP/2 sends the request line in such fields.
+ */
 enum field_name {
     FIELD_METHOD,
     FIELD_SCHEME,
@@ -317,96 +384,119 @@ enum field_name {
     FIELD_CONTENT_LENGTH,
     FIELD_TIMEOUT,
     FIELD_TE,
-    FIELD_FORBIDDEN, /* RFC 9113 8.2.2: means something on an HTTP/1 connection only */
+    FIELD_FORBIDDEN, /* RFC 9113 8.2.2: fields of HTTP/1 connections */
     FIELD_OTHER,
 };
+/* Bit of `seen` for any field that is not a pseudo-header field. */
 enum { SEEN_REGULAR = 1 << FIELD_OTHER };
 
-/* The head of a request, judged field by field; nothing of the peer's is kept. */
+/*
+ * The head of a request, judged field by field. It holds verdicts and numbers, and no bytes
+ * from the peer. It is part of its stream.
+ */
 struct request {
-    unsigned seen; /* 1 << field_name, SEEN_REGULAR */
+    unsigned seen; /* bits 1 << field_name, and SEEN_REGULAR */
     enum http_method method;
-    enum rpc rpc; /* RPC_UNKNOWN for any other path */
+    enum rpc rpc; /* RPC_UNKNOWN unless the path names an RPC */
     bool metrics; /* the path is /metrics */
-    bool grpc; /* content-type */
-    bool trailers; /* the head is complete: what comes now are trailers */
-    bool malformed; /* RFC 9113 8.1.1: the stream is to be reset */
-    bool bad_timeout;
-    uint64_t timeout_us; /* grpc-timeout; UINT64_MAX without */
-    uint64_t content_length; /* UINT64_MAX without */
-    size_t field_bytes;
+    bool grpc; /* content-type is that of gRPC */
+    bool trailers; /* the head is complete: further fields are trailers */
+    bool malformed; /* RFC 9113 8.1.1: the stream must be reset */
+    bool bad_timeout; /* grpc-timeout is invalid or repeated */
+    uint64_t timeout_us; /* grpc-timeout; UINT64_MAX without one */
+    uint64_t content_length; /* UINT64_MAX without one */
+    size_t field_bytes; /* counted as for FIELDS_MAX_BYTES */
 };
 
+/* The states of a stream, in their order. */
 enum stream_state {
-    STREAM_HEAD, /* header block incomplete */
-    STREAM_BODY, /* waiting for END_STREAM */
-    STREAM_ANSWERED, /* response submitted; what the peer still sends is dropped */
+    STREAM_HEAD, /* the header block is incomplete */
+    STREAM_BODY, /* the rest of the request is awaited */
+    STREAM_ANSWERED, /* the response is submitted; the rest of the request is dropped */
 };
 
-/* One request and its response. Owned by its connection. */
+/*
+ * One request and its response. The connection owns it, in a doubly linked list: `link`
+ * points at the pointer to this stream. body_len <= body_cap and reply_sent <= reply_len
+ * always hold.
+ */
 struct stream {
     struct stream *next, **link;
     struct conn *conn;
     int32_t id;
     enum stream_state state;
-    bool ended; /* END_STREAM has come */
+    bool ended; /* END_STREAM has come: the request is complete */
     struct request request;
-    uint64_t start_us;
-    int64_t deadline_ms; /* of the state it is in */
+    uint64_t start_us; /* time of the first header frame */
+    int64_t deadline_ms; /* for the present state */
     uint64_t received; /* bytes of DATA */
     uint8_t prefix[GRPC_PREFIX_BYTES];
-    size_t prefix_len;
-    uint8_t *body; /* the message; a buffer of the connection */
+    size_t prefix_len; /* bytes of the prefix that have come */
+    uint8_t *body; /* the message, or NULL; a buffer of the connection */
     size_t body_len, body_cap;
-    uint8_t *reply; /* the DATA to send; a buffer of the connection */
+    uint8_t *reply; /* the DATA to send, or NULL; a buffer of the connection */
     size_t reply_sent, reply_len;
-    bool reply_grpc; /* trailers follow */
+    bool reply_grpc; /* trailers follow the DATA */
 };
 
-/* What peers hold. Each has a limit over all connections. */
+/* The resources that peers take. Each has a limit for all connections together. */
 enum resource {
-    CONNECTIONS,
-    STREAMS,  /* open ones */
+    CONNECTIONS, /* open connections */
+    STREAMS,  /* open streams */
     BUFFERED, /* bytes of requests and of unread answers */
-    HELD,     /* bytes of the heap, all told: those, streams, and what sessions take for themselves */
+    HELD,     /* all bytes of the heap: BUFFERED, streams, and the memory of nghttp2's sessions */
     RESOURCES,
 };
 
-/* A uid that may connect: what its connections hold together, and how often it has used a KEK. */
+/*
+ * A uid that may connect. `used` is the sum over its connections. The server owns it, and
+ * users are never removed.
+ */
 struct user {
     uid_t uid;
     size_t used[RESOURCES];
-    uint64_t uses[RPCS], failures[RPCS];
-    unsigned minute_lines; /* that it has caused in the server's minute */
+    uint64_t uses[RPCS], failures[RPCS]; /* Encrypt and Decrypt requests, and failed ones among them */
+    unsigned minute_lines; /* log lines that it has caused in the server's minute */
 };
 
-/* What a connection has done with KEKs by one method since the last line in the log. */
+/* The uses of KEKs by one method of a connection. The counts begin anew with each log line. */
 struct trace {
-    const struct kek *kek; /* the last one, or NULL */
-    unsigned keks; /* those that have had a line, by their place in the ring */
-    bool several; /* KEKs since the last line */
+    const struct kek *kek; /* the KEK of the last use, or NULL */
+    unsigned keks; /* bit i: a line about the KEK at place i of the ring is written */
+    bool several; /* several KEKs were used since the last line */
     uint64_t uses, failures;
-    int64_t due_ms; /* no line before this */
+    int64_t due_ms; /* time of the next line */
 };
 
+/* The kinds of descriptors that epoll watches. */
 enum source_kind { SOURCE_SIGNAL, SOURCE_TIMER, SOURCE_LISTENER, SOURCE_CONN };
 
-/* What epoll reports on. First member of those it is part of. */
+/*
+ * A descriptor that epoll watches. It is the first member of listeners and connections, so a
+ * pointer to it is a pointer to them.
+ */
 struct source {
     enum source_kind kind;
     int fd;
 };
 
-/* A socket that accepts. A path that we made is removed at exit. */
+/*
+ * A socket that accepts connections. The server owns it. If `made` is set, the file is
+ * removed at exit, unless another file has taken its place.
+ */
 struct listener {
     struct source source;
     struct sockaddr_un address;
     socklen_t address_len;
-    bool made; /* the file is ours to remove, as long as it is this one: */
-    struct stat file;
+    bool made; /* this program has made the socket's file */
+    struct stat file; /* identifies that file */
 };
 
-/* One peer. Owned by the server's list; freed by server_reap alone. */
+/*
+ * One connection. It owns a descriptor, a session, streams and buffers until it is closed;
+ * afterwards only the structure is left. The server's list owns the structure, and only
+ * server_reap frees it.
+ */
 struct conn {
     struct source source;
     struct conn *next;
@@ -414,31 +504,33 @@ struct conn {
     struct user *user;
     nghttp2_session *session;
     struct stream *streams;
-    struct stream *head; /* whose header block is coming: no other frame comes between (RFC 9113 4.3) */
-    bool closed; /* descriptor and session are gone, the struct goes at the end of the turn */
+    struct stream *head; /* its header block is arriving; RFC 9113 4.3 forbids other frames in between */
+    bool closed; /* the structure is freed at the end of the turn */
     bool greeted; /* the client's SETTINGS have come */
-    bool writing; /* epoll waits for room to write, and for nothing else */
-    bool broken; /* the system had no memory for its session, which therefore cannot be deleted */
-    uint32_t error; /* of HTTP/2: what GOAWAY has told the peer, or 0 */
+    bool writing; /* epoll waits for room to write, and does not report bytes to read */
+    bool broken; /* its session ran out of memory, and is not safe to delete */
+    uint32_t error; /* the HTTP/2 error code that GOAWAY has told the peer, or 0 */
     struct ucred peer;
     int64_t idle_since_ms;
     int64_t preface_deadline_ms;
-    int64_t out_deadline_ms; /* while out holds something */
-    uint8_t *out; /* what the socket did not take; a buffer */
+    int64_t out_deadline_ms; /* while `out` is not NULL */
+    uint8_t *out; /* bytes that the socket did not take; a buffer */
     size_t out_sent, out_len;
     size_t used[RESOURCES];
-    size_t unread; /* bytes of answers among them */
-    size_t unconsumed; /* received, and not yet given back to the peer's window */
+    size_t unread; /* bytes of answers that are part of used[BUFFERED] */
+    size_t unconsumed; /* bytes received, and not yet given back to the peer's window */
     struct trace traces[RPCS];
 };
 
+/* The values of --sandbox. */
 enum sandbox { SANDBOX_AUTO, SANDBOX_REQUIRE, SANDBOX_OFF };
-#ifdef __SANITIZE_ADDRESS__ /* its run-time makes system calls that no server needs */
+#ifdef __SANITIZE_ADDRESS__ /* its run-time makes system calls that the filter forbids */
 #define SANDBOX_DEFAULT SANDBOX_OFF
 #else
 #define SANDBOX_DEFAULT SANDBOX_AUTO
 #endif
 
+/* The options of the verb serve. Strings are those of the command line. */
 struct serve_options {
     const char *endpoints[LISTENERS_MAX];
     size_t endpoint_count;
@@ -451,6 +543,10 @@ struct serve_options {
     enum sandbox sandbox;
 };
 
+/*
+ * The server: all of its state. There is one, and it exists until the program ends; nghttp2's
+ * callbacks reach it through their connection. It owns everything below except the options.
+ */
 struct server {
     const struct serve_options *options;
     struct kms kms;
@@ -458,45 +554,51 @@ struct server {
     struct heap heap;
     int epoll;
     struct source signals, timer;
-    int notify; /* to the service manager, or -1 */
+    int notify; /* socket of the service manager, or -1 */
     struct listener listeners[LISTENERS_MAX];
     size_t listener_count;
     struct conn *conns;
     struct user users[ALLOWED_UIDS_MAX];
     size_t user_count;
-    size_t used[RESOURCES], limit[RESOURCES]; /* what is closed does not count */
-    uint8_t *page; /* /metrics, rendered once a turn; from malloc */
+    size_t used[RESOURCES], limit[RESOURCES]; /* sums over the open connections; closed ones do not count */
+    uint8_t *page; /* the text of /metrics, rendered once in a turn; from malloc */
     size_t page_len;
     nghttp2_session_callbacks *callbacks;
     nghttp2_option *session_options;
-    int64_t now_ms; /* monotonic, once a wake-up */
+    int64_t now_ms; /* monotonic time at the start of this turn */
     uint64_t now_us;
-    int64_t next_ms; /* nothing is due before this; INT64_MAX: nothing at all */
-    int64_t timer_ms; /* when the timer goes off; INT64_MAX: it does not */
-    int64_t active_ms; /* the last turn with work to do */
-    int64_t resume_accept_ms, drain_ms; /* INT64_MAX: not under way */
-    int64_t refused_logged_ms;
-    uint64_t refused_unlogged;
-    int64_t minute_ms; /* the minute that lines are counted in */
-    uint64_t lines_left_out; /* in it */
-    struct ucred refused_peer; /* the last one */
-    size_t share; /* bytes that a peer may be read for in this turn */
-    size_t out_len;
+    int64_t next_ms; /* nothing is due before this time; INT64_MAX: nothing is due */
+    int64_t timer_ms; /* expiry of the timer; INT64_MAX: it is not set */
+    int64_t active_ms; /* the last turn with work */
+    int64_t resume_accept_ms, drain_ms; /* ends of the pause and of the drain; INT64_MAX: there is none */
+    int64_t refused_logged_ms; /* the last line of refused peers */
+    uint64_t refused_unlogged; /* peers refused since that line */
+    int64_t minute_ms; /* start of the minute in which log lines are counted */
+    uint64_t lines_left_out; /* further lines in that minute, not written */
+    struct ucred refused_peer; /* the last refused peer */
+    size_t share; /* bytes to read from one peer in this turn */
+    size_t out_len; /* bytes of `out` in use */
     uint8_t in[IN_BYTES], out[OUT_BYTES];
 };
 
 /* -------------------------------------------------------------------- Text
  *
- * A small printf. In a log line it writes every %s as a logfmt value, quoted and
- * escaped where need be, so that no peer can forge a line or a pair. It knows %s %.*s
- * %c %d %u %x %lu %llu %zu, %% and zero-padded widths; the compiler checks the arguments
- * as it does for printf. (stdio's own would be a tenth of the static binary.)
+ * Text for people: log lines, sentences on stderr, output of the verbs. A small printf makes
+ * it.
  *
- * Log lines are logfmt: key=value pairs, the time (RFC 3339, UTC) first.
+ * The printf knows %s %.*s %c %d %u %x %lu %llu %zu, %% and widths padded with zeros. The
+ * compiler checks its arguments as it does for printf. (stdio's printf would be a tenth of
+ * the static binary.) Log lines are logfmt: key=value pairs, the time (RFC 3339, UTC) first.
+ * In a log line the printf writes every %s as a logfmt value, quoted and escaped where
+ * necessary, so that a peer can forge neither a line nor a pair.
+ *
+ * This section allocates no memory, and log_line never waits for a reader of the log. Nothing
+ * here parses text: the sections Bytes, Endpoints and Options do.
  */
 
 static enum log_level log_level = LOG_INFO;
 
+/* Adds one byte, or drops it when the text is full. */
 static void text_char(struct text *t, char c) {
     if (t->len < t->cap)
         t->buf[t->len++] = c;
@@ -508,9 +610,9 @@ static void text_bytes(struct text *t, const char *s, size_t n) {
 }
 
 /*
- * Words that a peer or a file may have chosen: printable ASCII as it is, any other byte as
- * \xNN, C1 controls and the octets of UTF-8 among them. So nothing that a terminal obeys
- * gets to one.
+ * Adds n bytes that a peer or a file may have chosen. Printable ASCII stays as it is. Every
+ * other byte becomes \xNN, including C1 controls and the bytes of UTF-8. A terminal that
+ * shows the text therefore receives no control sequences.
  */
 static void text_escaped(struct text *t, const char *s, size_t n) {
     for (size_t i = 0; i < n; i++) {
@@ -525,7 +627,7 @@ static void text_escaped(struct text *t, const char *s, size_t n) {
     }
 }
 
-/* A logfmt value: bare when plain, else in quotes, and escaped. */
+/* Adds a logfmt value of n bytes: as it is if it is plain, else in quotes and escaped. */
 static void text_value(struct text *t, const char *s, size_t n) {
     bool plain = n > 0;
     for (size_t i = 0; i < n && plain; i++)
@@ -543,6 +645,7 @@ static void text_value(struct text *t, const char *s, size_t n) {
     text_char(t, '"');
 }
 
+/* Adds a number in the given base (10 or 16), padded with zeros to `width` digits. */
 static void text_number(struct text *t, unsigned long long n, unsigned base, int width) {
     char digits[24];
     int len = 0;
@@ -555,6 +658,10 @@ static void text_number(struct text *t, unsigned long long n, unsigned base, int
         text_char(t, digits[--len]);
 }
 
+/*
+ * Adds text by a format, see the head of this section. A %s is a logfmt value if t->logfmt is
+ * set. Conversions outside the list are not detected.
+ */
 static void text_vadd(struct text *t, const char *format, va_list args) {
     for (const char *f = format; *f; f++) {
         if (*f != '%') {
@@ -601,7 +708,7 @@ static void text_add(struct text *t, const char *format, ...) {
     va_end(args);
 }
 
-/* A C string of the bytes, cut at cap - 1. */
+/* Copies len bytes to `out` and adds a NUL. Bytes beyond cap - 1 are cut off. */
 static void copy_text(char *out, size_t cap, const uint8_t *value, size_t len) {
     if (len > cap - 1)
         len = cap - 1;
@@ -609,7 +716,7 @@ static void copy_text(char *out, size_t cap, const uint8_t *value, size_t len) {
     out[len] = '\0';
 }
 
-/* Writes all of it, or as much as the descriptor takes. 0, or -1 with errno. */
+/* Writes len bytes. Returns 0, or -1 with errno; a part may have been written then. */
 static int write_all(int fd, const void *bytes, size_t len) {
     const uint8_t *at = bytes;
     while (len > 0) {
@@ -624,7 +731,10 @@ static int write_all(int fd, const void *bytes, size_t len) {
     return 0;
 }
 
-/* From now on a peer that has gone is but an error of write(2). */
+/*
+ * Blocks SIGPIPE. Writing to a peer that has gone then fails with EPIPE instead of ending the
+ * program.
+ */
 static void sigpipe_block(void) {
     sigset_t set;
     sigemptyset(&set);
@@ -632,7 +742,10 @@ static void sigpipe_block(void) {
     sigprocmask(SIG_BLOCK, &set, NULL);
 }
 
-/* Prints on stdout or stderr: for verbs, never for the running server. */
+/*
+ * Prints on stdout or stderr by a format, at most 4,096 bytes. Ends the program with status 1
+ * if stdout fails. Verbs use it; the running server never does.
+ */
 __attribute__((format(printf, 2, 3)))
 static void print(int fd, const char *format, ...) {
     char buf[4096];
@@ -647,7 +760,10 @@ static void print(int fd, const char *format, ...) {
     }
 }
 
-/* One line on stderr, escaped: words of a peer or of the command line may be in it. */
+/*
+ * Writes one sentence to stderr. It may contain a peer's words or those of the command line,
+ * so it is escaped.
+ */
 static void complain(const char *format, va_list args) {
     char words[LOG_LINE_MAX], line[4 * LOG_LINE_MAX];
     struct text t = {.buf = words, .cap = sizeof words}, escaped = {.buf = line, .cap = sizeof line - 1};
@@ -658,7 +774,7 @@ static void complain(const char *format, va_list args) {
     write_all(STDERR_FILENO, line, escaped.len);
 }
 
-/* One sentence on stderr, and goes on. */
+/* Writes one sentence to stderr. */
 __attribute__((format(printf, 1, 2)))
 static void note(const char *format, ...) {
     va_list args;
@@ -677,7 +793,7 @@ static void die(const char *format, ...) {
     exit(1);
 }
 
-/* Ends the program for bad usage: the sentence, a hint, and exit status 2. */
+/* Ends the program after wrong usage: one sentence and a hint on stderr, exit status 2. */
 __attribute__((format(printf, 1, 2), noreturn))
 static void die_usage(const char *format, ...) {
     va_list args;
@@ -689,9 +805,10 @@ static void die_usage(const char *format, ...) {
 }
 
 /*
- * A time as RFC 3339 has it, UTC. Not by gmtime_r: that brings time zones into the
- * static binary, and glibc's reads a file. Years begin in March here, so that a leap
- * day is a year's last, and five months from there on always have 153 days.
+ * Adds a time as in RFC 3339, in UTC, with milliseconds. gmtime_r would add the code for time
+ * zones to the static binary, and glibc's version reads a file. The calculation here lets
+ * years begin in March: a leap day is then the last day of its year, and any five months from
+ * March on have 153 days.
  */
 static void text_time(struct text *t, const struct timespec *time) {
     enum { YEAR = 365, FOUR_YEARS = 4 * YEAR + 1, CENTURY = 25 * FOUR_YEARS - 1, ERA = 4 * CENTURY + 1 };
@@ -708,9 +825,9 @@ static void text_time(struct text *t, const struct timespec *time) {
 }
 
 /*
- * Writes one log line: time, level, then the pairs of `format`, "msg=..." first.
- * A line that stderr cannot take at once is dropped: a reader that has stopped
- * must not stop the server.
+ * Writes one log line: the time, the level, then the pairs of `format`, of which the first is
+ * "msg=...". Lines above the chosen level are not written. A line is dropped when stderr
+ * cannot take it at once, because a log reader that has stopped must not stop the server.
  */
 __attribute__((format(printf, 2, 3)))
 static void log_line(enum log_level level, const char *format, ...) {
@@ -737,17 +854,34 @@ static void log_line(enum log_level level, const char *format, ...) {
         continue;
 }
 
-/* ------------------------------------------------------------------- Bytes */
+/* ------------------------------------------------------------------- Bytes
+ *
+ * Small functions on bytes: wiping, hex, base64, UTF-8, protobuf fields, random bytes, and
+ * the clock.
+ *
+ * base64_decode reads keys. It has neither branches nor array indexes that depend on a key,
+ * because these would change its running time, and an attacker may measure time. Functions
+ * for a peer's bytes check every length before they read.
+ *
+ * A protobuf message is a sequence of fields. A field is a tag, which is a field number and a
+ * wire type, and a value. A varint is a number in groups of seven bits, low group first; the
+ * top bit of each byte is set if another byte follows.
+ *
+ * Nothing here packs or unpacks a whole message: protobuf-c does.
+ */
 
-/* Overwrites what must not stay in memory; the compiler may inline it, and not leave it out. */
+/*
+ * Overwrites bytes that must not stay in memory. The asm statement tells the compiler that
+ * the zeros are read, so it cannot remove the memset.
+ */
 static void wipe(void *bytes, size_t len) {
     memset(bytes, 0, len);
     __asm__ volatile("" : : "r"(bytes) : "memory");
 }
 
 /*
- * Overwrites the stack below the caller, where BearSSL's functions have left
- * round keys and plaintext. Not inlined, so that its array lies where they were.
+ * Overwrites the stack below the caller, where BearSSL's functions have left round keys and
+ * plaintext. The function is never inlined, so that its array lies at their place.
  */
 __attribute__((noinline))
 static void stack_wipe(void) {
@@ -755,6 +889,7 @@ static void stack_wipe(void) {
     wipe(below, sizeof below);
 }
 
+/* Writes 2 * len hex digits and a NUL. */
 static void hex_encode(const uint8_t *bytes, size_t len, char *out) {
     for (size_t i = 0; i < len; i++) {
         *out++ = "0123456789abcdef"[bytes[i] >> 4];
@@ -763,12 +898,15 @@ static void hex_encode(const uint8_t *bytes, size_t len, char *out) {
     *out = '\0';
 }
 
-/* All ones when low <= c <= high, else 0; without a branch. */
+/* All ones if low <= c <= high, else 0. It has no branch. All three are below 2^31. */
 static unsigned in_range(unsigned c, unsigned low, unsigned high) {
     return 0u - (((low - 1 - c) & (c - high - 1)) >> 31);
 }
 
-/* Reads a decimal number of the kernel's, with any blanks before it, and moves past it. */
+/*
+ * Reads a decimal number from a file of the kernel. Skips blanks before it, and moves *at
+ * past it. Returns 0 if no digit is there.
+ */
 static uint64_t number_next(const char **at) {
     uint64_t n = 0;
     while (**at == ' ')
@@ -778,7 +916,7 @@ static uint64_t number_next(const char **at) {
     return n;
 }
 
-/* Microseconds of a clock that nobody sets. */
+/* Microseconds of the monotonic clock, which nobody can set. */
 static int64_t monotonic_us(void) {
     struct timespec now;
     clock_gettime(CLOCK_MONOTONIC, &now);
@@ -786,9 +924,9 @@ static int64_t monotonic_us(void) {
 }
 
 /*
- * Decodes padded, canonical base64 (RFC 4648 section 4) and returns the number of
- * bytes that it stands for, or -1. Writes them only if they are no more than cap.
- * The text is a key: no branch and no index depends on it, but for the padding.
+ * Decodes base64 with padding in its canonical form (RFC 4648 section 4). Returns the number
+ * of bytes decoded, or -1 if the text is invalid. Writes them only if there are at most
+ * `cap`. The text is a key, so no branch and no index depends on it, except on its padding.
  */
 static long base64_decode(const char *text, size_t len, uint8_t *out, size_t cap) {
     if (len == 0 || len % 4 != 0)
@@ -811,10 +949,14 @@ static long base64_decode(const char *text, size_t len, uint8_t *out, size_t cap
             if (total <= cap && n < total)
                 out[n] = (uint8_t)(bits >> shift);
     }
-    bad |= bits & ((1u << 8 * padding) - 1); /* bits behind the last byte */
+    bad |= bits & ((1u << 8 * padding) - 1); /* the unused bits of the last digit must be 0 */
     return bad ? -1 : (long)total;
 }
 
+/*
+ * Writes base64 with padding, and a NUL. Its array indexes depend on the bytes: it serves
+ * genkey alone, which prints them.
+ */
 static void base64_encode(const uint8_t *bytes, size_t len, char *out) {
     static const char alphabet[] = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
     for (; len > 0; bytes += 3, len -= len < 3 ? len : 3) {
@@ -828,7 +970,10 @@ static void base64_encode(const uint8_t *bytes, size_t len, char *out) {
     *out = '\0';
 }
 
-/* Whether the bytes are UTF-8 as RFC 3629 has it, no surrogates, nothing overlong: 0, 1 if a NUL is there, or -1. */
+/*
+ * Checks for UTF-8 as in RFC 3629, which forbids surrogates and overlong forms. Returns 0, or
+ * 1 if the bytes contain a NUL, or -1 if they are not UTF-8.
+ */
 static int utf8_check(const uint8_t *s, size_t len) {
     int nul = 0;
     for (size_t i = 0; i < len;) {
@@ -849,7 +994,10 @@ static int utf8_check(const uint8_t *s, size_t len) {
     return nul;
 }
 
-/* A varint of at most ten bytes. 0, or -1 if it does not end. */
+/*
+ * Reads a varint of at most ten bytes and moves *at past it. Returns 0, or -1 if the varint
+ * does not end in time.
+ */
 static int varint_next(const uint8_t **at, const uint8_t *end, uint64_t *value) {
     *value = 0;
     for (unsigned shift = 0; shift < 64 && *at < end; shift += 7) {
@@ -862,8 +1010,8 @@ static int varint_next(const uint8_t **at, const uint8_t *end, uint64_t *value) 
 }
 
 /*
- * Reads the field at *at and moves *at behind it: 1, or 0 at the end, or -1 if
- * these are not the bytes of a message (protobuf.dev/programming-guides/encoding).
+ * Reads the field at *at and moves *at past it. Returns 1, or 0 at the end of the message, or
+ * -1 if the bytes are not a message (protobuf.dev/programming-guides/encoding).
  */
 static int field_next(const uint8_t **at, const uint8_t *end, struct field *f) {
     if (*at == end)
@@ -891,7 +1039,7 @@ static int field_next(const uint8_t **at, const uint8_t *end, struct field *f) {
     case 5:
         len = 4;
         break;
-    default: /* groups, which nobody has written since 2008 */
+    default: /* groups, out of use since 2008 */
         return -1;
     }
     if (len > (uint64_t)(end - start))
@@ -903,9 +1051,9 @@ static int field_next(const uint8_t **at, const uint8_t *end, struct field *f) {
 }
 
 /*
- * Strings of a message, as protobuf-c does not look at them: 0 if all are fit for
- * C, 1 if one holds a NUL, at which C would end it; -1 if one is not UTF-8 or the
- * bytes are no message.
+ * Checks the strings of a message, because protobuf-c does not. Returns 0 if all are valid C
+ * strings; 1 if one contains a NUL, at which C would end it; -1 if one is not UTF-8 or the
+ * bytes are not a message.
  */
 static int strings_check(const ProtobufCMessageDescriptor *type, const uint8_t *bytes, size_t len) {
     const uint8_t *end = bytes + len;
@@ -929,14 +1077,14 @@ static int strings_check(const ProtobufCMessageDescriptor *type, const uint8_t *
 }
 
 /*
- * getrandom(2), by the system call itself: glibc's function, from 2.41 on, keeps random
- * bytes for later calls in memory of this process, where a snapshot would have them.
+ * Calls getrandom(2) directly. The function of glibc, from 2.41 on, keeps random bytes for
+ * later calls in this process's memory, and a snapshot of a virtual machine would copy them.
  */
 static ssize_t random_get(uint8_t *out, size_t len, unsigned flags) {
     return syscall(SYS_getrandom, out, len, flags);
 }
 
-/* Fills with random bytes; -1 with errno when the kernel refuses. */
+/* Fills `out` with random bytes. Returns 0, or -1 with errno if the kernel refuses. */
 static int random_fill(uint8_t *out, size_t len) {
     while (len > 0) {
         ssize_t n = random_get(out, len, 0);
@@ -951,8 +1099,10 @@ static int random_fill(uint8_t *out, size_t len) {
 }
 
 /*
- * A fresh nonce. The first of a turn is bought alone, and then twice as many each time: one
- * getrandom(2) a nonce would be a quarter of the CPU under load.
+ * Takes a fresh nonce from the stock. The first request in a turn fetches one nonce from the
+ * kernel, and each further request twice as many as the one before, up to RANDOM_BYTES: a
+ * getrandom(2) for every nonce would cost a quarter of the CPU time under load. Returns 0, or
+ * -1 if the kernel refuses.
  */
 static int random_nonce(struct random *r, uint8_t nonce[NONCE_BYTES]) {
     if (r->left == 0) {
@@ -969,9 +1119,9 @@ static int random_nonce(struct random *r, uint8_t nonce[NONCE_BYTES]) {
 }
 
 /*
- * Wipes what is left. Between turns there is nothing: a machine or container that is brought
- * back from a snapshot, twice perhaps, would give out the same nonces again, which shows
- * the XOR of two data keys.
+ * Wipes the stock at the end of a turn. A virtual machine or a container can be restored from
+ * a snapshot more than once. Every copy would then use the same nonces from the stock, and
+ * two messages under one nonce reveal the XOR of their data keys.
  */
 static void random_drop(struct random *r) {
     wipe(r->bytes, r->left);
@@ -980,39 +1130,51 @@ static void random_drop(struct random *r) {
 
 /* ------------------------------------------------------------------ Memory
  *
- * nghttp2 allocates and frees about ten small blocks a request. The heap counts
- * them, wipes what comes back, and keeps freed blocks by size class for the next
- * request: by malloc alone an Encrypt takes 44 to 57 % more CPU. What is kept comes
- * from malloc and goes back to it when the load is over.
+ * Two allocators, the heap and the arena, which count memory and wipe it after use.
  *
- * The arena serves protobuf-c: one message is unpacked into it, answered, and the
- * whole arena taken back. It is also where the answer is put together.
+ * The heap serves nghttp2, which allocates and frees about ten small blocks for each request.
+ * It counts them, wipes each freed block, and keeps freed blocks in a list for each size
+ * class. (With malloc alone an Encrypt takes 44 to 57 % more CPU time.) Kept blocks come from
+ * malloc, and return to it when the load is over.
+ *
+ * The arena serves protobuf-c. One message is unpacked into it and the answer is built there;
+ * then the whole arena is freed at once.
+ *
+ * This section sets no limit for a peer. Section Room does.
  */
 
-/* The class whose blocks hold `size` bytes, the least power of two not under it; HEAP_CLASSES or more if none. */
+/*
+ * The class of a block for `size` bytes. Blocks of class 0 have HEAP_CLASS0_BYTES, and those
+ * of each further class have twice as many. A result of HEAP_CLASSES or more means that no
+ * class is large enough.
+ */
 static unsigned heap_class(size_t size) {
     enum { LONG_BITS = 8 * sizeof(unsigned long) };
     unsigned long half_classes = ((size - 1) | (HEAP_CLASS0_BYTES - 1)) / (HEAP_CLASS0_BYTES / 2);
     return LONG_BITS - 1 - (unsigned)__builtin_clzl(half_classes);
 }
 
-/* The bytes of a block for that many: a power of two if it will be kept. */
+/* The capacity of a block for `size` bytes: that of its class if it has one, else `size`. */
 static size_t heap_cap(size_t size) {
     unsigned class = heap_class(size);
     return class < HEAP_CLASSES ? (size_t)HEAP_CLASS0_BYTES << class : size;
 }
 
-/* What such a block takes in memory, malloc's own header included: the figure that limits count. */
+/*
+ * The memory that a block for `size` bytes takes, including malloc's own header. Limits count
+ * this number.
+ */
 static size_t heap_cost(size_t size) {
     enum { MALLOC_BYTES = 16 };
     return sizeof(struct block) + MALLOC_BYTES + heap_cap(size);
 }
 
+/* The block whose bytes heap_new has returned. */
 static struct block *block_of(void *bytes) {
     return (struct block *)((char *)bytes - offsetof(struct block, bytes));
 }
 
-/* The cost of what heap_new gave. */
+/* The cost of the block whose bytes heap_new has returned. */
 static size_t block_cost(void *bytes) {
     return block_of(bytes)->cost;
 }
@@ -1022,7 +1184,7 @@ static void block_free(struct heap *h, struct block *b) {
     free(b);
 }
 
-/* Returns what is kept to the C library. */
+/* Returns all kept blocks to malloc. */
 static void heap_tidy(struct heap *h) {
     for (unsigned class = 0; class < HEAP_CLASSES; class++) {
         for (struct block *b; (b = h->free[class]);) {
@@ -1032,7 +1194,10 @@ static void heap_tidy(struct heap *h) {
     }
 }
 
-/* heap_new's bytes by malloc. */
+/*
+ * A new block from malloc. If malloc fails, kept blocks are returned to it and it is tried
+ * once more. Returns the bytes, or NULL.
+ */
 static void *block_new(struct heap *h, size_t size) {
     struct block *b = NULL;
     if (size <= HEAP_MAX && !(b = malloc(sizeof *b + heap_cap(size)))) {
@@ -1048,7 +1213,10 @@ static void *block_new(struct heap *h, size_t size) {
     return b->bytes;
 }
 
-/* At least `size` bytes, or NULL. */
+/*
+ * Allocates at least `size` bytes. Returns NULL if malloc fails or `size` is over HEAP_MAX.
+ * The content of the bytes is not defined.
+ */
 static void *heap_new(struct heap *h, size_t size) {
     unsigned class = heap_class(size);
     struct block *b = class < HEAP_CLASSES ? h->free[class] : NULL;
@@ -1060,7 +1228,7 @@ static void *heap_new(struct heap *h, size_t size) {
     return b->bytes;
 }
 
-/* Wipes the bytes and takes them back. */
+/* Wipes the bytes, and keeps their block if it has a class and HEAP_KEEP_BYTES permits it. */
 static void heap_free(struct heap *h, void *bytes) {
     struct block *b = block_of(bytes);
     unsigned class = heap_class(b->size);
@@ -1074,6 +1242,7 @@ static void heap_free(struct heap *h, void *bytes) {
     h->free[class] = b;
 }
 
+/* Maps the arena. Returns 0, or -1 with errno. */
 static int arena_init(struct arena *a) {
     a->used = 0;
     a->exhausted = false;
@@ -1081,7 +1250,10 @@ static int arena_init(struct arena *a) {
     return a->base == MAP_FAILED ? -1 : 0;
 }
 
-/* `size` bytes until the next reset, aligned for any type; NULL when full. */
+/*
+ * Allocates `size` bytes until the next reset, aligned for any type. Returns NULL when the
+ * arena is full. The signature is protobuf-c's.
+ */
 static void *arena_new(void *arena, size_t size) {
     struct arena *a = arena;
     if (size > ARENA_BYTES - a->used || (size = (size + 15) & ~(size_t)15) > ARENA_BYTES - a->used) {
@@ -1093,52 +1265,64 @@ static void *arena_new(void *arena, size_t size) {
     return p;
 }
 
-/* Takes back what lies behind `end`, of the bytes given out last. */
+/* Shortens the last allocation so that it ends at `end`. */
 static void arena_trim(struct arena *a, const uint8_t *end) {
     a->used = ((size_t)(end - a->base) + 15) & ~(size_t)15;
 }
 
+/* Does nothing: arena_reset frees everything at once. The signature is protobuf-c's. */
 static void arena_free(void *arena, void *p) {
     (void)arena;
-    (void)p; /* arena_reset frees all at once */
+    (void)p;
 }
 
-/* Wipes what was used and takes all of it back. */
+/*
+ * Wipes the used part and frees all of it. Used pages above ARENA_KEEP_BYTES go back to the
+ * kernel.
+ */
 static void arena_reset(struct arena *a) {
     size_t keep = a->used < ARENA_KEEP_BYTES ? a->used : ARENA_KEEP_BYTES;
     wipe(a->base, keep);
     if (a->used > keep)
-        madvise(a->base + keep, ARENA_BYTES - keep, MADV_DONTNEED); /* zero from here on */
+        madvise(a->base + keep, ARENA_BYTES - keep, MADV_DONTNEED); /* they read as zero from now on */
     a->used = 0;
     a->exhausted = false;
 }
 
 /* ----------------------------------------------------------------- Sealing
  *
- * The sealed form, which etcd keeps for ever:
+ * Sealing encrypts a DEK so that only the holder of the KEK can read it or change it. The
+ * result is the sealed form, which etcd may keep for years:
  *
- *     offset  bytes  what
+ *     offset  bytes  content
  *     0       1      format, 0x01
- *     1       16     key fingerprint: which KEK opens it
+ *     1       16     key fingerprint: names the KEK
  *     17      24     nonce
  *     41      n      ciphertext
  *     41+n    16     tag
  *
- * The algorithm is XAES-256-GCM (C2SP): the KEK and the first half of the nonce
- * make a key of their own for each message, which then encrypts with AES-256-GCM
- * (NIST SP 800-38D) under the second half. So nonces can be random without end,
- * where plain AES-GCM must change its key before 2^32 messages.
+ * The algorithm is XAES-256-GCM (C2SP). It derives a fresh AES key for each message from the
+ * KEK and the first half of the nonce N. It then encrypts with AES-256-GCM (NIST SP 800-38D)
+ * under that key, and the second half of N is the nonce. Random nonces are therefore safe for
+ * any practical number of messages, while plain AES-GCM needs a new key before 2^32 messages.
  *
- *     L  = AES(KEK, 0)                 K1 = L shifted left by a bit, and if the bit
- *                                           shifted out was 1, xor 0x87 (CMAC)
+ *     L  = AES(KEK, 0)                 K1 = L shifted left by one bit, and xor 0x87
+ *                                           if the bit shifted out was 1 (CMAC)
  *     Kx = AES(KEK, 00 01 58 00 || N[0..11] xor K1) ||
  *          AES(KEK, 00 02 58 00 || N[0..11] xor K1)
  *     ciphertext, tag = AES-256-GCM(key Kx, nonce N[12..23])
  *
- * Associated data is the header (format and fingerprint) and one byte for the
- * API, so that a ciphertext of v1 never opens in v2, nor the other way round.
+ * The tag authenticates the ciphertext and the associated data. Associated data is the header
+ * (format and fingerprint) and one byte for the API. A ciphertext of v1 therefore never opens
+ * in v2, and a ciphertext of v2 never in v1.
+ *
+ * This section does not know where keys come from, and it does not hide the length of a DEK.
  */
 
+/*
+ * Chooses BearSSL's implementations: AES instructions if the CPU has them, else C code for
+ * words of 64 or 32 bits.
+ */
 static struct suite suite_choose(void) {
     struct suite s = {br_aes_x86ni_ctrcbc_get_vtable(), br_aes_x86ni_ctr_get_vtable(), br_ghash_pclmul_get(), "aesni"};
     if (s.aes && s.ctr && s.ghash)
@@ -1148,15 +1332,19 @@ static struct suite suite_choose(void) {
     return (struct suite){&br_aes_ct_ctrcbc_vtable, &br_aes_ct_ctr_vtable, br_ghash_ctmul, "ct32"};
 }
 
-/* block = AES(key, block ^ mask): a step of CBC-MAC, as BearSSL has no bare block. */
+/*
+ * block = AES(key, block xor mask). BearSSL has no function for a single block, so this is
+ * one step of CBC-MAC.
+ */
 static void aes_block(const br_aes_gen_ctrcbc_keys *key, const uint8_t mask[BLOCK_BYTES], uint8_t block[BLOCK_BYTES]) {
     key->vtable->mac(&key->vtable, block, mask, BLOCK_BYTES);
 }
 
 /*
- * AES-GCM (NIST SP 800-38D) of len bytes; key_len is 16, 24 or 32. To seal puts the tag
- * behind the ciphertext; to open takes it from there and compares in constant time.
- * Returns 0, or -1 for a wrong tag, with zeros in `out`. `in` and `out` lie apart.
+ * AES-GCM (NIST SP 800-38D) of len bytes under a key of 16, 24 or 32 bytes. Sealing writes
+ * the ciphertext and the tag, len + TAG_BYTES in all. Opening reads the tag after the
+ * ciphertext and compares it in constant time. Returns 0, or -1 for a wrong tag; `out` then
+ * holds zeros. `in` and `out` must not overlap.
  */
 static int gcm_crypt(const struct suite *suite, bool seal, const uint8_t *key, size_t key_len,
                      const uint8_t nonce[12], const uint8_t *aad, size_t aad_len,
@@ -1183,7 +1371,10 @@ static int gcm_crypt(const struct suite *suite, bool seal, const uint8_t *key, s
     return result;
 }
 
-/* XAES-256-GCM, as gcm_crypt. */
+/*
+ * XAES-256-GCM: derives the message key Kx from the KEK and the nonce, and calls gcm_crypt
+ * with it. Arguments and result are as there.
+ */
 static int xaes_crypt(const struct suite *suite, bool seal, const struct kek *kek,
                       const uint8_t nonce[NONCE_BYTES], const uint8_t *aad, size_t aad_len,
                       const uint8_t *in, size_t len, uint8_t *out) {
@@ -1200,7 +1391,7 @@ static int xaes_crypt(const struct suite *suite, bool seal, const struct kek *ke
     return result;
 }
 
-/* HMAC-SHA-256 (RFC 2104); at most 32 bytes of it. */
+/* HMAC-SHA-256 (RFC 2104), the first out_len bytes of it, at most 32. */
 static void hmac_sha256(const uint8_t *key, size_t key_len, const void *data, size_t len,
                         uint8_t *out, size_t out_len) {
     br_hmac_key_context kc;
@@ -1213,7 +1404,10 @@ static void hmac_sha256(const uint8_t *key, size_t key_len, const void *data, si
     wipe(&hc, sizeof hc);
 }
 
-/* Sets up a KEK from its 32 bytes, which the caller wipes. */
+/*
+ * Sets up a KEK from its 32 bytes, which the caller wipes. The fingerprint is an HMAC of a
+ * fixed label under the KEK, and does not reveal the KEK.
+ */
 static void kek_init(struct kek *kek, const struct suite *suite, const uint8_t key[KEK_BYTES]) {
     static const char label[] = "kmsplugin key_id v1";
     const uint8_t zero[BLOCK_BYTES] = {0};
@@ -1228,7 +1422,10 @@ static void kek_init(struct kek *kek, const struct suite *suite, const uint8_t k
     hex_encode(kek->fingerprint, FINGERPRINT_BYTES, kek->key_id);
 }
 
-/* The KEK that a fingerprint names, or NULL. Fingerprints are no secret. */
+/*
+ * The KEK with this fingerprint, or NULL. Fingerprints are not secret, so the time of the
+ * comparison may depend on them.
+ */
 static const struct kek *ring_find(const struct ring *ring, const uint8_t fingerprint[FINGERPRINT_BYTES]) {
     for (size_t i = 0; i < ring->count; i++)
         if (memcmp(ring->keks[i].fingerprint, fingerprint, FINGERPRINT_BYTES) == 0)
@@ -1236,14 +1433,15 @@ static const struct kek *ring_find(const struct ring *ring, const uint8_t finger
     return NULL;
 }
 
+/* Writes the associated data of a sealed form that begins at `sealed`. */
 static void sealed_aad(const uint8_t *sealed, enum api api, uint8_t aad[HEADER_BYTES + 1]) {
     memcpy(aad, sealed, HEADER_BYTES);
     aad[HEADER_BYTES] = (uint8_t)api;
 }
 
 /*
- * Seals len bytes under the ring's first KEK. `out` takes len + SEALED_OVERHEAD.
- * Returns -1 only when there are no random bytes to be had.
+ * Seals len bytes under the first KEK of the ring. `out` has room for len + SEALED_OVERHEAD
+ * bytes. Returns 0, or -1 if the kernel gives no random bytes.
  */
 static int seal(const struct ring *ring, struct random *random, enum api api,
                 const uint8_t *plaintext, size_t len, uint8_t *out) {
@@ -1257,12 +1455,15 @@ static int seal(const struct ring *ring, struct random *random, enum api api,
     return 0;
 }
 
-/* Whether the bytes could be a sealed form at all. */
+/* Whether length and format byte are those of a sealed form. */
 static bool sealed_shaped(const uint8_t *sealed, size_t len) {
     return len >= SEALED_OVERHEAD && sealed[0] == SEALED_FORMAT;
 }
 
-/* Opens what seal() made. `out` takes len - SEALED_OVERHEAD bytes. */
+/*
+ * Opens the result of seal(). `out` has room for len - SEALED_OVERHEAD bytes. The plaintext
+ * is valid only if the result is OPENED.
+ */
 static enum opened open_sealed(const struct ring *ring, enum api api, const uint8_t *sealed, size_t len,
                                uint8_t *out) {
     if (!sealed_shaped(sealed, len))
@@ -1279,8 +1480,8 @@ static enum opened open_sealed(const struct ring *ring, enum api api, const uint
 }
 
 /*
- * Known answers before the first request: both vectors of the C2SP document, a
- * key_id, and a forgery that must not open. Dies when one is wrong.
+ * Compares with known answers before the first request: both vectors of the C2SP document,
+ * one key_id, and a forgery that must not open. Ends the program if one is wrong.
  */
 static void sealing_self_test(const struct suite *suite) {
     static const struct {
@@ -1292,7 +1493,7 @@ static void sealing_self_test(const struct suite *suite) {
         {0x03, "c2sp.org/XAES-256-GCM", "\x98\x6e\xc1\x83\x25\x93\xdf\x54\x43\xa1\x79\x43\x7f\xd0\x83\xbf"
                                         "\x3f\xdb\x41\xab\xd7\x40\xa2\x1f\x71\xeb\x76\x9d"},
     };
-    static const uint8_t text[] = "XAES-256-GCM", nonce[] = "ABCDEFGHIJKLMNOPQRSTUVWX"; /* without their NULs */
+    static const uint8_t text[] = "XAES-256-GCM", nonce[] = "ABCDEFGHIJKLMNOPQRSTUVWX"; /* used without their NULs */
     for (size_t i = 0; i < sizeof vectors / sizeof *vectors; i++) {
         struct kek kek;
         uint8_t key[KEK_BYTES], data[sizeof text - 1 + TAG_BYTES], opened[sizeof text - 1];
@@ -1538,15 +1739,20 @@ static struct ring *ring_load(void) {
 
 /* ------------------------------------------------------------- KMS service
  *
- * k8s.io/kms/apis/v2 and v1beta1. Each RPC takes its unpacked request and fills
- * in an answer: a response packed into the arena, or a gRPC status with a fixed
- * sentence. No I/O here: unit tests and fuzzers call kms_call with bytes.
+ * The six RPCs of the two KMS APIs of Kubernetes: v2 (k8s.io/kms/apis/v2) and the older v1
+ * (v1beta1). Each RPC takes a request that protobuf-c has unpacked, and fills in an answer: a
+ * response packed into the arena, or a gRPC status with a fixed sentence.
  *
- * kube-apiserver v2 takes the key_id of Status as the one that Encrypt will
- * answer with, so both name the ring's first KEK, which never changes while the
- * process lives.
+ * Encrypt seals a DEK and Decrypt opens it. Status (v2) says whether the plugin works;
+ * Version (v1) names the plugin. Status and a v2 Encrypt also return a key_id. The API server
+ * expects the same key_id from both, so both name the first KEK of the ring, which never
+ * changes while the process lives. The plugin does not know whether a plaintext is a key: it
+ * seals any bytes up to the limits.
+ *
+ * Nothing here reads or writes a socket, so unit tests and fuzzers call kms_call with bytes.
  */
 
+/* Makes the answer an error. `message` must outlive the answer. */
 static void answer_error(struct answer *a, enum grpc_code code, const char *message) {
     a->code = code;
     a->message = message;
@@ -1556,7 +1762,10 @@ static void answer_no_memory(struct answer *a) {
     answer_error(a, GRPC_RESOURCE_EXHAUSTED, "the message has too many fields");
 }
 
-/* Packs a response. It is under MESSAGE_MAX: a plaintext has come in a request, and kms_seal bounds ciphertexts. */
+/*
+ * Packs a response into the arena. It always fits into MESSAGE_MAX: the plaintext of a
+ * Decrypt is shorter than its request, and kms_seal limits the ciphertext of an Encrypt.
+ */
 static void answer_message(struct kms *kms, struct answer *a, const void *message) {
     uint8_t *bytes = arena_new(&kms->arena, MESSAGE_MAX);
     if (!bytes) {
@@ -1568,7 +1777,10 @@ static void answer_message(struct kms *kms, struct answer *a, const void *messag
     arena_trim(&kms->arena, bytes + a->len);
 }
 
-/* Seals into the arena. Returns false once the answer holds an error. */
+/*
+ * Seals a plaintext into the arena, if the sealed form has at most ciphertext_max bytes.
+ * Returns true and sets `out`, or returns false and makes the answer an error.
+ */
 static bool kms_seal(struct kms *kms, struct answer *a, enum api api, ProtobufCBinaryData plaintext,
                      size_t ciphertext_max, ProtobufCBinaryData *out) {
     if (plaintext.len + SEALED_OVERHEAD > ciphertext_max) {
@@ -1591,7 +1803,11 @@ static bool kms_seal(struct kms *kms, struct answer *a, enum api api, ProtobufCB
     return true;
 }
 
-/* Opens into the arena. Returns false once the answer holds an error. */
+/*
+ * Opens a sealed form into the arena. The caller has checked it with kms_shaped or made it
+ * with kms_seal, so it is not too short. Returns true and sets `out`, or returns false and
+ * makes the answer an error.
+ */
 static bool kms_open(struct kms *kms, struct answer *a, enum api api, ProtobufCBinaryData sealed,
                      ProtobufCBinaryData *out) {
     static const char missing[] = "no KEK is configured with key_id ";
@@ -1620,7 +1836,10 @@ static bool kms_open(struct kms *kms, struct answer *a, enum api api, ProtobufCB
     return false;
 }
 
-/* Checks length and format of a ciphertext: the first thing that Decrypt looks at. */
+/*
+ * Checks the length and the format byte of a ciphertext, which Decrypt does before anything
+ * else. Returns false and makes the answer an error if they are wrong.
+ */
 static bool kms_shaped(struct answer *a, ProtobufCBinaryData sealed, size_t max) {
     if (sealed_shaped(sealed.data, sealed.len) && sealed.len <= max)
         return true;
@@ -1628,6 +1847,7 @@ static bool kms_shaped(struct answer *a, ProtobufCBinaryData sealed, size_t max)
     return false;
 }
 
+/* v2 Status. Seals 32 zero bytes and opens the result, so that "ok" means a working service. */
 static void v2_status(struct kms *kms, const void *request, struct answer *a) {
     (void)request;
     uint8_t probe[KEK_BYTES] = {0};
@@ -1646,6 +1866,7 @@ static void v2_status(struct kms *kms, const void *request, struct answer *a) {
     answer_message(kms, a, &response);
 }
 
+/* v2 Encrypt. The request's uid identifies the request in the log. */
 static void v2_encrypt(struct kms *kms, const void *message, struct answer *a) {
     const V2__EncryptRequest *request = message;
     V2__EncryptResponse response = V2__ENCRYPT_RESPONSE__INIT;
@@ -1655,6 +1876,10 @@ static void v2_encrypt(struct kms *kms, const void *message, struct answer *a) {
         answer_message(kms, a, &response);
 }
 
+/*
+ * v2 Decrypt. The key_id of the request must be the one in the ciphertext. Annotations are
+ * extra data of a plugin; this plugin returns none with Encrypt, so none are accepted.
+ */
 static void v2_decrypt(struct kms *kms, const void *message, struct answer *a) {
     const V2__DecryptRequest *request = message;
     V2__DecryptResponse response = V2__DECRYPT_RESPONSE__INIT;
@@ -1672,6 +1897,10 @@ static void v2_decrypt(struct kms *kms, const void *message, struct answer *a) {
         answer_message(kms, a, &response);
 }
 
+/*
+ * Every v1 request carries the version of the API. Returns false and makes the answer an
+ * error if it is another.
+ */
 static bool v1_version_right(struct answer *a, const char *version) {
     if (strcmp(version, "v1beta1") == 0)
         return true;
@@ -1689,6 +1918,7 @@ static void v1_version(struct kms *kms, const void *message, struct answer *a) {
         answer_message(kms, a, &response);
 }
 
+/* v1 Encrypt. The response has no key_id. */
 static void v1_encrypt(struct kms *kms, const void *message, struct answer *a) {
     const V2__V1beta1__EncryptRequest *request = message;
     V2__V1beta1__EncryptResponse response = V2__V1BETA1__ENCRYPT_RESPONSE__INIT;
@@ -1706,6 +1936,10 @@ static void v1_decrypt(struct kms *kms, const void *message, struct answer *a) {
         answer_message(kms, a, &response);
 }
 
+/*
+ * The RPCs: the path of the HTTP request, the names of service and method for log lines and
+ * metrics, the type of the request, and the function.
+ */
 #define RPC(service, method, type, call)                                                                     \
     {"/" service ".KeyManagementService/" method, sizeof "/" service ".KeyManagementService/" method - 1, \
      service, method, &v2__##type##__descriptor, call}
@@ -1725,12 +1959,12 @@ static const struct {
     [RPC_UNKNOWN] = {"", 0, "unknown", "unknown", NULL, NULL},
 };
 
-/* Whether a method wraps or unwraps what a client gave it. */
+/* Whether an RPC seals or opens bytes of the client. (Status seals bytes of its own.) */
 static bool rpc_uses_kek(enum rpc rpc) {
     return rpc == V2_ENCRYPT || rpc == V2_DECRYPT || rpc == V1_ENCRYPT || rpc == V1_DECRYPT;
 }
 
-/* Takes the ring. 0, or -1 without memory. */
+/* Sets up a service with a ring. Returns 0, or -1 without memory. */
 static int kms_init(struct kms *kms, struct ring *ring) {
     kms->ring = ring;
     kms->random.left = kms->random.next = 0;
@@ -1739,8 +1973,8 @@ static int kms_init(struct kms *kms, struct ring *ring) {
 }
 
 /*
- * One RPC: an encoded request to an answer, which lives until kms_done. `rpc` is
- * not RPC_UNKNOWN.
+ * Handles one RPC, which is not RPC_UNKNOWN. `bytes` is the encoded request. The answer is
+ * valid until kms_done, which the caller must call.
  */
 static void kms_call(struct kms *kms, enum rpc rpc, const uint8_t *bytes, size_t len, struct answer *a) {
     *a = (struct answer){.code = GRPC_OK, .uid = "", .key_id = ""};
@@ -1756,16 +1990,25 @@ static void kms_call(struct kms *kms, enum rpc rpc, const uint8_t *bytes, size_t
         rpcs[rpc].call(kms, request, a);
 }
 
+/* Wipes the request, the answer and everything else in the arena. */
 static void kms_done(struct kms *kms) {
     arena_reset(&kms->arena);
 }
 
 /* ----------------------------------------------------------------- Metrics
  *
- * GET /metrics on the same socket, in Prometheus' text format 0.0.4.
+ * Counters of requests, durations, connections and uses of KEKs, and their text in
+ * Prometheus' format 0.0.4. Prometheus is a monitoring system that fetches the page GET
+ * /metrics on the same socket.
+ *
+ * A metric has a name and labels, and each combination of label values is a series of its
+ * own. A histogram counts durations in buckets. On the page, the bucket with the label le="1"
+ * counts all durations up to 1 second.
+ *
+ * Nothing here sends the page: stream_metrics does.
  */
 
-/* The name of a status code, as the gRPC document spells it. */
+/* The name of a status code, as in the gRPC document. */
 static const char *grpc_code_name(unsigned code) {
     static const char *const names[GRPC_CODES] = {
         "OK", "CANCELLED", "UNKNOWN", "INVALID_ARGUMENT", "DEADLINE_EXCEEDED", "NOT_FOUND", "ALREADY_EXISTS",
@@ -1774,16 +2017,19 @@ static const char *grpc_code_name(unsigned code) {
     return code < GRPC_CODES ? names[code] : "out of range";
 }
 
+/* Upper bounds of the buckets, in microseconds. */
 static const uint64_t bucket_bounds_us[] = {
 #define BUCKET_US(us, s) us,
     BUCKETS(BUCKET_US)
 };
 
+/* The same bounds as text, in seconds. */
 static const char *const bucket_bounds_s[] = {
 #define BUCKET_S(us, s) s,
     BUCKETS(BUCKET_S)
 };
 
+/* Sets the start time, and opens statm while files can still be opened. */
 static void metrics_init(struct metrics *m) {
     struct timespec now;
     clock_gettime(CLOCK_REALTIME, &now);
@@ -1791,6 +2037,7 @@ static void metrics_init(struct metrics *m) {
     m->statm = open("/proc/self/statm", O_RDONLY | O_CLOEXEC);
 }
 
+/* Counts one answered request that took `us` microseconds. */
 static void metrics_count(struct metrics *m, enum rpc rpc, enum grpc_code code, uint64_t us) {
     size_t bucket = 0;
     while (bucket < BUCKETS_LEN && us > bucket_bounds_us[bucket])
@@ -1800,7 +2047,10 @@ static void metrics_count(struct metrics *m, enum rpc rpc, enum grpc_code code, 
     m->microseconds[rpc] += us;
 }
 
-/* Resident memory in bytes, from the second number of /proc/self/statm; 0 if unknown. */
+/*
+ * The resident memory of the process in bytes, from the second number of /proc/self/statm; 0
+ * if unknown.
+ */
 static uint64_t metrics_resident(const struct metrics *m) {
     char buf[64];
     ssize_t n = m->statm < 0 ? -1 : pread(m->statm, buf, sizeof buf - 1, 0);
@@ -1811,6 +2061,7 @@ static uint64_t metrics_resident(const struct metrics *m) {
     return second ? number_next(&second) * (uint64_t)getpagesize() : 0;
 }
 
+/* Adds the histogram of one RPC. On the page each bucket includes all lower ones. */
 static void metrics_histogram(const struct metrics *m, unsigned rpc, struct text *t) {
     uint64_t total = 0;
     const char *service = rpcs[rpc].service, *method = rpcs[rpc].method;
@@ -1826,11 +2077,15 @@ static void metrics_histogram(const struct metrics *m, unsigned rpc, struct text
              (unsigned long long)total);
 }
 
+/* Adds the two lines that come before the series of a metric. */
 static void metrics_metric(struct text *t, const char *name, const char *type, const char *help) {
     text_add(t, "# HELP %s %s\n# TYPE %s %s\n", name, help, name, type);
 }
 
-/* One counter of uses by uid and method: a series for each of the first uids allowed, and one for all others. */
+/*
+ * Adds a counter of uses of KEKs by uid and method. The first USER_SERIES_MAX users have a
+ * series each, and all others share one.
+ */
 static void metrics_uses(struct text *t, const char *name, const struct user *users, size_t count, bool failures) {
     for (unsigned rpc = 0; rpc < RPCS; rpc++) {
         uint64_t other = 0;
@@ -1848,7 +2103,7 @@ static void metrics_uses(struct text *t, const char *name, const struct user *us
     }
 }
 
-/* All metrics; `users` are those who may connect. */
+/* Adds the whole page. `users` are those who may connect. */
 static void metrics_write(const struct metrics *m, const char *key_id, size_t connections, const struct user *users,
                           size_t user_count, struct text *t) {
     metrics_metric(t, "kmsplugin_grpc_requests_total", "counter", "gRPC requests answered.");
@@ -1883,32 +2138,38 @@ static void metrics_write(const struct metrics *m, const char *key_id, size_t co
 
 /* -------------------------------------------------------------------- gRPC
  *
- * gRPC over HTTP/2 (github.com/grpc/grpc, doc/PROTOCOL-HTTP2.md). A request is
- * HEADERS and DATA, the DATA a 5-byte prefix and a message:
+ * gRPC over HTTP/2 (github.com/grpc/grpc, doc/PROTOCOL-HTTP2.md): the formats that gRPC adds
+ * to HTTP/2. An RPC is one HTTP/2 request, a POST to /SERVICE/METHOD. The request has HEADERS
+ * and DATA. The DATA consists of a prefix of 5 bytes and a message:
  *
- *     0   1   compressed flag; this server offers no compression, so 0
- *     1   4   length of the message, big-endian
+ *     offset  bytes  content
+ *     0       1      compressed flag; always 0 here, as this server offers no compression
+ *     1       4      length of the message, big-endian
+ *     5       n      message
  *
- * A response is HEADERS (:status 200, content-type), DATA of the same form, and
- * trailers, a second HEADERS with END_STREAM (grpc-status, grpc-message). An
- * error may be all in one HEADERS: "trailers-only".
+ * A response has HEADERS (:status 200, content-type), DATA of the same form, and trailers.
+ * Trailers are a second HEADERS that ends the stream, with grpc-status and grpc-message. An
+ * error response may have one HEADERS with all these fields ("trailers-only").
+ *
+ * Only values are encoded and decoded here. Section HTTP/2 puts them into a stream.
  */
 
-/* The prefix of an uncompressed message of len bytes. */
+/* Writes the prefix of an uncompressed message of len bytes. */
 static void grpc_prefix_write(uint8_t prefix[GRPC_PREFIX_BYTES], size_t len) {
     prefix[0] = 0;
     for (int i = 1; i < GRPC_PREFIX_BYTES; i++)
         prefix[i] = (uint8_t)(len >> 8 * (GRPC_PREFIX_BYTES - 1 - i));
 }
 
-/* The length that a prefix tells. */
+/* The length of the message that follows a prefix. */
 static size_t grpc_prefix_len(const uint8_t prefix[GRPC_PREFIX_BYTES]) {
     return (size_t)prefix[1] << 24 | (size_t)prefix[2] << 16 | (size_t)prefix[3] << 8 | prefix[4];
 }
 
 /*
- * grpc-timeout: 1 to 8 digits and a unit of H M S m u n. Returns microseconds,
- * rounded up; UINT64_MAX for anything else.
+ * Reads grpc-timeout: 1 to 8 digits and one of the units H M S m u n (hours, minutes,
+ * seconds, milliseconds, microseconds, nanoseconds). Returns microseconds, rounded up, or
+ * UINT64_MAX if the value has another form.
  */
 static uint64_t grpc_timeout_us(const uint8_t *value, size_t len) {
     uint64_t n = 0;
@@ -1930,7 +2191,10 @@ static uint64_t grpc_timeout_us(const uint8_t *value, size_t len) {
     return UINT64_MAX;
 }
 
-/* grpc-message: percent-encodes all but printable ASCII, and '%' itself. Cut at cap. */
+/*
+ * Encodes grpc-message: '%' and all bytes except printable ASCII become %XX. Returns the
+ * length of the result, which is cut at `cap` and never within a %XX.
+ */
 static size_t percent_encode(const char *s, char *out, size_t cap) {
     size_t n = 0;
     for (; *s; s++) {
@@ -1951,17 +2215,22 @@ static size_t percent_encode(const char *s, char *out, size_t cap) {
 
 /* ----------------------------------------------------------- HTTP requests
  *
- * RFC 9113 sections 8.2 and 8.3, by this program and not by nghttp2: clients send
- * :authority on a UNIX socket as "localhost", as the socket's path (percent-encoded
- * or not), as "@name", empty, or not at all, and nghttp2 resets some of them. What
- * is malformed is reset with PROTOCOL_ERROR. What is well-formed but no gRPC gets
- * an HTTP status, and what is gRPC but not ours a gRPC status.
+ * The rules that the head of a request must follow (RFC 9113 sections 8.2 and 8.3). nghttp2
+ * could check them, but it would reset some requests of real clients. On a UNIX socket
+ * clients send :authority as "localhost", as the path of the socket (percent-encoded or not),
+ * as "@name", as an empty string, or not at all.
+ *
+ * There are three kinds of wrong requests. If a request is malformed, its stream is reset
+ * with PROTOCOL_ERROR. A well-formed request that does not use gRPC gets an HTTP status. A
+ * gRPC request for an unknown method gets a gRPC status.
+ *
+ * The functions here only judge. stream_head_end in section HTTP/2 acts.
  */
 
-/* Equality with a string constant. */
+/* Whether the bytes equal a string constant. */
 #define IS(bytes, len, s) ((len) == sizeof(s) - 1 && memcmp((bytes), (s), sizeof(s) - 1) == 0)
 
-/* Which of the fields that mean something here this is. */
+/* The number of a header field's name; FIELD_OTHER for names without a meaning here. */
 static enum field_name field_name(const uint8_t *name, size_t len) {
     switch (len) {
     case 2: return IS(name, len, "te") ? FIELD_TE : FIELD_OTHER;
@@ -1986,7 +2255,10 @@ static enum field_name field_name(const uint8_t *name, size_t len) {
     return FIELD_OTHER;
 }
 
-/* application/grpc or application/grpc+proto, with or without parameters. */
+/*
+ * Whether a content-type is application/grpc or application/grpc+proto, with or without
+ * parameters.
+ */
 static bool is_grpc(const uint8_t *value, size_t len) {
     static const char type[] = "application/grpc+proto";
     enum { BARE_LEN = sizeof "application/grpc" - 1 };
@@ -1996,7 +2268,7 @@ static bool is_grpc(const uint8_t *value, size_t len) {
     return (len == BARE_LEN || len == sizeof type - 1) && strncasecmp((const char *)value, type, len) == 0;
 }
 
-/* Decimal digits to content_length; false for anything else. */
+/* Reads content-length. Returns false if it is not a decimal number of at most 18 digits. */
 static bool request_content_length(struct request *r, const uint8_t *value, size_t len) {
     enum { DIGITS_MAX = 18 };
     r->content_length = 0;
@@ -2008,6 +2280,7 @@ static bool request_content_length(struct request *r, const uint8_t *value, size
     return len > 0 && len <= DIGITS_MAX;
 }
 
+/* Finds the RPC that a path names; RPC_UNKNOWN if it names none. */
 static void request_path(struct request *r, const uint8_t *value, size_t len) {
     r->metrics = IS(value, len, "/metrics");
     r->rpc = 0;
@@ -2015,15 +2288,18 @@ static void request_path(struct request *r, const uint8_t *value, size_t len) {
         r->rpc++;
 }
 
-/* The value of a field: no control characters but tabs, and no white space at the ends (RFC 9113 8.2.1). */
+/*
+ * Whether a field's value has no control characters except tabs, and no white space at its
+ * ends (RFC 9113 8.2.1).
+ */
 static bool is_value(const uint8_t *value, size_t len) {
     return nghttp2_check_header_value_rfc9113(value, len) != 0;
 }
 
 /*
- * Takes a field of the head that means something here. False if it is malformed. A value that
- * is one of our constants is well-formed; is_value looks at any other, for 4 % of the
- * instructions of a request.
+ * Takes a field of the head that has a meaning here. Returns false if it is malformed. A
+ * value that equals a constant below is well-formed, so is_value checks only the other
+ * values; this saves 4 % of the instructions of a request.
  */
 static bool request_known(struct request *r, enum field_name name, const uint8_t *value, size_t len) {
     bool again = r->seen & 1u << name;
@@ -2042,7 +2318,7 @@ static bool request_known(struct request *r, enum field_name name, const uint8_t
         if (r->rpc == RPC_UNKNOWN && (len == 0 || (value[0] != '/' && !IS(value, len, "*")) || !is_value(value, len)))
             return false;
         return !again;
-    case FIELD_AUTHORITY: /* may be anything */
+    case FIELD_AUTHORITY: /* any well-formed value */
         return !again && (IS(value, len, "localhost") || is_value(value, len));
     case FIELD_CONTENT_TYPE:
         r->grpc = IS(value, len, "application/grpc");
@@ -2052,11 +2328,11 @@ static bool request_known(struct request *r, enum field_name name, const uint8_t
         return !again;
     case FIELD_CONTENT_LENGTH:
         return !again && request_content_length(r, value, len);
-    case FIELD_TIMEOUT: /* a wrong one is gRPC's business, not HTTP's */
+    case FIELD_TIMEOUT: /* a wrong timeout is an error of gRPC, not of HTTP */
         r->timeout_us = grpc_timeout_us(value, len);
         r->bad_timeout |= again || r->timeout_us == UINT64_MAX;
         return r->timeout_us != UINT64_MAX || is_value(value, len);
-    case FIELD_TE: /* a list, which may come in parts */
+    case FIELD_TE: /* a list, which may come in several fields */
         return IS(value, len, "trailers") || (len == 8 && strncasecmp((const char *)value, "trailers", 8) == 0);
     default: /* FIELD_FORBIDDEN */
         return false;
@@ -2068,13 +2344,13 @@ static void request_init(struct request *r) {
 }
 
 /*
- * Judges one field of the head or of the trailers. A pseudo-header field is one that means
- * something here, comes before all others, and not in trailers.
+ * Judges one field of the head or of the trailers. A pseudo-header field must have a meaning
+ * here, must come before all other fields, and must not be in trailers.
  */
 static void request_field(struct request *r, const uint8_t *name, size_t name_len, const uint8_t *value, size_t len) {
     r->field_bytes += name_len + len + FIELD_OVERHEAD_BYTES;
     if (r->malformed || r->field_bytes > FIELDS_MAX_BYTES)
-        return; /* the verdict stands already */
+        return; /* the request is rejected already */
     enum field_name known = field_name(name, name_len);
     bool pseudo = name_len > 0 && name[0] == ':', sound;
     if (known == FIELD_FORBIDDEN || (known != FIELD_OTHER && !r->trailers))
@@ -2088,7 +2364,11 @@ static void request_field(struct request *r, const uint8_t *name, size_t name_le
     r->malformed = !sound;
 }
 
-/* Judges the head as a whole, RFC 9113 8.3.1 and 8.5. */
+/*
+ * Judges the head as a whole (RFC 9113 8.3.1 and 8.5). CONNECT needs :method and :authority,
+ * without :scheme and :path. Any other request needs :method, :scheme and :path. A head over
+ * FIELDS_MAX_BYTES is not judged here: it is rejected for its size.
+ */
 static void request_head_end(struct request *r) {
     const unsigned method = 1u << FIELD_METHOD, scheme = 1u << FIELD_SCHEME, path = 1u << FIELD_PATH,
                    authority = 1u << FIELD_AUTHORITY;
@@ -2101,19 +2381,25 @@ static void request_head_end(struct request *r) {
 
 /* ------------------------------------------------------------------- Room
  *
- * Whatever a peer makes us keep is counted, for its connection, its uid, and the
- * server. Where one of the server's limits is met, a connection of the uid that holds
- * most gives way: of a uid below its even share nothing is ever taken for one above
- * it. So who hoards pays himself, with one connection or with many.
+ * Limits on the memory, streams, connections and log lines that peers cause. Everything that
+ * is kept for a peer is counted three times: for its connection, for its uid, and for the
+ * server.
+ *
+ * When the server reaches a limit, it closes a connection of the uid that holds most. If the
+ * uid that asks for more would hold most, it loses a connection of its own. Therefore a uid
+ * that holds less than its even share of a limit loses nothing to a uid that holds more. It
+ * makes no difference how many connections a uid has.
+ *
+ * This section does not share out CPU time. The event loop does, by limiting reads.
  */
 
-/* Makes sure that the loop wakes up by then. */
+/* Makes sure that the loop wakes up at this time (in milliseconds) or earlier. */
 static void server_due(struct server *s, int64_t ms) {
     if (ms < s->next_ms)
         s->next_ms = ms;
 }
 
-/* Tells how many lines were left out, once their minute is over or, with `end`, at once. */
+/* Logs how many lines were left out, if their minute is over or `end` is set. */
 static void server_log_left_out(struct server *s, bool end) {
     if (s->lines_left_out == 0)
         return;
@@ -2126,8 +2412,9 @@ static void server_log_left_out(struct server *s, bool end) {
 }
 
 /*
- * Whether one more line may be logged that peers can cause at will: LINES_A_MINUTE, so that
- * they cannot fill a disk, and of them each uid its even share, so that none hides another's.
+ * Decides whether one more line may be logged. Callers ask for lines that a user's peers can
+ * cause at will. LINES_A_MINUTE of them are permitted, so that peers cannot fill a disk. Each
+ * uid has an even share, so that no uid can hide another's lines. Further lines are counted.
  */
 static bool server_may_log(struct server *s, struct user *user) {
     if (s->now_ms >= s->minute_ms + MINUTE_MS) {
@@ -2145,19 +2432,20 @@ static bool server_may_log(struct server *s, struct user *user) {
     return true;
 }
 
-/* Counts what a connection takes or, with a negative n, gives back. */
+/* Counts n units of a resource for a connection. A negative n gives units back. */
 static void conn_count(struct conn *c, enum resource r, ptrdiff_t n) {
     c->used[r] += (size_t)n;
     c->user->used[r] += (size_t)n;
     c->server->used[r] += (size_t)n;
 }
 
-/* Takes counted memory back. */
+/* Frees counted memory of a connection. */
 static void conn_free_bytes(struct conn *c, void *bytes) {
     conn_count(c, HELD, -(ptrdiff_t)block_cost(bytes));
     heap_free(&c->server->heap, bytes);
 }
 
+/* Frees a buffer of a connection, or nothing if it is NULL. */
 static void buffer_free(struct conn *c, uint8_t *bytes) {
     if (!bytes)
         return;
@@ -2165,6 +2453,7 @@ static void buffer_free(struct conn *c, uint8_t *bytes) {
     conn_free_bytes(c, bytes);
 }
 
+/* Frees a stream with its buffers, and removes it from its connection. */
 static void stream_free(struct stream *s) {
     struct conn *c = s->conn;
     if (c->head == s)
@@ -2179,7 +2468,10 @@ static void stream_free(struct stream *s) {
     conn_free_bytes(c, s);
 }
 
-/* Logs what a connection has done with KEKs by a method, and begins anew to count. */
+/*
+ * Logs the uses of KEKs by a method of a connection since the last such line, and sets the
+ * counts to zero.
+ */
 static void trace_log(struct conn *c, enum rpc rpc) {
     struct trace *t = &c->traces[rpc];
     if (server_may_log(c->server, c->user))
@@ -2191,7 +2483,10 @@ static void trace_log(struct conn *c, enum rpc rpc) {
     t->due_ms = c->server->now_ms + MINUTE_MS;
 }
 
-/* Counts a use of a KEK. The first of each by a method gives a line at once, and then there is one a minute. */
+/*
+ * Counts one use of a KEK. The first use of each KEK by a method is logged at once. Later
+ * uses are collected and logged once a minute.
+ */
 static void trace_use(struct conn *c, enum rpc rpc, const struct answer *a) {
     struct trace *t = &c->traces[rpc];
     unsigned kek = a->kek ? 1u << (a->kek - c->server->kms.ring->keks) : 0;
@@ -2213,7 +2508,7 @@ static void trace_use(struct conn *c, enum rpc rpc, const struct answer *a) {
         server_due(c->server, t->due_ms);
 }
 
-/* Logs the traces that are due; all there are, if `end`. */
+/* Logs the traces of a connection that are due, or all of them if `end` is set. */
 static void traces_log(struct conn *c, bool end) {
     for (enum rpc rpc = 0; rpc < RPC_UNKNOWN; rpc++) {
         if (c->traces[rpc].uses == 0)
@@ -2226,9 +2521,9 @@ static void traces_log(struct conn *c, bool end) {
 }
 
 /*
- * Ends a connection: of its own nothing remains but the struct, which callers up the
- * stack may still look at, and server_reap frees at the end of the turn. Never called from
- * within its own session.
+ * Closes a connection and frees all that it owns. The structure itself remains, because
+ * callers up the stack may still look at it; server_reap frees it at the end of the turn. A
+ * callback of the connection's own session must not call this function. `why` is for the log.
  */
 static void conn_close(struct conn *c, const char *why) {
     if (c->closed)
@@ -2239,18 +2534,21 @@ static void conn_close(struct conn *c, const char *why) {
     else
         log_line(LOG_DEBUG, "msg=closed pid=%d uid=%u reason=%s", c->peer.pid, c->peer.uid, why);
     c->closed = true;
-    while (c->streams) /* nghttp2_session_del calls no on_stream_close */
+    while (c->streams) /* nghttp2_session_del does not call on_stream_close */
         stream_free(c->streams);
     buffer_free(c, c->out);
     c->out = NULL;
     if (!c->broken)
         nghttp2_session_del(c->session);
-    conn_count(c, HELD, -(ptrdiff_t)c->used[HELD]); /* nothing, but of a broken session */
+    conn_count(c, HELD, -(ptrdiff_t)c->used[HELD]); /* zero already, except after a broken session */
     conn_count(c, CONNECTIONS, -1);
     close(c->source.fd);
 }
 
-/* The user who holds most of a resource, `asking` together with the `more` that it asks for; NULL if nobody holds any. */
+/*
+ * The user who holds most of a resource, or NULL if nobody holds any. The user `asking` is
+ * counted with the `more` units that it asks for, and is chosen among equals.
+ */
 static struct user *server_heaviest_user(struct server *s, enum resource r, const struct user *asking, size_t more) {
     struct user *heaviest = NULL;
     size_t most = 0;
@@ -2265,6 +2563,7 @@ static struct user *server_heaviest_user(struct server *s, enum resource r, cons
     return heaviest;
 }
 
+/* The connection of a user that holds most of a resource, or NULL if the user has none. */
 static struct conn *server_heaviest_conn(const struct server *s, const struct user *user, enum resource r) {
     struct conn *heaviest = NULL;
     for (struct conn *c = s->conns; c; c = c->next)
@@ -2273,7 +2572,10 @@ static struct conn *server_heaviest_conn(const struct server *s, const struct us
     return heaviest;
 }
 
-/* Closes the connection that holds most, of the user who does; false if that is `self`, or there is none. */
+/*
+ * Closes the connection of a user that holds most of a resource. Returns false, and closes
+ * nothing, if the user has none or if it is `self`.
+ */
 static bool server_shed(struct server *s, struct user *user, enum resource r, const struct conn *self) {
     struct conn *c = server_heaviest_conn(s, user, r);
     if (!c || c == self)
@@ -2285,7 +2587,10 @@ static bool server_shed(struct server *s, struct user *user, enum resource r, co
     return true;
 }
 
-/* Makes room for that much more of a resource at the cost of other connections; false if it would be at our own. */
+/*
+ * Closes other connections until a connection may take `more` units of a resource. Returns
+ * false if it would be the next to close.
+ */
 static bool conn_make_room(const struct conn *c, enum resource r, size_t more) {
     struct server *s = c->server;
     while (s->used[r] + more > s->limit[r])
@@ -2294,12 +2599,15 @@ static bool conn_make_room(const struct conn *c, enum resource r, size_t more) {
     return true;
 }
 
-/* Whether there is room for that much more of a resource, or can be made. */
+/* Whether a connection may take `more` units of a resource. Makes room for them if necessary. */
 static bool conn_has_room(const struct conn *c, enum resource r, size_t more) {
     return c->server->used[r] + more <= c->server->limit[r] || conn_make_room(c, r, more);
 }
 
-/* Counted memory, or NULL: the caller's connection is then closed by the loop. */
+/*
+ * Allocates counted memory for a connection. Returns NULL if there is no room; the caller
+ * then fails, and the loop closes the connection.
+ */
 static void *conn_new_bytes(struct conn *c, size_t size) {
     void *bytes = conn_has_room(c, HELD, heap_cost(size)) ? heap_new(&c->server->heap, size) : NULL;
     if (bytes)
@@ -2307,7 +2615,7 @@ static void *conn_new_bytes(struct conn *c, size_t size) {
     return bytes;
 }
 
-/* Memory for a request or an answer; NULL as above. */
+/* Allocates memory for a request or an answer. Returns NULL as conn_new_bytes does. */
 static uint8_t *buffer_new(struct conn *c, size_t size) {
     uint8_t *bytes = conn_has_room(c, BUFFERED, heap_cost(size)) ? conn_new_bytes(c, size) : NULL;
     if (bytes)
@@ -2316,11 +2624,12 @@ static uint8_t *buffer_new(struct conn *c, size_t size) {
 }
 
 /*
- * nghttp2_mem: the session's own memory is the connection's. No limit of ours refuses it
- * any, as nghttp2 1.52 does not bear that everywhere (an item of nghttp2_submit_data, when
- * the queue cannot grow, is freed and still pointed to): what a session took is looked at
- * when it returns, by conn_settle. If the system itself has none left, the session is broken:
- * better a leak than what deleting it might do.
+ * The functions of nghttp2_mem. They count a session's own memory for its connection. They do
+ * not enforce a limit, because nghttp2 1.52 does not survive every failed allocation. (If its
+ * queue cannot grow, it frees an item of nghttp2_submit_data and keeps a pointer to it.)
+ * conn_settle applies the limit after the session has returned. If the system itself has no
+ * memory left, the session is marked as broken and is never deleted: a leak is safer than
+ * nghttp2's clean-up.
  */
 static void *session_malloc(size_t size, void *conn) {
     struct conn *c = conn;
@@ -2343,6 +2652,7 @@ static void *session_calloc(size_t n, size_t size, void *conn) {
     return bytes ? memset(bytes, 0, n * size) : NULL;
 }
 
+/* Like realloc. The old bytes are copied to a new block and wiped, so no copy stays behind. */
 static void *session_realloc(void *bytes, size_t size, void *conn) {
     void *moved = session_malloc(size, conn);
     if (moved && bytes) {
@@ -2354,13 +2664,14 @@ static void *session_realloc(void *bytes, size_t size, void *conn) {
 }
 
 /*
- * Holds a connection to the limit after its session has run, which takes at most some 600
- * KiB for the IN_BYTES of one read. -1 when the connection is to be closed.
+ * Applies the limit to a connection after its session has run. (For the IN_BYTES of one read
+ * a session takes some 600 KiB at most.) Returns 0, or -1 if the connection must be closed.
  */
 static int conn_settle(struct conn *c) {
     return !c->broken && conn_has_room(c, HELD, 0) ? 0 : -1;
 }
 
+/* Adds a stream to a connection. Returns NULL if there is no room for it. */
 static struct stream *stream_new(struct conn *c, int32_t id) {
     struct server *server = c->server;
     struct stream *s = NULL;
@@ -2385,36 +2696,56 @@ static struct stream *stream_new(struct conn *c, int32_t id) {
 
 /* ------------------------------------------------------------------ HTTP/2
  *
- * A server on nghttp2 (RFC 9113). nghttp2 parses frames, keeps windows and HPACK
- * tables, and calls back; what comes back from a callback is 0, or
- * NGHTTP2_ERR_CALLBACK_FAILURE to end the connection. Functions are in the order
- * of a stream's life: begun, its head read, its body read, answered, closed.
+ * The server's side of HTTP/2 (RFC 9113), with the library nghttp2. An HTTP/2 connection
+ * carries many requests at once, each on a stream with a number. All bytes travel in frames.
+ * HEADERS carries header fields; HPACK compresses them with tables that both sides keep. DATA
+ * carries a body. SETTINGS announces limits, WINDOW_UPDATE permits more DATA, RST_STREAM ends
+ * one stream, and GOAWAY ends the connection. The flag END_STREAM marks the last frame of a
+ * request or of a response.
  *
- * Flow control: a stream's window holds the largest request there is and is never
- * extended. The connection's window is given back as DATA arrives, unless the
- * peer leaves so many answers unread that new requests have to wait.
+ * nghttp2 parses and builds the frames, and keeps the windows and HPACK tables. It calls the
+ * functions on_..., which stand in the order of a stream's life: begun, head read, body read,
+ * answered, closed. Unless its comment says otherwise, such a callback returns 0, or
+ * NGHTTP2_ERR_CALLBACK_FAILURE to end the connection. A function stream_... with an int as
+ * its result returns 0 or an error code of nghttp2.
+ *
+ * A window is the number of bytes that the peer may still send. Each stream has a window, and
+ * so has the connection. A stream's window holds the largest request, and is never extended.
+ * The connection's window is extended by the DATA that has arrived, unless the peer leaves
+ * too many answers unread; its new requests must then wait.
+ *
+ * This section neither reads nor writes the socket: section Connections does.
  */
 
+/* A header field from two string constants, which nghttp2 does not copy. */
 #define FIELD(n, v)                                                                                         \
     {(uint8_t *)(n), (uint8_t *)(v), sizeof(n) - 1, sizeof(v) - 1,                                          \
      NGHTTP2_NV_FLAG_NO_COPY_NAME | NGHTTP2_NV_FLAG_NO_COPY_VALUE}
 
-/* A field whose value nghttp2 copies. */
+/* A header field whose value nghttp2 copies. The name must be a constant. */
 static nghttp2_nv field_copied(const char *name, const char *value, size_t len) {
     return (nghttp2_nv){(uint8_t *)(uintptr_t)name, (uint8_t *)(uintptr_t)value, strlen(name), len,
                         NGHTTP2_NV_FLAG_NO_COPY_NAME};
 }
 
+/*
+ * Turns an error code of nghttp2 into a callback's result. Errors that are not fatal concern
+ * one stream only, and are ignored.
+ */
 static int callback_result(int rv) {
     return nghttp2_is_fatal(rv) ? NGHTTP2_ERR_CALLBACK_FAILURE : 0;
 }
 
+/* Ends a stream with RST_STREAM and an error code of HTTP/2. */
 static int stream_reset(struct stream *s, uint32_t error) {
     s->state = STREAM_ANSWERED;
     return nghttp2_submit_rst_stream(s->conn->session, NGHTTP2_FLAG_NONE, s->id, error);
 }
 
-/* Gives received bytes back to the peer's window, unless it has to read first. */
+/*
+ * Extends the peer's window by the bytes received, unless the peer has too many unread
+ * answers. Returns 0 or an error code of nghttp2.
+ */
 static int conn_consume(struct conn *c) {
     if (c->unconsumed == 0 || c->unread > UNREAD_PAUSE_BYTES)
         return 0;
@@ -2424,9 +2755,10 @@ static int conn_consume(struct conn *c) {
 }
 
 /*
- * Tells nghttp2 how long the next DATA frame of a response is; on_send_data then takes that
- * many bytes from the reply, so that they are copied once, out of a buffer that is wiped.
- * The trailers are submitted with the last piece.
+ * Tells nghttp2 the length of the next DATA frame of a response, at most `len`. on_send_data
+ * then copies the bytes from the reply to the output. The bytes are therefore copied only
+ * once, from a buffer that is wiped. The trailers are submitted with the last piece. Returns
+ * the length.
  */
 static ssize_t on_data_source_read(nghttp2_session *session, int32_t id, uint8_t *buf, size_t len, uint32_t *flags,
                                    nghttp2_data_source *source, void *conn) {
@@ -2447,7 +2779,10 @@ static ssize_t on_data_source_read(nghttp2_session *session, int32_t id, uint8_t
     return (ssize_t)left;
 }
 
-/* Submits a response; with `len` bytes of body behind room for a gRPC prefix if `grpc`. */
+/*
+ * Submits a response with `count` header fields and a body. The body has a gRPC prefix if
+ * `grpc` is set, and then a copy of the `len` bytes. If `bytes` is NULL, there is no body.
+ */
 static int stream_respond(struct stream *s, const nghttp2_nv *fields, size_t count, const uint8_t *bytes, size_t len,
                           bool grpc) {
     struct conn *c = s->conn;
@@ -2470,7 +2805,10 @@ static int stream_respond(struct stream *s, const nghttp2_nv *fields, size_t cou
     return nghttp2_submit_response(c->session, s->id, fields, count, bytes ? &body : NULL);
 }
 
-/* Answers a gRPC request: a response, or a status in trailers alone. */
+/*
+ * Answers a gRPC request with a response, or with a status in trailers alone. Counts and logs
+ * it.
+ */
 static int stream_answer(struct stream *s, const struct answer *a) {
     static const nghttp2_nv ok[] = {FIELD(":status", "200"), FIELD("content-type", "application/grpc")};
     struct server *server = s->conn->server;
@@ -2497,13 +2835,16 @@ static int stream_fail(struct stream *s, enum grpc_code code, const char *messag
     return stream_answer(s, &a);
 }
 
-/* An answer to what is no gRPC request: a status of HTTP and no body. */
+/* Answers a request that does not use gRPC with an HTTP status of three digits and no body. */
 static int stream_http_error(struct stream *s, const char *status) {
     nghttp2_nv fields[] = {field_copied(":status", status, 3), FIELD("allow", "POST")};
     return stream_respond(s, fields, strcmp(status, "405") == 0 ? 2 : 1, NULL, 0, false);
 }
 
-/* The text of /metrics, rendered once for all who ask in a turn. 0, or -1 without memory. */
+/*
+ * Renders the text of /metrics, once for all requests in a turn. The arena is not in use at
+ * this time. Returns 0, or -1 without memory.
+ */
 static int server_render(struct server *s) {
     struct arena *arena = &s->kms.arena;
     struct text t = {.cap = METRICS_BYTES};
@@ -2519,22 +2860,28 @@ static int server_render(struct server *s) {
     return s->page ? 0 : -1;
 }
 
+/*
+ * Answers GET /metrics. The request is short and the answer long, so a peer with many unread
+ * answers gets status 503.
+ */
 static int stream_metrics(struct stream *s) {
     static const nghttp2_nv fields[] = {FIELD(":status", "200"),
                                         FIELD("content-type", "text/plain; version=0.0.4; charset=utf-8")};
     struct server *server = s->conn->server;
-    /* A short question with a long answer: who leaves many unread has to wait. */
     if (s->conn->unread > UNREAD_PAUSE_BYTES || server_render(server) < 0)
         return stream_http_error(s, "503");
     return stream_respond(s, fields, sizeof fields / sizeof *fields, server->page, server->page_len, false);
 }
 
-/* The stream of an id, or NULL. */
+/* The stream with this number, or NULL. */
 static struct stream *stream_find(nghttp2_session *session, int32_t id) {
     return nghttp2_session_get_stream_user_data(session, id);
 }
 
-/* PRIORITY is ignored, but of stream 0 it is an error of the connection (RFC 9113 6.3), which nghttp2 overlooks. */
+/*
+ * A frame begins. PRIORITY frames are ignored. On stream 0 such a frame is an error of the
+ * connection (RFC 9113 6.3), which nghttp2 does not notice.
+ */
 static int on_begin_frame(nghttp2_session *session, const nghttp2_frame_hd *frame, void *conn) {
     (void)conn;
     if (frame->type != NGHTTP2_PRIORITY || frame->stream_id != 0)
@@ -2542,6 +2889,10 @@ static int on_begin_frame(nghttp2_session *session, const nghttp2_frame_hd *fram
     return callback_result(nghttp2_session_terminate_session(session, NGHTTP2_PROTOCOL_ERROR));
 }
 
+/*
+ * A header block begins: of a new request, or of trailers. c->head is NULL for trailers of a
+ * stream that is already gone.
+ */
 static int on_begin_headers(nghttp2_session *session, const nghttp2_frame *frame, void *conn) {
     struct conn *c = conn;
     if (frame->headers.cat != NGHTTP2_HCAT_REQUEST) { /* trailers */
@@ -2554,6 +2905,7 @@ static int on_begin_headers(nghttp2_session *session, const nghttp2_frame *frame
     return callback_result(nghttp2_session_set_stream_user_data(session, frame->hd.stream_id, c->head));
 }
 
+/* One header field. Names and values are already decompressed. */
 static int on_header(nghttp2_session *session, const nghttp2_frame *frame, const uint8_t *name, size_t name_len,
                      const uint8_t *value, size_t len, uint8_t flags, void *conn) {
     (void)session;
@@ -2565,7 +2917,10 @@ static int on_header(nghttp2_session *session, const nghttp2_frame *frame, const
     return 0;
 }
 
-/* The head is complete: decides what needs no body, and waits for it otherwise. */
+/*
+ * The head is complete. Answers if no body is needed for that; otherwise waits for the body.
+ * A shorter grpc-timeout replaces the deadline.
+ */
 static int stream_head_end(struct stream *s) {
     struct request *r = &s->request;
     request_head_end(r);
@@ -2591,7 +2946,10 @@ static int stream_head_end(struct stream *s) {
     return 0;
 }
 
-/* The prefix is there: the message's length, or an answer if there is nothing to wait for. */
+/*
+ * The gRPC prefix is complete. Takes the length of the message from it, or answers with an
+ * error.
+ */
 static int stream_prefix_end(struct stream *s) {
     size_t len = grpc_prefix_len(s->prefix);
     if (s->prefix[0] == 1)
@@ -2604,7 +2962,7 @@ static int stream_prefix_end(struct stream *s) {
     return 0;
 }
 
-/* Takes a piece of a request's body. */
+/* Takes a piece of a request's body. The pieces need not end where prefix and message end. */
 static int stream_append(struct stream *s, const uint8_t *data, size_t len) {
     if (s->prefix_len < GRPC_PREFIX_BYTES) {
         size_t missing = GRPC_PREFIX_BYTES - s->prefix_len, n = len < missing ? len : missing;
@@ -2629,6 +2987,10 @@ static int stream_append(struct stream *s, const uint8_t *data, size_t len) {
     return 0;
 }
 
+/*
+ * A piece of a DATA frame. Bytes for a stream that is answered or gone are dropped, but count
+ * for the window.
+ */
 static int on_data_chunk_recv(nghttp2_session *session, uint8_t flags, int32_t id, const uint8_t *data, size_t len,
                               void *conn) {
     (void)flags;
@@ -2646,13 +3008,13 @@ static int on_data_chunk_recv(nghttp2_session *session, uint8_t flags, int32_t i
     return callback_result(rv);
 }
 
-/* The request is complete: answers it. */
+/* The request is complete. Answers it, unless it has been answered. */
 static int stream_end(struct stream *s) {
     struct kms *kms = &s->conn->server->kms;
     struct answer a;
     const uint8_t *message = s->body ? s->body : s->prefix; /* never NULL */
     if (s->state != STREAM_BODY)
-        return 0; /* answered early */
+        return 0; /* answered before its end */
     if (s->request.content_length != UINT64_MAX && s->request.content_length != s->received)
         return stream_reset(s, NGHTTP2_PROTOCOL_ERROR); /* RFC 9113 8.1.1 */
     if (s->request.method == METHOD_GET)
@@ -2667,12 +3029,13 @@ static int stream_end(struct stream *s) {
     return rv;
 }
 
-/* Trailers have to be sound, and the end of the request. */
+/* The trailers of a request are complete. They must be well-formed, and must end the request. */
 static int stream_trailers_end(struct stream *s, bool end) {
     bool sound = end && !s->request.malformed && s->request.field_bytes <= FIELDS_MAX_BYTES;
     return sound ? 0 : stream_reset(s, NGHTTP2_PROTOCOL_ERROR);
 }
 
+/* A frame is complete. A header block may have several frames, and this is called for it once. */
 static int on_frame_recv(nghttp2_session *session, const nghttp2_frame *frame, void *conn) {
     struct conn *c = conn;
     if (frame->hd.type == NGHTTP2_SETTINGS) {
@@ -2697,8 +3060,9 @@ static int on_frame_recv(nghttp2_session *session, const nghttp2_frame *frame, v
 }
 
 /*
- * Appends to the server's output, which conn_send has emptied before and writes out after:
- * all of it, or nothing and NGHTTP2_ERR_WOULDBLOCK, and then nghttp2 comes again with the same.
+ * Appends to the output. conn_send has emptied it and writes it to the socket later. Appends
+ * everything and returns 0, or appends nothing and returns NGHTTP2_ERR_WOULDBLOCK; nghttp2
+ * then offers the same bytes again.
  */
 static int out_append(struct server *s, const uint8_t *head, size_t head_len, const uint8_t *data, size_t len) {
     if (head_len + len > OUT_BYTES - s->out_len)
@@ -2709,6 +3073,7 @@ static int out_append(struct server *s, const uint8_t *head, size_t head_len, co
     return 0;
 }
 
+/* Appends frames to the output. Returns len or NGHTTP2_ERR_WOULDBLOCK. */
 static ssize_t on_send(nghttp2_session *session, const uint8_t *data, size_t len, int flags, void *conn) {
     (void)session;
     (void)flags;
@@ -2716,7 +3081,10 @@ static ssize_t on_send(nghttp2_session *session, const uint8_t *data, size_t len
     return rv == 0 ? (ssize_t)len : rv;
 }
 
-/* A DATA frame of `len` bytes, as on_data_source_read has told. */
+/*
+ * Appends a DATA frame of `len` bytes, the length that on_data_source_read returned. `head`
+ * is the frame's header of 9 bytes. Returns 0 or NGHTTP2_ERR_WOULDBLOCK.
+ */
 static int on_send_data(nghttp2_session *session, nghttp2_frame *frame, const uint8_t *head, size_t len,
                         nghttp2_data_source *source, void *conn) {
     (void)session;
@@ -2729,8 +3097,8 @@ static int on_send_data(nghttp2_session *session, nghttp2_frame *frame, const ui
 }
 
 /*
- * After GOAWAY: remembers what the peer was told. After an answer that came before the end
- * of its request: asks for no more of it (RFC 9113 8.1).
+ * A frame is in the output. The error code of a GOAWAY is kept for the log. If the answer is
+ * complete and the request is not, RST_STREAM tells the peer to stop sending (RFC 9113 8.1).
  */
 static int on_frame_send(nghttp2_session *session, const nghttp2_frame *frame, void *conn) {
     if (frame->hd.type == NGHTTP2_GOAWAY)
@@ -2741,6 +3109,7 @@ static int on_frame_send(nghttp2_session *session, const nghttp2_frame *frame, v
     return s && !s->ended ? callback_result(stream_reset(s, NGHTTP2_NO_ERROR)) : 0;
 }
 
+/* A stream has ended, by both sides or by a reset. */
 static int on_stream_close(nghttp2_session *session, int32_t id, uint32_t error, void *conn) {
     (void)error;
     (void)conn;
@@ -2750,18 +3119,18 @@ static int on_stream_close(nghttp2_session *session, int32_t id, uint32_t error,
     return 0;
 }
 
-/* Options for a session, or NULL without memory. */
+/* The options of a session, or NULL without memory. */
 static nghttp2_option *session_options_new(void) {
     nghttp2_option *options;
     if (nghttp2_option_new(&options) != 0)
         return NULL;
     nghttp2_option_set_no_http_messaging(options, 1);     /* see section HTTP requests */
     nghttp2_option_set_no_auto_window_update(options, 1); /* see conn_consume */
-    nghttp2_option_set_no_closed_streams(options, 1);     /* 60 KB a connection */
+    nghttp2_option_set_no_closed_streams(options, 1);     /* saves 60 KB per connection */
     return options;
 }
 
-/* What all sessions share. 0, or -1 without memory. */
+/* Sets up the callbacks and options that all sessions share. Returns 0, or -1 without memory. */
 static int sessions_init(struct server *s) {
     s->session_options = session_options_new();
     if (!s->session_options || nghttp2_session_callbacks_new(&s->callbacks) != 0)
@@ -2778,13 +3147,13 @@ static int sessions_init(struct server *s) {
     return 0;
 }
 
-/* A session that has its SETTINGS to send. 0, or -1 without memory. */
+/* Makes a connection's session, and submits the SETTINGS. Returns 0, or -1 without memory. */
 static int session_init(struct conn *c) {
     static const nghttp2_settings_entry settings[] = {
         {NGHTTP2_SETTINGS_MAX_CONCURRENT_STREAMS, STREAMS_MAX},
         {NGHTTP2_SETTINGS_INITIAL_WINDOW_SIZE, STREAM_WINDOW_BYTES},
         {NGHTTP2_SETTINGS_MAX_HEADER_LIST_SIZE, FIELDS_MAX_BYTES},
-        {NGHTTP2_SETTINGS_NO_RFC7540_PRIORITIES, 1}, /* no tree of streams to keep */
+        {NGHTTP2_SETTINGS_NO_RFC7540_PRIORITIES, 1}, /* no tree of priorities to keep */
     };
     nghttp2_mem memory = {c, session_malloc, session_free, session_calloc, session_realloc};
     if (nghttp2_session_server_new3(&c->session, c->server->callbacks, c, c->server->session_options, &memory) != 0)
@@ -2793,9 +3162,21 @@ static int session_init(struct conn *c) {
     return nghttp2_submit_settings(c->session, NGHTTP2_FLAG_NONE, settings, count) == 0 ? 0 : -1;
 }
 
-/* ------------------------------------------------------------- Connections */
+/* ------------------------------------------------------------- Connections
+ *
+ * Reading, writing and closing a connection. A connection waits either for bytes to read or
+ * for room to write, never for both. While a peer does not take its answers, the server reads
+ * nothing more from it.
+ *
+ * A connection reads at most one buffer in a turn, and passes it to nghttp2. Output collects
+ * in one buffer of the server. Only bytes that the socket does not take are copied to a
+ * buffer of the connection (c->out).
+ *
+ * Nothing here interprets bytes or decides about deadlines: the sections HTTP/2 and Event
+ * loop do.
+ */
 
-/* Waits for room to write, or for something to read: one of the two. */
+/* Makes epoll wait for room to write, or for bytes to read. Returns 0, or -1 with errno. */
 static int conn_watch(struct conn *c, bool writing) {
     if (c->writing == writing)
         return 0;
@@ -2804,7 +3185,7 @@ static int conn_watch(struct conn *c, bool writing) {
     return epoll_ctl(c->server->epoll, EPOLL_CTL_MOD, c->source.fd, &event);
 }
 
-/* write(2), where a full socket is 0 bytes written. -1 when the peer is gone. */
+/* Like write(2), except that a full socket makes the result 0. Returns -1 if the peer is gone. */
 static ssize_t conn_write(struct conn *c, const uint8_t *bytes, size_t len) {
     ssize_t n;
     do
@@ -2813,7 +3194,10 @@ static ssize_t conn_write(struct conn *c, const uint8_t *bytes, size_t len) {
     return n < 0 && (errno == EAGAIN || errno == EWOULDBLOCK) ? 0 : n;
 }
 
-/* Keeps what the socket did not take. Until it is gone nothing more is read. */
+/*
+ * Keeps the bytes that the socket did not take. Nothing is read until they are sent. Returns
+ * 0, or -1 if the connection must be closed.
+ */
 static int conn_keep(struct conn *c, const uint8_t *bytes, size_t len) {
     c->out = buffer_new(c, len);
     if (!c->out)
@@ -2827,8 +3211,8 @@ static int conn_keep(struct conn *c, const uint8_t *bytes, size_t len) {
 }
 
 /*
- * Sends what an earlier conn_flush had to keep. 1 when nothing is left of it, 0 when the
- * socket is full still, -1 when the connection is to be closed.
+ * Sends the bytes that conn_keep has kept. Returns 1 if none are left, 0 if the socket is
+ * still full, -1 if the connection must be closed.
  */
 static int conn_resume(struct conn *c) {
     if (!c->out)
@@ -2845,9 +3229,9 @@ static int conn_resume(struct conn *c) {
 }
 
 /*
- * Fills the server's output with the frames that the session has to send, as many as fit,
- * and writes them; what the socket does not take is kept in c->out. How many bytes
- * there were, or -1 when the connection is to be closed.
+ * Fills the output with as many frames of the session as fit, and writes it to the socket.
+ * Bytes that the socket does not take are kept in c->out. Returns the number of bytes in the
+ * output, or -1 if the connection must be closed.
  */
 static ssize_t conn_send(struct conn *c) {
     struct server *s = c->server;
@@ -2865,9 +3249,9 @@ static ssize_t conn_send(struct conn *c) {
 }
 
 /*
- * Sends all that can be sent. Afterwards either the socket is full, c->out holds what is
- * left, and epoll waits for room; or nothing is left to send, and it waits for something to
- * read. -1 when the connection is to be closed.
+ * Sends all that can be sent. Afterwards there are two cases. If the socket is full, c->out
+ * has the rest, and epoll waits for room to write. Otherwise nothing is left to send, and
+ * epoll waits for bytes to read. Returns 0, or -1 if the connection must be closed.
  */
 static int conn_flush(struct conn *c) {
     int resumed;
@@ -2883,7 +3267,10 @@ static int conn_flush(struct conn *c) {
     return resumed;
 }
 
-/* Reads one turn's worth, handles it, and sends the answers. -1 as conn_flush. */
+/*
+ * Reads at most s->share bytes, handles them, and sends the answers. Returns as conn_flush
+ * does.
+ */
 static int conn_read(struct conn *c) {
     struct server *s = c->server;
     ssize_t n = read(c->source.fd, s->in, s->share);
@@ -2897,7 +3284,10 @@ static int conn_read(struct conn *c) {
     return used < 0 || conn_settle(c) < 0 ? -1 : conn_flush(c);
 }
 
-/* Tells the peer which requests it can repeat elsewhere (RFC 9113 6.8), then flushes. */
+/*
+ * Tells the peer the last stream that is handled, so that it can repeat later requests
+ * elsewhere (RFC 9113 6.8). Sends all output. Returns as conn_flush does.
+ */
 static int conn_goaway(struct conn *c) {
     int32_t last = nghttp2_session_get_last_proc_stream_id(c->session);
     if (nghttp2_submit_goaway(c->session, NGHTTP2_FLAG_NONE, last, NGHTTP2_NO_ERROR, NULL, 0) != 0)
@@ -2905,7 +3295,10 @@ static int conn_goaway(struct conn *c) {
     return conn_flush(c);
 }
 
-/* Takes over a descriptor. The connection joins the server, or all is undone. */
+/*
+ * Takes over a descriptor and adds a connection to the server. If that fails, the descriptor
+ * is closed.
+ */
 static void conn_new(struct server *s, int fd, const struct ucred *peer, struct user *user) {
     struct conn *c = calloc(1, sizeof *c);
     if (!c) {
@@ -2928,7 +3321,7 @@ static void conn_new(struct server *s, int fd, const struct ucred *peer, struct 
         conn_close(c, "set-up failed");
 }
 
-/* Frees the structs of closed connections, when nothing can point at them any more. */
+/* Frees the structures of closed connections. Nothing points at them at the end of a turn. */
 static void server_reap(struct server *s) {
     for (struct conn **at = &s->conns, *c; (c = *at);) {
         if (!c->closed) {
@@ -2940,20 +3333,21 @@ static void server_reap(struct server *s) {
     }
 }
 
-/* A user's longest idle connection without an open stream, or NULL. */
+/* The connection of a user that has been idle longest and has no open stream, or NULL. */
 static struct conn *server_idlest(const struct server *s, const struct user *user) {
     struct conn *idlest = NULL;
     for (struct conn *c = s->conns; c; c = c->next)
         if (!c->closed && !c->streams && c->user == user &&
-            (!idlest || c->idle_since_ms <= idlest->idle_since_ms)) /* the list has the newest first */
+            (!idlest || c->idle_since_ms <= idlest->idle_since_ms)) /* the newest is first in the list */
             idlest = c;
     return idlest;
 }
 
 /*
- * Closes a connection for the sake of a newcomer: of the user who has most, that one counted
- * if `newcomer` is its user (NULL: not known yet), the longest idle; the heaviest, if none is
- * idle. False if there is none.
+ * Closes one connection to make room for a new one. The user with most connections loses it;
+ * the new connection counts for `newcomer`, or for nobody if that is NULL. Of this user's
+ * connections the one that has been idle longest is closed, or the one that holds most memory
+ * if none is idle. Returns false if there is no connection to close.
  */
 static bool server_make_way(struct server *s, const struct user *newcomer) {
     struct user *user = server_heaviest_user(s, CONNECTIONS, newcomer, 1);
@@ -2967,13 +3361,24 @@ static bool server_make_way(struct server *s, const struct user *newcomer) {
 
 /* --------------------------------------------------------------- Endpoints
  *
- * An endpoint is, byte for byte, the string that stands in an
- * EncryptionConfiguration: unix:///path, or unix:///@name for a name in Linux's
- * abstract name space. There the address is a NUL and the name, and its length
- * counts no NUL at the end: Go's clients count none either.
+ * The sockets of the server: their names, checks of their directories, binding, and sockets
+ * inherited from systemd.
+ *
+ * An endpoint is the same string, byte for byte, as in Kubernetes' EncryptionConfiguration:
+ * unix:///path, or unix:///@name for a name in Linux's abstract name space. An abstract name
+ * is not a file, so nobody needs permission to take it. Its address is a NUL and the name,
+ * and the length of the address includes no NUL at the end, just as in Go's clients.
+ *
+ * A process that replaces the socket receives the DEKs that the API server sends next. This
+ * is why every directory on the way to the socket is checked.
+ *
+ * Nothing here accepts connections or knows who may connect: section Event loop does.
  */
 
-/* Parses an endpoint. Returns NULL, or a sentence that says what is wrong with it. */
+/*
+ * Parses an endpoint into a socket address. Returns NULL, or a sentence that says why the
+ * endpoint is wrong.
+ */
 static const char *endpoint_parse(const char *endpoint, struct sockaddr_un *address, socklen_t *address_len) {
     static const char scheme[] = "unix://";
     memset(address, 0, sizeof *address);
@@ -3004,14 +3409,14 @@ static const char *endpoint_parse(const char *endpoint, struct sockaddr_un *addr
     return NULL;
 }
 
-/* Parses an endpoint; bad usage, if it is none. */
+/* Parses an endpoint. If it is wrong, the program ends for wrong usage. */
 static void endpoint_require(const char *endpoint, struct sockaddr_un *address, socklen_t *address_len) {
     const char *wrong = endpoint_parse(endpoint, address, address_len);
     if (wrong)
         die_usage("%s: %s", endpoint, wrong);
 }
 
-/* The endpoint string of an address, for log lines and messages. */
+/* Writes the endpoint of an address as a string, for log lines and messages. Returns `out`. */
 static const char *endpoint_name(const struct sockaddr_un *address, socklen_t len, char *out, size_t cap) {
     struct text t = {.buf = out, .cap = cap - 1};
     size_t n = len - offsetof(struct sockaddr_un, sun_path);
@@ -3023,12 +3428,13 @@ static const char *endpoint_name(const struct sockaddr_un *address, socklen_t le
     return out;
 }
 
+/* Room for any endpoint, and a NUL. */
 enum { ENDPOINT_NAME_BYTES = sizeof "unix:///@" + sizeof((struct sockaddr_un *)0)->sun_path };
 
 /*
- * Dies if someone other than root and ourselves can rename what lies in a directory, or
- * what a link stands for. Sticky directories pass: there only an owner can rename a file,
- * and whatever comes next on the way has its own owner looked at.
+ * Dies if a user other than root and our own can rename the entries of a directory, or
+ * replace a link. Other users may write to a sticky directory, because there only the owner
+ * of a file can rename it; directory_check checks the owner of the next name on the way.
  */
 static void owner_check(const char *path, const struct stat *st) {
     if (st->st_uid != 0 && st->st_uid != geteuid())
@@ -3039,13 +3445,13 @@ static void owner_check(const char *path, const struct stat *st) {
             "chmod go-w, or choose another directory", path);
 }
 
-/* Takes the last name from a path; of "/" nothing. */
+/* Removes the last name from a path. "/" stays as it is. */
 static void path_up(char *path) {
     char *slash = strrchr(path, '/');
     slash[slash == path ? 1 : 0] = '\0';
 }
 
-/* Puts "first/second" into `out`. False if it does not fit. */
+/* Writes "first/second" to `out`. Returns false if it does not fit. */
 static bool path_join(char out[WAY_MAX], const char *first, const char *second) {
     struct text t = {.buf = out, .cap = WAY_MAX};
     text_add(&t, "%s%s%s", first, first[0] && first[strlen(first) - 1] == '/' ? "" : "/", second);
@@ -3056,13 +3462,13 @@ static bool path_join(char out[WAY_MAX], const char *first, const char *second) 
 }
 
 /*
- * Walks to the directory of a socket as the kernel would, name by name and through
- * links, and dies where someone other than root and ourselves could rename the next
- * name: who swaps the socket receives the next data key. `at` is where the walk has
- * come, without links, and `rest` is what is still to go.
+ * Walks to the directory of a socket as the kernel would, name by name and through links.
+ * Dies where a user other than root and our own could rename the next name. In the last
+ * directory other users must not be able to write at all. `at` is the part of the way already
+ * walked, without links. `rest` is the part that is still to come.
  */
 static void directory_check(const char *path) {
-    enum { LINKS_MAX = 40 }; /* as the kernel follows */
+    enum { LINKS_MAX = 40 }; /* the kernel's own limit */
     char at[WAY_MAX] = "/", rest[WAY_MAX], next[WAY_MAX], target[WAY_MAX];
     struct stat st;
     if (lstat(at, &st) < 0)
@@ -3106,7 +3512,7 @@ static void directory_check(const char *path) {
             "choose another directory, or in a sidecar's emptyDir an abstract socket (unix:///@name)", at);
 }
 
-/* A socket of ours, close-on-exec and non-blocking; dies without. */
+/* Makes a socket that is close-on-exec and non-blocking. Dies if that fails. */
 static int socket_new(void) {
     int fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
     if (fd < 0)
@@ -3114,7 +3520,10 @@ static int socket_new(void) {
     return fd;
 }
 
-/* What connect(2) says: 0 if somebody listens, ECONNREFUSED if nobody does any more, EAGAIN if the queue is full. */
+/*
+ * Tries connect(2) and returns its errno: 0 if a process is listening, ECONNREFUSED if none
+ * is, EAGAIN if the queue of a listening process is full.
+ */
 static int socket_try(const struct sockaddr_un *address, socklen_t len) {
     int fd = socket_new();
     int error = connect(fd, (const struct sockaddr *)address, len) < 0 ? errno : 0;
@@ -3127,9 +3536,10 @@ static bool same_file(const struct stat *a, const struct stat *b) {
 }
 
 /*
- * Removes what a crashed server left at the path. A live socket, or anything that
- * is no socket, ends the program and stays untouched. A server that is just
- * starting has bound and does not yet listen: hence the second look.
+ * Removes the socket that a crashed server has left at the path. Dies, and removes nothing,
+ * if a process is listening, if that cannot be told, or if the file is not a socket. A server
+ * that is just starting has bound its socket and does not listen yet, so the socket is tried
+ * twice.
  */
 static void socket_clear(const struct sockaddr_un *address, socklen_t len) {
     const char *path = address->sun_path;
@@ -3152,14 +3562,14 @@ static void socket_clear(const struct sockaddr_un *address, socklen_t len) {
         if (look == 0)
             nanosleep(&wait, NULL);
     }
-    if (lstat(path, &after) < 0 || !same_file(&before, &after) || /* inodes are used again: */
+    if (lstat(path, &after) < 0 || !same_file(&before, &after) || /* a new file may get the old inode number: */
         after.st_ctim.tv_sec != before.st_ctim.tv_sec || after.st_ctim.tv_nsec != before.st_ctim.tv_nsec)
         die("%s: another process is starting there", path);
     if (unlink(path) < 0)
         die("%s: cannot remove the stale socket of uid %u: unlink: %s", path, before.st_uid, strerror(errno));
 }
 
-/* Sees to it that an endpoint can be bound, or dies. */
+/* Prepares an endpoint for bind, or dies. */
 static void listener_prepare(struct listener *l, const char *endpoint) {
     endpoint_require(endpoint, &l->address, &l->address_len);
     if (l->address.sun_path[0] == '\0')
@@ -3168,15 +3578,15 @@ static void listener_prepare(struct listener *l, const char *endpoint) {
     socket_clear(&l->address, l->address_len);
 }
 
-/* A step of listener_open, and what helps when it fails. */
+/* A step of listener_open, and advice for its failure. Both are constants. */
 struct listen_step {
     const char *call, *hint;
 };
 
 /*
- * Binds and listens. A file never has a wider mode than asked for: it is made with
- * none, given its group, then its mode, and only then listened on. NULL; or, with
- * errno, the step that failed.
+ * Binds and listens. The socket's file never has a wider mode than --mode: it is made with
+ * mode 0, then gets its group, then its mode, and only then listens. Returns NULL, or with
+ * errno the step that failed.
  */
 static const struct listen_step *listener_open(struct listener *l, const struct serve_options *options) {
     static const struct listen_step bind_file = {"bind", "our user has to be able to write to the socket's directory"},
@@ -3204,7 +3614,10 @@ static const struct listen_step *listener_open(struct listener *l, const struct 
     return listen(l->source.fd, BACKLOG) < 0 ? &listen_on : NULL;
 }
 
-/* Takes over a socket that systemd has opened: listening, stream, AF_UNIX. */
+/*
+ * Takes over a socket that systemd has opened: an AF_UNIX stream socket that listens. Dies if
+ * the socket is of another kind.
+ */
 static void listener_inherit(struct listener *l, int fd) {
     int type = 0, listening = 0;
     socklen_t len = sizeof(int);
@@ -3220,13 +3633,14 @@ static void listener_inherit(struct listener *l, int fd) {
         die("LISTEN_FDS: descriptor %d: %s", fd, strerror(errno));
 }
 
-/* Removes a file, unless it has been replaced since. */
+/* Removes a file, unless another file has taken its place. */
 static void file_remove(const char *path, const struct stat *file) {
     struct stat st;
     if (lstat(path, &st) == 0 && same_file(&st, file))
         unlinkat(AT_FDCWD, path, 0);
 }
 
+/* Closes a listener, and removes the file that it has made. */
 static void listener_close(struct listener *l) {
     if (l->made)
         file_remove(l->address.sun_path, &l->file);
@@ -3238,7 +3652,10 @@ static void listeners_close(struct server *s) {
         listener_close(&s->listeners[--s->listener_count]);
 }
 
-/* The number of a decimal string, or -1; nothing but digits, at most `max`. */
+/*
+ * The number that a string of decimal digits stands for, or -1 if the string is empty, has
+ * any other character, or the number is over `max`.
+ */
 static long long decimal(const char *s, long long max) {
     long long n = 0;
     if (!*s)
@@ -3251,8 +3668,9 @@ static long long decimal(const char *s, long long max) {
 }
 
 /*
- * All sockets: systemd's (sd_listen_fds(3)), and those of --listen; without
- * either, the default endpoint.
+ * Opens all sockets: those of systemd (sd_listen_fds(3)) and those of --listen, or the
+ * default endpoint if there are neither. All endpoints are checked before the first is bound.
+ * Dies if one fails, after removing the files made so far.
  */
 static void listeners_open(struct server *s) {
     enum { FIRST_INHERITED = 3 };
@@ -3289,7 +3707,10 @@ static void listeners_open(struct server *s) {
     }
 }
 
-/* A socket to the service manager (sd_notify(3)), or -1: there is none, or it cannot be reached. */
+/*
+ * Connects a socket to the service manager (sd_notify(3)). Returns -1 if there is no manager
+ * or it cannot be reached.
+ */
 static int notify_open(void) {
     const char *path = getenv("NOTIFY_SOCKET");
     struct sockaddr_un address = {.sun_family = AF_UNIX};
@@ -3301,7 +3722,7 @@ static int notify_open(void) {
         address.sun_path[0] = '\0';
     int fd = socket(AF_UNIX, SOCK_DGRAM | SOCK_CLOEXEC, 0);
     socklen_t address_len = (socklen_t)(offsetof(struct sockaddr_un, sun_path) + len);
-    const struct timeval patience = {.tv_sec = 1}; /* a manager that is busy would else miss READY=1 */
+    const struct timeval patience = {.tv_sec = 1}; /* a busy manager gets this time, or it would miss READY=1 */
     if (fd >= 0)
         setsockopt(fd, SOL_SOCKET, SO_SNDTIMEO, &patience, sizeof patience);
     if (fd >= 0 && connect(fd, (struct sockaddr *)&address, address_len) < 0) {
@@ -3311,7 +3732,7 @@ static int notify_open(void) {
     return fd;
 }
 
-/* Tells the service manager, best effort. */
+/* Tells the service manager a state. A failure is ignored. */
 static void notify(int fd, const char *state) {
     if (fd >= 0)
         write_all(fd, state, strlen(state));
@@ -3319,16 +3740,23 @@ static void notify(int fd, const char *state) {
 
 /* -------------------------------------------------------------- Event loop
  *
- * One thread and one epoll. A turn: wait; handle what is ready, each connection at
- * most one read; expire what is due; wipe the stack; free what was closed. Nothing
- * in a turn blocks. Without traffic and deadlines the loop sleeps for good.
+ * The loop that runs the server: one thread waits for all descriptors with epoll. A turn has
+ * five parts. The loop waits. It handles the ready descriptors, with at most one read for
+ * each connection. It ends requests and connections that have passed their deadlines. It
+ * wipes the stack. It frees closed connections. Nothing in a turn blocks. Without traffic and
+ * deadlines the loop sleeps.
  *
- * What is due next has a timer, which stays set from turn to turn. A time-out of
- * epoll_wait's would be set up and taken back in each: 2 of some 20 microseconds
- * that a client waits for an answer.
+ * A timer descriptor wakes the loop for the next deadline, and stays set from turn to turn. A
+ * timeout of epoll_wait would be set up and removed in every turn. This would cost 2 of the
+ * some 20 microseconds that a client waits for an answer.
+ *
+ * The loop does not know HTTP/2 or the KMS APIs; it calls the sections above.
  */
 
-/* Clocks and waiting are in every turn: dies if the kernel has them not, or a container runtime of old refuses them. */
+/*
+ * Dies if the clocks or ppoll(2) do not work. Every turn needs them, and an old kernel may
+ * lack these calls or an old container runtime may refuse them.
+ */
 static void clocks_check(void) {
     struct timespec now = {0, 0};
     if (clock_gettime(CLOCK_MONOTONIC, &now) < 0 || clock_gettime(CLOCK_REALTIME, &now) < 0)
@@ -3343,7 +3771,7 @@ static void server_clock(struct server *s) {
     s->now_ms = (int64_t)(s->now_us / 1000);
 }
 
-/* The user of a uid, or NULL if it may not connect. */
+/* The user with this uid, or NULL if the uid may not connect. */
 static struct user *server_user(struct server *s, uid_t uid) {
     for (size_t i = 0; i < s->user_count; i++)
         if (s->users[i].uid == uid)
@@ -3365,6 +3793,7 @@ static void server_log_refused(struct server *s) {
     s->refused_logged_ms = s->now_ms;
 }
 
+/* Makes epoll watch the listeners, or stop watching them. */
 static void server_accept_from(struct server *s, bool on) {
     for (size_t i = 0; i < s->listener_count; i++) {
         struct epoll_event event = {.events = on ? EPOLLIN : 0, .data.ptr = &s->listeners[i].source};
@@ -3372,7 +3801,11 @@ static void server_accept_from(struct server *s, bool on) {
     }
 }
 
-/* Our own descriptors are used up: a peer gives way. The machine's are, or its memory, or whatever: a little patience. */
+/*
+ * Handles an error of accept. If our own descriptors are used up, a connection is closed for
+ * the new peer. If there is none, or if the error is another (the machine may lack
+ * descriptors or memory), the listeners pause for ACCEPT_PAUSE_MS.
+ */
 static void server_accept_failed(struct server *s, int error) {
     if (error == EMFILE && server_make_way(s, NULL))
         return;
@@ -3381,6 +3814,7 @@ static void server_accept_failed(struct server *s, int error) {
     server_due(s, s->resume_accept_ms);
 }
 
+/* Admits a new peer if its uid may connect; otherwise closes the connection. */
 static void server_admit(struct server *s, int fd) {
     struct ucred peer = {.uid = UNMAPPED_UID};
     socklen_t len = sizeof peer;
@@ -3399,21 +3833,23 @@ static void server_admit(struct server *s, int fd) {
     conn_new(s, fd, &peer, user);
 }
 
+/* Accepts up to ACCEPT_BURST peers. */
 static void listener_ready(struct server *s, struct listener *l) {
     for (int i = 0; i < ACCEPT_BURST; i++) {
         int fd = accept4(l->source.fd, NULL, NULL, SOCK_NONBLOCK | SOCK_CLOEXEC);
         if (fd >= 0) {
             server_admit(s, fd);
         } else if (errno == EAGAIN) {
-            return; /* nobody waits any more */
+            return; /* no more peers are waiting */
         } else if (errno != EINTR && errno != ECONNABORTED) {
-            if (i == 0) /* else it may be that nobody waits: accept4 looks for a descriptor first */
+            if (i == 0) /* after the first, the queue may be empty: accept4 takes a descriptor before it looks */
                 server_accept_failed(s, errno);
             return;
         }
     }
 }
 
+/* Handles the events of a connection, and closes it if it has ended. */
 static void conn_ready(struct conn *c, uint32_t events) {
     if (c->closed)
         return;
@@ -3423,7 +3859,10 @@ static void conn_ready(struct conn *c, uint32_t events) {
         conn_close(c, "done");
 }
 
-/* Expires a connection's requests. -1 when the connection itself has had its time. */
+/*
+ * Ends the requests of a connection that have passed their deadlines. Returns -1 if the
+ * connection itself must be closed.
+ */
 static int conn_expire(struct conn *c) {
     struct server *s = c->server;
     if (!c->greeted && s->now_ms >= c->preface_deadline_ms)
@@ -3443,7 +3882,7 @@ static int conn_expire(struct conn *c) {
                 return -1;
             answered = true;
         } else {
-            return -1; /* an endless head, or an answer that nobody takes */
+            return -1; /* an endless head, or an answer that the peer does not take */
         }
     }
     if (!c->greeted)
@@ -3455,8 +3894,9 @@ static int conn_expire(struct conn *c) {
 }
 
 /*
- * Does what is due, and finds out when the next thing will be: next_ms is never later than
- * that, as whoever sets a deadline calls server_due, and whoever is looked at here does again.
+ * Does everything that is due, and computes next_ms anew. next_ms is never later than the
+ * next deadline. For this, each function that sets a deadline calls server_due, and the
+ * functions called here call it again for each deadline that is still to come.
  */
 static void server_expire(struct server *s) {
     if (s->now_ms < s->next_ms)
@@ -3476,7 +3916,10 @@ static void server_expire(struct server *s) {
     server_log_left_out(s, false);
 }
 
-/* SIGTERM and SIGINT. The first: no new work; what has begun gets DRAIN_TIMEOUT_MS. The second: the end. */
+/*
+ * Handles SIGTERM and SIGINT. After the first, nothing new is accepted, and requests that
+ * have begun get DRAIN_TIMEOUT_MS. The second ends the loop at once.
+ */
 static void server_stop(struct server *s, unsigned signal) {
     if (s->drain_ms != INT64_MAX) {
         s->drain_ms = s->now_ms;
@@ -3494,6 +3937,7 @@ static void server_stop(struct server *s, unsigned signal) {
             conn_close(c, "drained");
 }
 
+/* Reads one signal and handles it. SIGHUP only logs a line. */
 static void server_signal(struct server *s) {
     struct signalfd_siginfo info;
     if (read(s->signals.fd, &info, sizeof info) != sizeof info)
@@ -3505,7 +3949,10 @@ static void server_signal(struct server *s) {
         server_stop(s, info.ssi_signo);
 }
 
-/* Sees to it that the timer goes off at next_ms or before: one that is set too early goes off in vain, once. */
+/*
+ * Makes sure that the timer expires at next_ms or earlier. A timer that expires too early
+ * costs one empty turn.
+ */
 static void server_set_timer(struct server *s) {
     if (s->used[STREAMS] == 0 && s->heap.total > s->heap.in_use)
         server_due(s, s->active_ms + TIDY_AFTER_MS);
@@ -3517,14 +3964,14 @@ static void server_set_timer(struct server *s) {
     s->timer_ms = s->next_ms;
 }
 
-/* The timer has gone off: server_expire looks at what is due. */
+/* The timer has expired, and server_expire will look for the cause. */
 static void server_timer(struct server *s) {
     uint64_t times;
     if (read(s->timer.fd, &times, sizeof times) == sizeof times)
         s->timer_ms = INT64_MAX;
 }
 
-/* Nothing that a turn made outlives it, but what peers still have to receive. */
+/* Removes everything that a turn has made, except the bytes that peers are still to receive. */
 static void server_turn_end(struct server *s) {
     random_drop(&s->kms.random);
     free(s->page);
@@ -3533,7 +3980,10 @@ static void server_turn_end(struct server *s) {
     server_reap(s);
 }
 
-/* Serves until it is told to stop. */
+/*
+ * Serves until a signal stops the server. Then returns as soon as all connections are closed
+ * or the drain time is over. Each turn shares TURN_BYTES among the ready descriptors.
+ */
 static void server_run(struct server *s) {
     struct epoll_event events[EVENTS_MAX];
     while (s->drain_ms == INT64_MAX || (s->used[CONNECTIONS] > 0 && s->now_ms < s->drain_ms)) {
@@ -3561,14 +4011,17 @@ static void server_run(struct server *s) {
     }
 }
 
-/* Connections that the descriptor limit allows, after raising it as far as it goes. */
+/*
+ * The number of connections that the limit of descriptors permits, at most `wanted`. Raises
+ * the limit if it is too low, as far as the system allows.
+ */
 static size_t server_capacity(size_t wanted) {
     struct rlimit files;
     rlim_t need = wanted + RESERVED_FILES;
     if (getrlimit(RLIMIT_NOFILE, &files) < 0 || files.rlim_cur >= need)
         return wanted;
     files.rlim_cur = files.rlim_max < need ? files.rlim_max : need;
-    prlimit(0, RLIMIT_NOFILE, &files, NULL); /* musl's setrlimit is 2 KB, for the sake of threads */
+    prlimit(0, RLIMIT_NOFILE, &files, NULL); /* musl's setrlimit is 2 KB of code for threads */
     if (getrlimit(RLIMIT_NOFILE, &files) < 0 || files.rlim_cur >= need)
         return wanted;
     size_t fit = files.rlim_cur > RESERVED_FILES ? (size_t)files.rlim_cur - RESERVED_FILES : 1;
@@ -3576,6 +4029,7 @@ static size_t server_capacity(size_t wanted) {
     return fit;
 }
 
+/* Makes epoll report when a descriptor can be read. Dies if that fails. */
 static void server_watch(struct server *s, struct source *source) {
     struct epoll_event event = {.events = EPOLLIN, .data.ptr = source};
     if (epoll_ctl(s->epoll, EPOLL_CTL_ADD, source->fd, &event) < 0)
@@ -3583,15 +4037,18 @@ static void server_watch(struct server *s, struct source *source) {
 }
 
 /*
- * Signals before there is a server: SIGTERM and SIGINT end the start at once, and would
- * do so as process 1 of a container, where the default action is none. All others wait
- * for signals_open, but for those of a terminal that stop a job.
+ * Handles SIGTERM and SIGINT before the server runs: they end the start at once. Process 1 of
+ * a container needs this handler, because by default these signals do not end it.
  */
 static void on_early_signal(int signal) {
     (void)signal;
     _exit(0);
 }
 
+/*
+ * Blocks all signals until signals_open, except SIGTERM, SIGINT, and the three that stop a
+ * job of a terminal (SIGTSTP, SIGTTIN, SIGTTOU).
+ */
 static void signals_hold(void) {
     sigset_t set;
     static const int free[] = {SIGTSTP, SIGTTIN, SIGTTOU, SIGTERM, SIGINT};
@@ -3604,8 +4061,9 @@ static void signals_hold(void) {
 }
 
 /*
- * Signals as events, from before there is a socket file that one could leave behind:
- * SIGTERM, SIGINT and SIGHUP. No other but SIGKILL does anything.
+ * Makes a descriptor that reports SIGTERM, SIGINT and SIGHUP. It must exist before the first
+ * socket file, because on_early_signal would leave the file behind. All other signals that
+ * can be blocked stay blocked, except those three of a terminal.
  */
 static int signals_open(void) {
     sigset_t set;
@@ -3620,7 +4078,7 @@ static int signals_open(void) {
     return fd;
 }
 
-/* A server without sockets; dies when something is missing. */
+/* Makes a server without sockets, and gives it the ring. Dies if something is missing. */
 static struct server *server_new(struct ring *ring, const struct serve_options *options) {
     struct server *s = calloc(1, sizeof *s);
     if (!s || kms_init(&s->kms, ring) < 0 || sessions_init(s) < 0)
@@ -3651,7 +4109,7 @@ static struct server *server_new(struct ring *ring, const struct serve_options *
     return s;
 }
 
-/* Closes what is left and wipes what was secret. */
+/* Closes and frees everything that a server owns, and wipes its secrets. */
 static void server_free(struct server *s) {
     for (struct conn *c = s->conns; c; c = c->next)
         conn_close(c, "the end");
@@ -3677,12 +4135,23 @@ static void server_free(struct server *s) {
 
 /* ------------------------------------------------------------- Confinement
  *
- * When everything is open, the process gives up what it no longer needs: new
- * privileges, its capabilities, and system calls (seccomp(2)). Of these there are three
- * kinds. What a turn is made of is allowed. What would serve an attacker (a program, a
- * process, a socket, a file to open, executable memory, another machine's calls) kills
- * the process. Any other call fails with ENOSYS, as on an older kernel: it gives an
- * attacker nothing, and a libc that tries it goes on without.
+ * Confinement limits the damage if an attacker takes over the process. When all files and
+ * sockets are open, the process gives up its capabilities, the chance to gain new privileges,
+ * and most system calls (seccomp(2)).
+ *
+ * The kernel runs a filter before each system call. The filter is a small program (BPF) that
+ * looks at the number and the arguments of the call, and returns an action:
+ *
+ *     calls that a turn needs      are allowed
+ *     calls useful to an attacker  kill the process: they start a program or a process, open a
+ *                                  socket or a file, make memory executable, or belong to
+ *                                  another architecture
+ *     any other call               fails with ENOSYS, the error of a kernel without the call
+ *
+ * A call of the last kind gives an attacker nothing, and a libc that tries it can do without.
+ *
+ * The filter cannot stop the use of the KEKs by code within the process, nor the use of
+ * connections that are already open.
  */
 
 #if defined(__x86_64__)
@@ -3694,35 +4163,46 @@ static void server_free(struct server *s) {
 #elif defined(__riscv) && __riscv_xlen == 64
 #define THIS_ARCH AUDIT_ARCH_RISCV64
 #else
-#define THIS_ARCH 0 /* i386 and s390x pass arguments of mmap in memory, where a filter cannot look: no seccomp there */
+#define THIS_ARCH 0 /* i386 and s390x pass mmap's arguments in memory, where a filter cannot look: no seccomp */
 #endif
 
-/* A call that not every machine or libc has. */
+/* The number of a call that this machine or libc does not have. */
 #define NO_CALL (-1)
-#ifdef SYS_mmap2 /* 32-bit machines have calls of their own for 64-bit times and offsets, and libcs try one after the other */
+/*
+ * 32-bit machines have two calls where one has 64-bit times or offsets. A libc tries one after
+ * the other, so the filter must know both.
+ */
+#ifdef SYS_mmap2
 #define SYS_MMAP SYS_mmap2
 #else
 #define SYS_MMAP SYS_mmap
 #endif
 
+/*
+ * A filter under construction. It lives on the stack of seccomp_install, and 512 instructions
+ * are more than enough for the lists below.
+ */
 struct filter {
     struct sock_filter code[512];
     unsigned short len;
 };
 
+/* Adds one instruction. if_true and if_false are the numbers of instructions to skip. */
 static void filter_add(struct filter *f, uint16_t code, uint8_t if_true, uint8_t if_false, uint32_t k) {
     f->code[f->len++] = (struct sock_filter){code, if_true, if_false, k};
 }
 
+/* Adds: load 32 bits of the call's description (struct seccomp_data) from this offset. */
 static void filter_load(struct filter *f, size_t offset) {
     filter_add(f, BPF_LD | BPF_W | BPF_ABS, 0, 0, (uint32_t)offset);
 }
 
+/* Adds: end the filter with this action. */
 static void filter_return(struct filter *f, uint32_t action) {
     filter_add(f, BPF_RET | BPF_K, 0, 0, action);
 }
 
-/* What becomes of each of these calls. */
+/* Adds: end the filter with this action if the call is in the list. */
 static void filter_calls(struct filter *f, const int *calls, size_t count, uint32_t action) {
     for (size_t i = 0; i < count; i++) {
         if (calls[i] == NO_CALL)
@@ -3732,7 +4212,11 @@ static void filter_calls(struct filter *f, const int *calls, size_t count, uint3
     }
 }
 
-/* mmap and mprotect, allowed unless the third argument has PROT_EXEC; its low word comes first or last. */
+/*
+ * Adds a rule for mmap or mprotect: allow the call, unless its third argument has PROT_EXEC.
+ * The argument has 64 bits, and the byte order tells whether its low half is the first or the
+ * second.
+ */
 static void filter_memory(struct filter *f, int call, uint32_t deadly) {
     const size_t low = __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__ ? 0 : 4;
     filter_add(f, BPF_JMP | BPF_JEQ | BPF_K, 0, 4, (uint32_t)call);
@@ -3742,13 +4226,16 @@ static void filter_memory(struct filter *f, int call, uint32_t deadly) {
     filter_return(f, SECCOMP_RET_ALLOW);
 }
 
-/* What a turn, a log line and the end are made of, with each libc and on each machine; often used ones first. */
+/*
+ * Allows the calls of a turn, of a log line and of the exit, with each libc and on each
+ * machine. Frequent ones come first.
+ */
 static void filter_allow(struct filter *f) {
     const int calls[] = {
         SYS_epoll_pwait, SYS_read, SYS_write, SYS_getrandom, SYS_epoll_ctl, SYS_accept4, SYS_getsockopt, SYS_close,
         SYS_madvise, SYS_munmap, SYS_brk, SYS_exit_group, SYS_unlinkat,
         SYS_pread64, /* metrics_resident */
-#ifdef SYS_clock_gettime /* where the vDSO has no clock */
+#ifdef SYS_clock_gettime /* used when the vDSO has no clock */
         SYS_clock_gettime,
 #endif
 #ifdef SYS_clock_gettime32
@@ -3791,7 +4278,7 @@ static void filter_allow(struct filter *f) {
     filter_calls(f, calls, sizeof calls / sizeof *calls, SECCOMP_RET_ALLOW);
 }
 
-/* What gives an attacker something that the process does not have. */
+/* Kills the process for calls that give an attacker something that the process does not have. */
 static void filter_kill(struct filter *f, uint32_t deadly) {
     const int calls[] = {
         /* programs and processes */
@@ -3861,8 +4348,8 @@ static void filter_kill(struct filter *f, uint32_t deadly) {
 }
 
 /*
- * Installs the filter: `deadly` is what becomes of an attacker's calls, `other` of those
- * that are in neither list. 0, or -1 with errno.
+ * Installs the filter. `deadly` is the action for an attacker's calls, `other` the action for
+ * calls in neither list. Returns 0, or -1 with errno.
  */
 static int seccomp_install(uint32_t deadly, uint32_t other) {
     if (THIS_ARCH == 0) {
@@ -3875,7 +4362,7 @@ static int seccomp_install(uint32_t deadly, uint32_t other) {
     filter_return(&f, deadly);
     filter_load(&f, offsetof(struct seccomp_data, nr));
 #ifdef __x86_64__
-    enum { X32 = 0x40000000 }; /* its calls are x86-64's by number, but for this bit */
+    enum { X32 = 0x40000000 }; /* the calls of x32 have x86-64's numbers with this bit set */
     filter_add(&f, BPF_JMP | BPF_JGE | BPF_K, 0, 1, X32);
     filter_return(&f, deadly);
 #endif
@@ -3890,25 +4377,34 @@ static int seccomp_install(uint32_t deadly, uint32_t other) {
 }
 
 /*
- * Gives up every capability. The bounding set stays, and is of no use: after
- * privileges_freeze no execve could regain one, and there is no execve either.
+ * Gives up every capability. Returns 0, or -1 with errno. The bounding set stays, because it
+ * is useless: privileges_freeze keeps execve from regaining a capability, and the filter
+ * kills the process for an execve.
  */
 static int capabilities_drop(void) {
     struct __user_cap_header_struct header = {.version = _LINUX_CAPABILITY_VERSION_3};
     struct __user_cap_data_struct none[_LINUX_CAPABILITY_U32S_3] = {0};
-    prctl(PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0); /* unknown before Linux 4.3 */
+    prctl(PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0); /* Linux before 4.3 does not know it */
     return (int)syscall(SYS_capset, &header, none);
 }
 
+/*
+ * Keeps this process and its children from gaining privileges by execve. Returns 0, or -1
+ * with errno.
+ */
 static int privileges_freeze(void) {
     return prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0);
 }
 
+/* Installs the filter for serving. Returns 0, or -1 with errno. */
 static int seccomp_enforce(void) {
     return seccomp_install(SECCOMP_RET_KILL_PROCESS, SECCOMP_RET_ERRNO | ENOSYS);
 }
 
-/* Confines the process, with the filter or without. Returns NULL, or with errno the feature that is required and lacking. */
+/*
+ * Confines the process, without seccomp if `filtered` is false. Returns NULL, or with errno
+ * the feature that --sandbox require demands and this machine lacks.
+ */
 static const char *confine(enum sandbox sandbox, bool filtered) {
     static const struct {
         const char *feature;
@@ -3933,29 +4429,42 @@ static const char *confine(enum sandbox sandbox, bool filtered) {
 
 /* ------------------------------------------------------------------- Probe
  *
- * The other side: a gRPC client that goes through every RPC on a real socket, as
- * kube-apiserver would. Needs no key, and nothing beside this binary, so it can be
- * an exec probe in an image without a shell.
+ * A gRPC client that calls every RPC on a real socket, as kube-apiserver does. It needs no
+ * key and no other program, so it can be a container's exec probe in an image without a
+ * shell.
+ *
+ * `struct client` and the functions client_... are a small gRPC client. It has one connection
+ * and one request at a time, and waits for each answer. The functions probe_... are the steps
+ * of a probe: they encrypt a random secret, decrypt the result, and compare.
+ *
+ * The probe checks that a plugin works. It cannot check whether the plugin keeps its KEK
+ * secret.
  */
 
+/* One call of an RPC. It borrows its request. The server's strings are cut to the sizes below. */
 struct call {
-    const uint8_t *request; /* with its prefix */
+    const uint8_t *request; /* with gRPC prefix */
     size_t request_len, request_sent;
-    uint8_t response[GRPC_PREFIX_BYTES + MESSAGE_MAX]; /* with its prefix */
+    uint8_t response[GRPC_PREFIX_BYTES + MESSAGE_MAX]; /* with gRPC prefix */
     size_t response_len;
     char http_status[4], status[4], message[MESSAGE_TEXT_MAX + 1];
-    bool closed;
+    bool closed; /* the stream has ended */
 };
 
+/*
+ * A connection to a plugin. It owns the descriptor and the session. probe() closes both, or
+ * the end of the program does.
+ */
 struct client {
     int fd;
     nghttp2_session *session;
     int64_t deadline_ms;
-    bool heard; /* something has come from the server */
-    struct call call; /* one at a time */
-    char why[LOG_LINE_MAX]; /* of the last failure */
+    bool heard; /* some bytes have come from the server */
+    struct call call; /* the present call */
+    char why[LOG_LINE_MAX]; /* reason of the last failure */
 };
 
+/* Sets the reason of a failure, and returns -1. */
 __attribute__((format(printf, 2, 3)))
 static int client_fail(struct client *c, const char *format, ...) {
     struct text t = {.buf = c->why, .cap = sizeof c->why - 1};
@@ -3967,6 +4476,10 @@ static int client_fail(struct client *c, const char *format, ...) {
     return -1;
 }
 
+/*
+ * nghttp2's callback for the body of the request. Copies the next piece to `buf`, and returns
+ * its length.
+ */
 static ssize_t client_read_request(nghttp2_session *session, int32_t id, uint8_t *buf, size_t len, uint32_t *flags,
                                    nghttp2_data_source *source, void *client) {
     (void)session;
@@ -3983,6 +4496,7 @@ static ssize_t client_read_request(nghttp2_session *session, int32_t id, uint8_t
     return (ssize_t)left;
 }
 
+/* Keeps the three fields of a response that matter: HTTP status, gRPC status, and message. */
 static int client_on_header(nghttp2_session *session, const nghttp2_frame *frame, const uint8_t *name, size_t name_len,
                             const uint8_t *value, size_t len, uint8_t flags, void *client) {
     (void)session;
@@ -3998,6 +4512,7 @@ static int client_on_header(nghttp2_session *session, const nghttp2_frame *frame
     return 0;
 }
 
+/* Keeps a piece of the response. If the response is too long, the session ends. */
 static int client_on_data_chunk_recv(nghttp2_session *session, uint8_t flags, int32_t id, const uint8_t *data,
                                      size_t len, void *client) {
     (void)flags;
@@ -4017,7 +4532,10 @@ static int client_on_stream_close(nghttp2_session *session, int32_t id, uint32_t
     return 0;
 }
 
-/* The connection is gone: an error of read or write, or 0 for its end. */
+/*
+ * Reports that the connection is lost: the system call `call` has failed with `error`, or the
+ * server has closed the connection if `error` is 0. Returns -1.
+ */
 static int client_lost(struct client *c, const char *call, int error) {
     if (!c->heard && (error == 0 || error == EPIPE || error == ECONNRESET))
         return client_fail(c, "the server closed the connection without a word, as it does to a uid that it does not allow: "
@@ -4026,7 +4544,7 @@ static int client_lost(struct client *c, const char *call, int error) {
                       : client_fail(c, "%s: %s", call, strerror(error));
 }
 
-/* Waits until the socket can be read (or written); -1 when time is up. */
+/* Waits until the socket can be read or written. Returns 0, or -1 when the time is over. */
 static int client_wait(struct client *c, short events) {
     struct pollfd p = {.fd = c->fd, .events = events};
     int64_t left = c->deadline_ms - monotonic_us() / 1000;
@@ -4037,6 +4555,7 @@ static int client_wait(struct client *c, short events) {
     return n != 0 ? 0 : client_fail(c, "no answer in time");
 }
 
+/* Connects, and starts a session. Returns 0, or -1 with a reason in c->why. */
 static int client_open(struct client *c, const struct sockaddr_un *address, socklen_t len) {
     static const nghttp2_settings_entry settings[] = {
         {NGHTTP2_SETTINGS_ENABLE_PUSH, 0},
@@ -4048,7 +4567,7 @@ static int client_open(struct client *c, const struct sockaddr_un *address, sock
     while (connect(c->fd, (const struct sockaddr *)address, len) < 0) {
         if (errno != EAGAIN)
             return client_fail(c, "connect: %s", strerror(errno));
-        const struct timespec wait = {.tv_nsec = 1000000}; /* the backlog is full */
+        const struct timespec wait = {.tv_nsec = 1000000}; /* the server's queue is full */
         if (monotonic_us() / 1000 >= c->deadline_ms || nanosleep(&wait, NULL) < 0)
             return client_fail(c, "connect: no answer in time");
     }
@@ -4066,7 +4585,7 @@ static int client_open(struct client *c, const struct sockaddr_un *address, sock
     return 0;
 }
 
-/* Runs the session until the call's stream is closed. */
+/* Sends and receives until the call's stream has ended. Returns 0, or -1 with a reason. */
 static int client_run(struct client *c) {
     static uint8_t in[IN_BYTES];
     while (!c->call.closed) {
@@ -4101,10 +4620,13 @@ static int client_run(struct client *c) {
     return 0;
 }
 
-/* A response or NULL; the caller frees it with protobuf_c_message_free_unpacked. */
+/*
+ * Calls an RPC. Returns its response, which the caller frees with
+ * protobuf_c_message_free_unpacked, or NULL with a reason in c->why.
+ */
 static void *client_call(struct client *c, enum rpc rpc, const void *request, const ProtobufCMessageDescriptor *type) {
     struct call *call = &c->call;
-    static uint8_t bytes[GRPC_PREFIX_BYTES + 2 * MESSAGE_MAX]; /* a request holds what a response brought, and a uid */
+    static uint8_t bytes[GRPC_PREFIX_BYTES + 2 * MESSAGE_MAX]; /* a request may contain a whole response, and a uid */
     nghttp2_nv fields[] = {FIELD(":method", "POST"), FIELD(":scheme", "http"),
                            field_copied(":path", rpcs[rpc].path, rpcs[rpc].path_len),
                            FIELD(":authority", "localhost"), FIELD("content-type", "application/grpc"),
@@ -4147,7 +4669,10 @@ static void *client_call(struct client *c, enum rpc rpc, const void *request, co
     return response;
 }
 
-/* The steps of a probe, and what one hands to the next. */
+/*
+ * The client, and the values that one step of a probe passes to the next. It is static, so it
+ * begins as zeros.
+ */
 struct probe {
     struct client client;
     uint8_t secret[KEK_BYTES];
@@ -4156,6 +4681,7 @@ struct probe {
     size_t sealed_len;
 };
 
+/* Keeps a ciphertext for the next step. Returns 0, or -1 with a reason. */
 static int probe_keep(struct probe *p, ProtobufCBinaryData sealed) {
     if (sealed.len == 0 || sealed.len > sizeof p->sealed)
         return client_fail(&p->client, "a ciphertext of %zu bytes", sealed.len);
@@ -4164,12 +4690,14 @@ static int probe_keep(struct probe *p, ProtobufCBinaryData sealed) {
     return 0;
 }
 
+/* Compares a decrypted secret with the original. Returns 0, or -1 with a reason. */
 static int probe_compare(struct probe *p, ProtobufCBinaryData opened) {
     if (opened.len != sizeof p->secret || memcmp(opened.data, p->secret, opened.len) != 0)
         return client_fail(&p->client, "what was encrypted does not decrypt to the same bytes");
     return 0;
 }
 
+/* The steps. Each calls one RPC and checks its response. Each returns 0, or -1 with a reason. */
 static int probe_v2_status(struct probe *p) {
     V2__StatusRequest request = V2__STATUS_REQUEST__INIT;
     V2__StatusResponse *r = client_call(&p->client, V2_STATUS, &request, &v2__status_response__descriptor);
@@ -4252,7 +4780,7 @@ static int probe_v1_decrypt(struct probe *p) {
     return rv;
 }
 
-/* Prints which server that was, in words of its own. */
+/* Prints the server's key_id and version. Both are the server's words, so they are escaped. */
 static void probe_tell(const struct probe *p) {
     char line[4 * (sizeof p->key_id + sizeof p->version)];
     struct text t = {.buf = line, .cap = sizeof line};
@@ -4264,8 +4792,9 @@ static void probe_tell(const struct probe *p) {
 }
 
 /*
- * Probes an endpoint: one line a step, exit status 1 after the first that fails; at last
- * key_id and version of the server. With expected_key_id no other may answer.
+ * Probes an endpoint. Prints one line for each step, and after the last step the key_id and
+ * version of the server. Dies with exit status 1 if a step fails. Also dies if the server's
+ * key_id is not expected_key_id, unless that is NULL.
  */
 static int probe(const char *endpoint, int64_t timeout_ms, const char *expected_key_id) {
     static const struct {
@@ -4305,37 +4834,45 @@ static int probe(const char *endpoint, int64_t timeout_ms, const char *expected_
 
 /* --------------------------------------------------------------- Rehearsal
  *
- * Another libc, kernel, emulator or container runtime may make system calls that the
- * filter does not know, or refuse some that a server needs. That is found out before
- * READY=1, where it costs nobody a Secret: a forked child, which has none of the KEKs,
- * confines itself and does all that a server may come to do, and a second child probes
- * it. What they came through is then done in earnest.
+ * A trial run, which tells whether a confined server can work on this machine. Another libc,
+ * kernel, emulator or container runtime may make system calls that the filter does not know,
+ * or refuse calls that a server needs. The trial finds this before READY=1, while no Secret
+ * depends on the server.
+ *
+ * A forked child confines itself and does everything that a server may have to do. It has no
+ * KEK of the real ring. A second child probes it. If both succeed, the process confines
+ * itself in the same way.
+ *
+ * A rehearsal does not test the configured endpoints, uids and KEKs.
  */
 
-/* How a rehearsal went; RUINED: it could not be held. */
+/* Results of a rehearsal. RUINED means that it could not take place. */
 enum rehearsal { WELL, BADLY, RUINED };
 
-enum { REHEARSAL_SECONDS = 30, REHEARSAL_PROBE_MS = 20 * 1000 }; /* for a few milliseconds of work, on a machine that boots */
+/* Time limits of the children. Their work takes some milliseconds, but the machine may be busy booting. */
+enum { REHEARSAL_SECONDS = 30, REHEARSAL_PROBE_MS = 20 * 1000 };
 
+/* The sentence about a call that the filter does not allow. rehearse recognizes its beginning. */
 static const char forbidden[] = "system call %d is needed here, and is not one that the filter allows";
 
+/* Handles SIGSYS, by which the filter reports a call in a rehearsal. */
 static void on_forbidden_call(int signal, siginfo_t *info, void *context) {
     (void)signal;
     (void)context;
     die(forbidden, info->si_syscall);
 }
 
-/* Dies if a call has failed that a server does not look at when it makes it. */
+/* Dies if a call has failed. It is for calls whose result the server itself ignores. */
 static void must(const char *call, int result) {
     if (result < 0)
         die("%s: %s", call, strerror(errno));
 }
 
-/* What a server may come to do, but a probe does not make it do. */
+/* Does everything that a server may have to do and that a probe does not cause. */
 static void server_warm_up(struct server *s) {
     enum { BLOCKS = 16 };
     void *blocks[BLOCKS];
-    for (size_t size = HEAP_CLASS0_BYTES; size <= BUFFERED_MAX; size *= 4) { /* what malloc asks the kernel for */
+    for (size_t size = HEAP_CLASS0_BYTES; size <= BUFFERED_MAX; size *= 4) { /* malloc's system calls */
         for (size_t i = 0; i < BLOCKS; i++)
             blocks[i] = malloc(size);
         for (size_t i = 0; i < BLOCKS; i++)
@@ -4357,7 +4894,7 @@ static void server_warm_up(struct server *s) {
     must("getsockopt", getsockopt(s->listeners[0].source.fd, SOL_SOCKET, SO_TYPE, &type, &len));
     struct stat st;
     must("lstat", lstat("/", &st));
-    file_remove("/", &st); /* as if it were a socket: no directory is removed so */
+    file_remove("/", &st); /* as with a socket; without a flag unlinkat removes no directory */
     must("unlinkat", errno == ENOSYS ? -1 : 0);
     clocks_check();
     s->refused_unlogged = 1;
@@ -4366,7 +4903,10 @@ static void server_warm_up(struct server *s) {
     server_accept_from(s, true);
 }
 
-/* The child that serves, under a KEK of its own. `other` is what the filter does with a call that is in neither list. */
+/*
+ * The child that serves, under a random KEK of its own. `other` is the filter's action for
+ * calls in neither list.
+ */
 static void rehearse_server(const struct serve_options *asked, int listener, bool filtered, uint32_t other) {
     const struct sigaction tell = {.sa_sigaction = on_forbidden_call, .sa_flags = SA_SIGINFO};
     struct serve_options options = *asked;
@@ -4398,7 +4938,10 @@ static void rehearse_server(const struct serve_options *asked, int listener, boo
     server_free(s);
 }
 
-/* Reads what the children said, to its end; the first sentence of one that failed goes to `why`, without our name. */
+/*
+ * Reads the output of the children to its end. Copies the first sentence of one that failed
+ * to `why`, without the program's name.
+ */
 static void rehearsal_read(int fd, char *why, size_t cap) {
     static const char mark[] = "kmsplugin: ";
     char bytes[LOG_LINE_MAX], line[LOG_LINE_MAX];
@@ -4419,7 +4962,7 @@ static void rehearsal_read(int fd, char *why, size_t cap) {
     }
 }
 
-/* Waits for a child and gives its wait status, 0 if it ended well; -1 with errno if it cannot be waited for. */
+/* Waits for a child. Returns its wait status, which is 0 if it ended well, or -1 with errno. */
 static int child_wait(pid_t pid) {
     int status = 0;
     while (waitpid(pid, &status, 0) < 0)
@@ -4428,14 +4971,14 @@ static int child_wait(pid_t pid) {
     return status;
 }
 
-/* Makes a child's output go to `words`, and its life end in bounded time. */
+/* Directs a child's output to `words`, and limits its lifetime. */
 static void child_begin(int words) {
     must("dup2", dup2(words, STDOUT_FILENO));
     must("dup2", dup2(words, STDERR_FILENO));
     alarm(REHEARSAL_SECONDS);
 }
 
-/* A rehearsal that could not be held, for want of a call that has set errno. */
+/* Reports that a rehearsal could not take place because `call` has failed with errno. */
 static enum rehearsal rehearsal_ruined(const char *call, char *why, size_t cap) {
     struct text t = {.buf = why, .cap = cap - 1};
     text_add(&t, "no rehearsal could be held: %s: %s", call, strerror(errno));
@@ -4443,7 +4986,10 @@ static enum rehearsal rehearsal_ruined(const char *call, char *why, size_t cap) 
     return RUINED;
 }
 
-/* A listening socket of an abstract name that the kernel chooses, and a pipe. NULL, or with errno the call that failed. */
+/*
+ * Opens a listening socket with an abstract name that the kernel chooses, and a pipe. Returns
+ * NULL, or with errno the call that failed.
+ */
 static const char *rehearsal_open(int listener, struct sockaddr_un *address, socklen_t *len, int words[2]) {
     *address = (struct sockaddr_un){.sun_family = AF_UNIX};
     *len = sizeof *address;
@@ -4454,7 +5000,7 @@ static const char *rehearsal_open(int listener, struct sockaddr_un *address, soc
                                                                                       : NULL;
 }
 
-/* One rehearsal; if it did not go well, `why` has the reason. */
+/* Holds one rehearsal. If the result is not WELL, `why` has the reason. */
 static enum rehearsal rehearse(const struct serve_options *options, bool filtered, uint32_t other, char *why, size_t cap) {
     enum rehearsal went = WELL;
     struct sockaddr_un address;
@@ -4487,7 +5033,7 @@ static enum rehearsal rehearse(const struct serve_options *options, bool filtere
     if (went == WELL && probed < 0)
         went = rehearsal_ruined("waitpid", why, cap);
     if (server > 0 && kill(server, probed == 0 ? SIGTERM : SIGKILL) < 0)
-        went = rehearsal_ruined("kill", why, cap); /* it ends by its alarm */
+        went = rehearsal_ruined("kill", why, cap); /* its alarm ends it */
     else if (server > 0)
         served = child_wait(server);
     if (went == WELL)
@@ -4498,7 +5044,7 @@ static enum rehearsal rehearse(const struct serve_options *options, bool filtere
     struct text t = {.buf = why, .cap = cap - 1};
     bool named = strncmp(why, forbidden, 12) == 0; /* "system call " */
     if (WIFSIGNALED(served) && WTERMSIG(served) == SIGSYS && !named)
-        text_add(&t, forbidden, (int)SYS_write); /* which is why on_forbidden_call could not say so */
+        text_add(&t, forbidden, (int)SYS_write); /* without it on_forbidden_call could not report the call */
     else if (!why[0])
         text_add(&t, "a rehearsal did not come to its end");
     if (t.len > 0)
@@ -4506,7 +5052,10 @@ static enum rehearsal rehearse(const struct serve_options *options, bool filtere
     return BADLY;
 }
 
-/* Whether a server can work here with the filter. Dies if it has to, and cannot; or if it cannot even without. */
+/*
+ * Whether the server can work here with the filter. If it cannot, --sandbox require makes
+ * this function die. It also dies if the server cannot work even without the filter.
+ */
 static bool serve_rehearse(const struct serve_options *options, const struct ring *ring) {
     char why[LOG_LINE_MAX] = "madvise knows no MADV_DONTFORK: a rehearsal would have the KEKs", other[LOG_LINE_MAX];
     enum rehearsal went = RUINED;
@@ -4516,7 +5065,7 @@ static bool serve_rehearse(const struct serve_options *options, const struct rin
         if (went == WELL)
             return true;
         if (went == BADLY && rehearse(options, true, SECCOMP_RET_TRAP, other, sizeof other) == BADLY)
-            memcpy(why, other, sizeof why); /* which call it was */
+            memcpy(why, other, sizeof why); /* this reason names the call */
         if (options->sandbox == SANDBOX_REQUIRE)
             die("--sandbox require: seccomp: %s", why);
     }
@@ -5382,15 +5931,28 @@ static int audit(const struct ring *ring, bool strict, bool list) {
     return 0;
 }
 
-/* ----------------------------------------------------------------- Options */
+/* ----------------------------------------------------------------- Options
+ *
+ * The command line: its verbs, its options, and the help text. Each option has a function
+ * set_... that checks the value and stores it; the table in options_set says which verb it
+ * belongs to. Users and groups may be names, which are looked up in /etc/passwd and
+ * /etc/group.
+ *
+ * A wrong command line ends the program with a sentence and exit status 2, an unknown user or
+ * group with status 1.
+ *
+ * Nothing is opened, bound or read here, except /etc/passwd, /etc/group and the map of uids.
+ */
 
+/* The parsed command line. Strings are those of argv. */
 struct options {
     struct serve_options serve;
-    const char *argument, *expected_key_id, *all;
+    const char *argument, *expected_key_id, *all; /* of probe and unseal; of probe; of unseal */
     int64_t timeout_ms;
-    bool strict, list;
+    bool strict, list; /* of audit */
 };
 
+/* The text of --help. */
 static const char help[] =
     "Usage: kmsplugin [VERB] [OPTION]... [ARGUMENT]\n"
     "A Kubernetes KMS plugin (v2 and v1beta1) on a UNIX socket.\n"
@@ -5431,7 +5993,10 @@ static const char help[] =
     "  KMS_KEK_FILE                a file with one KEK in base64, or several with commas between\n"
     "  KMS_KEK                     the same text in the environment\n";
 
-/* A user's uid, or a group's gid: a number, or -1 for a name that has to be looked up. */
+/*
+ * Reads a uid or gid. Returns the number, or -1 for a name. A number that is too large, or
+ * any other word that begins with a digit or '-', is wrong usage.
+ */
 static long long id_parse(const char *option, const char *s) {
     long long n = decimal(s, UINT32_MAX - 1);
     if (n < 0 && (s[0] == '-' || (s[0] >= '0' && s[0] <= '9')))
@@ -5439,7 +6004,7 @@ static long long id_parse(const char *option, const char *s) {
     return n;
 }
 
-/* The id in a line "name:password:id:...", or -1 if the line is not of that name. */
+/* The id in a line "name:password:id:...", or -1 if the line is for another name. */
 static long long id_in_line(char *line, const char *name) {
     size_t len = strlen(name);
     char *id = strncmp(line, name, len) == 0 && line[len] == ':' ? strchr(line + len + 1, ':') : NULL;
@@ -5451,12 +6016,12 @@ static long long id_in_line(char *line, const char *name) {
 }
 
 /*
- * The id of a name in /etc/passwd or /etc/group, or -1. getpwnam and getgrnam would
- * ask name services, too, which a file without libraries cannot be sure to reach, and
- * make the static binary 9 KB larger.
+ * The id of a name in /etc/passwd or /etc/group, or -1. getpwnam and getgrnam would also ask
+ * name services, which need libraries that a static binary may not find, and they would make
+ * the static binary 9 KB larger.
  */
 static long long id_find(const char *path, const char *name) {
-    char bytes[1024], line[512]; /* what is cut off is behind the id */
+    char bytes[1024], line[512]; /* the id comes before the place where a long line is cut */
     size_t len = 0;
     long long id = -1;
     int fd = open(path, O_RDONLY | O_CLOEXEC);
@@ -5464,7 +6029,7 @@ static long long id_find(const char *path, const char *name) {
         ssize_t n = read(fd, bytes, sizeof bytes);
         more = n > 0;
         if (!more)
-            bytes[0] = '\n', n = 1; /* the last line may have none */
+            bytes[0] = '\n', n = 1; /* the last line may lack its newline */
         for (ssize_t i = 0; i < n && id < 0; i++) {
             if (bytes[i] == '\n') {
                 line[len] = '\0';
@@ -5494,7 +6059,7 @@ static gid_t gid_parse(const char *s) {
     return (gid_t)n;
 }
 
-/* Whether uids mean in this user namespace what they mean on the host. */
+/* Whether uids in this user namespace are the same as on the host. */
 static bool uid_map_is_identity(void) {
     char map[128];
     int fd = open("/proc/self/uid_map", O_RDONLY | O_CLOEXEC);
@@ -5508,6 +6073,7 @@ static bool uid_map_is_identity(void) {
     return number_next(&at) == 0 && number_next(&at) == 0 && number_next(&at) == UINT32_MAX;
 }
 
+/* Reads the list of --allow-uid, which replaces any earlier list. */
 static void options_allow(struct serve_options *o, const char *list) {
     char name[256];
     o->uid_count = 0;
@@ -5526,7 +6092,7 @@ static void options_allow(struct serve_options *o, const char *list) {
     }
 }
 
-/* Who may connect unless told otherwise: root and this process's own user. */
+/* Allows root and this process's own user to connect, the default of --allow-uid. */
 static void options_allow_default(struct serve_options *o) {
     uid_t own = geteuid();
     o->uids[o->uid_count++] = 0;
@@ -5536,6 +6102,7 @@ static void options_allow_default(struct serve_options *o) {
         o->uids[o->uid_count++] = own;
 }
 
+/* Reads an octal mode up to 0777. */
 static mode_t mode_parse(const char *s) {
     unsigned mode = 0;
     size_t len = 0;
@@ -5566,14 +6133,14 @@ static enum sandbox sandbox_parse(const char *s) {
     die_usage("--sandbox: auto, require or off");
 }
 
-/* Seconds with up to three decimals, in milliseconds. */
+/* Reads seconds with up to three decimals. Returns milliseconds. */
 static int64_t timeout_parse(const char *s) {
     enum { TIMEOUT_MAX_MS = 3600 * 1000 };
     const char *dot = strchr(s, '.');
     size_t whole = dot ? (size_t)(dot - s) : strlen(s), decimals = dot ? strlen(dot + 1) : 0;
     int64_t ms = 0;
     bool right = whole > 0 && whole <= 4 && decimals <= 3 && (!dot || decimals > 0);
-    for (size_t i = 0; right && i < whole + 3; i++) { /* "2.5" as 2500 */
+    for (size_t i = 0; right && i < whole + 3; i++) { /* reads "2.5" as 2500 */
         char c = i < whole ? s[i] : i - whole < decimals ? dot[1 + i - whole] : '0';
         right = c >= '0' && c <= '9';
         ms = 10 * ms + (c - '0');
@@ -5590,6 +6157,7 @@ static size_t max_connections_parse(const char *s) {
     return (size_t)n;
 }
 
+/* The verbs, and which of them take an argument. */
 enum verb { SERVE, PROBE, GENKEY, KEYID, UNSEAL, AUDIT, VERBS };
 
 static const struct {
@@ -5600,12 +6168,16 @@ static const struct {
     [KEYID] = {"keyid", false}, [UNSEAL] = {"unseal", true}, [AUDIT] = {"audit", false},
 };
 
+/*
+ * The options of serve, probe, unseal and audit, in this order. An option without a value
+ * ignores `value`.
+ */
 static void set_listen(struct options *o, const char *value) {
     struct sockaddr_un address;
     socklen_t address_len;
     if (o->serve.endpoint_count == LISTENERS_MAX)
         die_usage("--listen: more than %d endpoints", LISTENERS_MAX);
-    endpoint_require(value, &address, &address_len); /* before anything else is looked at */
+    endpoint_require(value, &address, &address_len); /* a wrong endpoint ends the program early */
     o->serve.endpoints[o->serve.endpoint_count++] = value;
 }
 
@@ -5661,7 +6233,10 @@ static void set_list(struct options *o, const char *value) {
     o->list = true;
 }
 
-/* One option of a verb. Returns whether it took the value. */
+/*
+ * Sets one option of a verb. `value` is the text after '=', or the next word of the command
+ * line, or NULL. Returns whether the option used it.
+ */
 static bool options_set(struct options *o, enum verb verb, const char *name, const char *value) {
     static const struct {
         const char *name;
@@ -5697,7 +6272,10 @@ static bool is_help(const char *s) {
     return strcmp(s, "-h") == 0 || strcmp(s, "--help") == 0;
 }
 
-/* Reads the command line. --help and --version end here, as does bad usage. */
+/*
+ * Reads the command line into `o`, and returns the verb. Ends the program for --help,
+ * --version and wrong usage.
+ */
 static enum verb options_parse(struct options *o, int argc, char **argv) {
     enum verb verb = SERVE;
     int i = 1;
@@ -5743,21 +6321,34 @@ static enum verb options_parse(struct options *o, int argc, char **argv) {
     return verb;
 }
 
-/* -------------------------------------------------------------------- Main */
+/* -------------------------------------------------------------------- Main
+ *
+ * The start of the process, and the verbs without a section of their own: serve, genkey,
+ * keyid. main protects the process, reads the command line, and calls one function for the
+ * verb.
+ *
+ * The order of steps in serve matters. Signals come first. Keys are loaded before anything
+ * can connect. The rehearsal comes before the sockets, and confinement after them. A listener
+ * becomes ready after the first sealing has succeeded.
+ *
+ * Nothing here handles a request: server_run does.
+ */
 
 /*
- * Standard descriptors that are closed, so that no file or socket of ours comes to be
- * one of them. /dev/null, the wrong way round: using it still is an error, and is told.
+ * Opens /dev/null for each standard descriptor that is closed. Otherwise the next file or
+ * socket would become standard input or output. The direction is the wrong one on purpose: to
+ * use the descriptor is still an error, and is reported.
  */
 static void descriptors_open(void) {
     for (int fd = STDIN_FILENO; fd <= STDERR_FILENO; fd++)
         if (fcntl(fd, F_GETFD) < 0 && errno == EBADF && open("/dev/null", fd == STDIN_FILENO ? O_WRONLY : O_RDONLY) != fd)
-            exit(1); /* nobody to tell */
+            exit(1); /* no descriptor is left to report on */
 }
 
 /*
- * Makes what the start has relocated read-only (GNU_RELRO of the program's headers): dynamic
- * linkers do, musl's start of a static-pie leaves it to us. The first object is the program.
+ * Makes those data read-only that nothing writes after the start of the program (GNU_RELRO in
+ * the program headers). Dynamic linkers do this; musl's start code of a static-pie does not.
+ * dl_iterate_phdr calls this function for the program first, and the result 1 ends its loop.
  */
 static int relro_protect(struct dl_phdr_info *program, size_t size, void *unused) {
     (void)size;
@@ -5773,8 +6364,12 @@ static int relro_protect(struct dl_phdr_info *program, size_t size, void *unused
     return 1;
 }
 
-#ifndef __GLIBC__ /* whose stdio is in memory anyway, and which declares __assert_fail otherwise */
-/* Where a library's assert ends. musl's own function would bring stdio, 8 KB, and what it prints is 7 KB of text. */
+/*
+ * assert in a library calls this function when it fails. musl's own version would add stdio (8
+ * KB) to the static binary, and its messages 7 KB of text. With glibc stdio is in memory anyway,
+ * and the declaration is another.
+ */
+#ifndef __GLIBC__
 _Noreturn void __assert_fail(const char *assertion, const char *file, int line, const char *function);
 _Noreturn void __assert_fail(const char *assertion, const char *file, int line, const char *function) {
     (void)assertion, (void)file, (void)line, (void)function;
@@ -5782,8 +6377,9 @@ _Noreturn void __assert_fail(const char *assertion, const char *file, int line, 
 }
 
 /*
- * nghttp2 words errors with this for a callback that we do not set. musl's own function is
- * 12 KB. This one knows what text_vadd knows, and returns the length of what fitted.
+ * nghttp2 calls this function to word errors, for a callback that is not set here. musl's own
+ * version is 12 KB. This one knows the conversions of text_vadd, and returns the length of the
+ * part that fits.
  */
 int vsnprintf(char *restrict out, size_t cap, const char *restrict format, va_list args);
 int vsnprintf(char *restrict out, size_t cap, const char *restrict format, va_list args) {
@@ -5795,14 +6391,14 @@ int vsnprintf(char *restrict out, size_t cap, const char *restrict format, va_li
 }
 #endif
 
-/* Keeps this process's memory out of core files and debuggers. */
+/* Keeps the memory of this process out of core files and away from debuggers. */
 static void dump_protect(void) {
     const struct rlimit none = {0, 0};
     prctl(PR_SET_DUMPABLE, 0);
     prlimit(0, RLIMIT_CORE, &none, NULL);
 }
 
-/* Logs that a listener is open, and what its kind is worth. */
+/* Logs that a listener is ready, and warns about an abstract name. */
 static void serve_announce(const struct server *s, const struct listener *l) {
     const struct ring *ring = s->kms.ring;
     char name[ENDPOINT_NAME_BYTES];
@@ -5815,9 +6411,9 @@ static void serve_announce(const struct server *s, const struct listener *l) {
 }
 
 /*
- * Waits until the kernel has entropy, which early in a boot it may not: from then on
- * getrandom(2) never blocks, in no turn. A call that blocks is what makes the kernel gather
- * some. SIGTERM ends it (on_early_signal).
+ * Waits until the kernel has enough entropy, which may take a while after boot. Afterwards
+ * getrandom(2) does not block in any turn. A blocking call makes the kernel collect entropy,
+ * so this function makes one. SIGTERM ends the wait (on_early_signal).
  */
 static void random_wait(void) {
     const struct timespec pause = {.tv_nsec = ACCEPT_PAUSE_MS * 1000000L};
@@ -5833,7 +6429,10 @@ static void random_wait(void) {
     }
 }
 
-/* A seal and an open before anybody is told that we are ready. False, and the reason in `a`, when they fail. */
+/*
+ * Seals and opens once, before the server says that it is ready. Returns false with the
+ * reason in `a` if that fails.
+ */
 static bool kms_try(struct kms *kms, struct answer *a) {
     kms_call(kms, V2_STATUS, (const uint8_t *)"", 0, a);
     kms_done(kms);
@@ -5841,6 +6440,7 @@ static bool kms_try(struct kms *kms, struct answer *a) {
     return a->code == GRPC_OK;
 }
 
+/* The verb serve. Returns the exit status after a signal has stopped the server. */
 static int serve(struct serve_options *options) {
     struct answer first;
     signals_hold();
@@ -5878,6 +6478,7 @@ static int serve(struct serve_options *options) {
     return 0;
 }
 
+/* The verb genkey: prints 32 random bytes in base64. */
 static int genkey(void) {
     uint8_t key[KEK_BYTES];
     char text[KEK_BYTES * 2];
@@ -5893,7 +6494,11 @@ static int genkey(void) {
     return 0;
 }
 
-/* apiserver_envelope_encryption_key_id_hash_total and its like show "sha256:" and a hash of the key_id. */
+/*
+ * The verb keyid: prints the key_id of each KEK, and "sha256:" with a hash of it. The API
+ * server shows the hash in its metrics, apiserver_envelope_encryption_key_id_hash_total for
+ * example.
+ */
 static int keyid(const struct ring *ring) {
     for (size_t i = 0; i < ring->count; i++) {
         br_sha256_context sha;
@@ -5908,7 +6513,7 @@ static int keyid(const struct ring *ring) {
     return 0;
 }
 
-/* Runs a verb that needs the ring and ends with it. */
+/* Runs a verb that needs the ring and ends with it. Returns its exit status. */
 static int with_ring(enum verb verb, const struct options *o) {
     struct ring *ring = ring_load();
     int rv = verb == KEYID   ? keyid(ring)
