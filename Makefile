@@ -125,6 +125,7 @@ proto:
 
 install: kmsplugin
 	install -D -m 0755 kmsplugin $(DESTDIR)$(SBINDIR)/kmsplugin
+	install -D -m 0755 deploy/kmsplugin-ring $(DESTDIR)$(SBINDIR)/kmsplugin-ring
 	install -D -m 0755 deploy/metrics/kmsplugin-textfile $(DESTDIR)$(SBINDIR)/kmsplugin-textfile
 	install -D -m 0644 doc/kmsplugin.8 $(DESTDIR)$(MANDIR)/man8/kmsplugin.8
 	install -D -m 0644 deploy/systemd/kmsplugin.tmpfiles $(DESTDIR)$(TMPFILESDIR)/kmsplugin.conf
@@ -132,7 +133,7 @@ install: kmsplugin
 	install -m 0644 $(UNITS) $(DESTDIR)$(UNITDIR)
 
 uninstall:
-	rm -f $(DESTDIR)$(SBINDIR)/kmsplugin $(DESTDIR)$(SBINDIR)/kmsplugin-textfile
+	rm -f $(addprefix $(DESTDIR)$(SBINDIR)/,kmsplugin kmsplugin-ring kmsplugin-textfile)
 	rm -f $(DESTDIR)$(MANDIR)/man8/kmsplugin.8 $(DESTDIR)$(TMPFILESDIR)/kmsplugin.conf
 	rm -f $(addprefix $(DESTDIR)$(UNITDIR)/,$(notdir $(UNITS)))
 
