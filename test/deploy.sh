@@ -100,12 +100,12 @@ boot() {
 echo '== files'
 require 'build' "$MAKE" -s kmsplugin static
 require 'make install' stage
-for file in sbin/kmsplugin sbin/kmsplugin-textfile share/man/man8/kmsplugin.8 lib/tmpfiles.d/kmsplugin.conf \
+for file in sbin/kmsplugin sbin/kmsplugin-ring sbin/kmsplugin-textfile share/man/man8/kmsplugin.8 lib/tmpfiles.d/kmsplugin.conf \
     lib/systemd/system/kmsplugin.service lib/systemd/system/kmsplugin.socket \
     lib/systemd/system/kmsplugin-textfile.service lib/systemd/system/kmsplugin-textfile.timer; do
     check "make install: $file" test -f "$tmp/stage/usr/local/$file"
 done
-check 'shellcheck' shellcheck -x test/deploy.sh test/deploy/boot.sh test/deploy/inside.sh deploy/openrc/kmsplugin deploy/metrics/kmsplugin-textfile
+check 'shellcheck' shellcheck -x test/deploy.sh test/deploy/boot.sh test/deploy/inside.sh deploy/openrc/kmsplugin deploy/kmsplugin-ring deploy/metrics/kmsplugin-textfile
 check 'man page: lint' lint_man doc/kmsplugin.8
 check 'man page: the options of --help' same "$(man_options)" "$(help_options)"
 check 'man page: the verbs of --help' same "$(man_verbs)" "$(help_verbs)"
