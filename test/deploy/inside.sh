@@ -525,4 +525,34 @@ check 'OpenRC: without the KEK it does not answer' not kmsplugin probe --timeout
 mv /etc/kmsplugin/away /etc/kmsplugin/kek
 check 'OpenRC: it tries on, until the KEK is there' soon kmsplugin probe
 rc-service kmsplugin stop >/dev/null 2>&1
+
+# ---- the Debian package, on the release that it was built for: installed, upgraded, removed, purged
+if grep -q "^VERSION_CODENAME=$(cat /test/deb/codename)\$" /etc/os-release; then
+    rm -rf /usr/local/sbin/kmsplugin* /usr/local/lib/systemd/system/kmsplugin* /usr/local/lib/tmpfiles.d/kmsplugin.conf /etc/init.d/kmsplugin /run/kmsplugin
+    systemctl daemon-reload
+    hash -r
+    check 'deb: is installed' dpkg -i /test/deb/kmsplugin_*.deb
+    check 'deb: nothing is started' not systemctl is-active kmsplugin.service kmsplugin.socket
+    check 'deb: nor enabled' not systemctl is-enabled kmsplugin.service kmsplugin.socket
+    doc start
+    process=$(property kmsplugin.service MainPID)
+    inode=$(stat -c %i /run/kmsplugin/kms.sock)
+    check 'deb: is upgraded' dpkg -i /test/deb/kmsplugin_*.deb
+    check 'deb: answers still' kmsplugin probe
+    check 'deb: another process' not same "$(property kmsplugin.service MainPID)" "$process"
+    check 'deb: which runs what is installed' same \
+        "$(stat -L -c %i "/proc/$(property kmsplugin.service MainPID)/exe")" "$(stat -c %i /usr/sbin/kmsplugin)"
+    check 'deb: the same socket' same "$(stat -c %i /run/kmsplugin/kms.sock)" "$inode"
+    systemctl stop kmsplugin.service kmsplugin.socket
+    check 'deb: is upgraded, and not running' dpkg -i /test/deb/kmsplugin_*.deb
+    systemctl start kmsplugin.socket kmsplugin.service
+    check 'deb: is removed' dpkg -r kmsplugin
+    check 'deb: nothing runs' not pgrep -x kmsplugin
+    check 'deb: nothing listens' not systemctl is-active kmsplugin.service kmsplugin.socket
+    ls /etc/kmsplugin >/tmp/keys
+    check 'deb: is purged' dpkg --purge kmsplugin
+    cp "$log" "$said"
+    check 'deb: which says that the keys stay' grep -q 'the keys stay in /etc/kmsplugin' "$said"
+    check 'deb: the keys are there' eval '[ -s /etc/kmsplugin/kek ] && ls /etc/kmsplugin | diff - /tmp/keys'
+fi
 echo end
