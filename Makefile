@@ -1,9 +1,12 @@
 # kmsplugin: make builds ./kmsplugin, make help lists the rest.
 
 VERSION = 0.1.0
+# Placeholders, for who publishes a package to fill in: nowhere else is either named.
+MAINTAINER = The kmsplugin authors <kmsplugin@localhost.localdomain>
+HOMEPAGE = https://kmsplugin.invalid/
 BEARSSL_VERSION ?= 0.6
 # The time that release files bear: the day of the last entry in release/debian/changelog.
-SOURCE_DATE_EPOCH ?= $(shell date -ud "$$(sed -n 's/^ -- .*>  //p' release/debian/changelog | head -n 1)" +%s)
+SOURCE_DATE_EPOCH ?= $(shell date -ud "$$(sed -n 's/^ -- .*@  //p' release/debian/changelog | head -n 1)" +%s)
 
 PREFIX ?= /usr/local
 SBINDIR ?= $(PREFIX)/sbin
@@ -118,13 +121,23 @@ deb: dist
 	cp build/$(DIST).tar.gz build/deb/kmsplugin_$(VERSION).orig.tar.gz
 	tar -xzf build/$(DIST).tar.gz -C build/deb
 	cp -R release/debian build/deb/$(DIST)/debian
+	cd build/deb/$(DIST)/debian && sed -i 's|@MAINTAINER@|$(MAINTAINER)|; s|@HOMEPAGE@|$(HOMEPAGE)|' control changelog
 	cd build/deb/$(DIST) && env -u MAKEFLAGS -u MFLAGS -u MAKELEVEL dpkg-buildpackage -us -uc
 
 proto:
 	$(PROTOC_C) --c_out=. kms.proto
 
-install: kmsplugin
-	install -D -m 0755 kmsplugin $(DESTDIR)$(SBINDIR)/kmsplugin
+# The release build, where there is one. A package's program is not to be hidden behind this one unnoticed.
+PACKAGED = /usr/sbin/kmsplugin
+INSTALL_PROGRAM ?= $(firstword $(wildcard build/static/kmsplugin) kmsplugin)
+install: $(filter kmsplugin,$(INSTALL_PROGRAM))
+	@[ -n '$(DESTDIR)$(OVER_PACKAGE)' ] || [ ! -e $(PACKAGED) ] || { echo '$(PACKAGED) is there, of a package:' \
+		'remove that, or make install OVER_PACKAGE=1' >&2; exit 1; }
+	@[ kmsplugin = $(INSTALL_PROGRAM) ] || [ -z "$$(find $(SOURCES) -newer $(INSTALL_PROGRAM))" ] || { \
+		echo '$(INSTALL_PROGRAM) is older than its sources: make static, or INSTALL_PROGRAM=kmsplugin' >&2; exit 1; }
+	@echo 'installing $(INSTALL_PROGRAM)$(if $(filter kmsplugin,$(INSTALL_PROGRAM)),: on the libraries of this system; make static makes the release build)'
+	install -D -m 0755 $(INSTALL_PROGRAM) $(DESTDIR)$(SBINDIR)/kmsplugin
+	install -D -m 0755 deploy/kmsplugin-ring $(DESTDIR)$(SBINDIR)/kmsplugin-ring
 	install -D -m 0755 deploy/metrics/kmsplugin-textfile $(DESTDIR)$(SBINDIR)/kmsplugin-textfile
 	install -D -m 0644 doc/kmsplugin.8 $(DESTDIR)$(MANDIR)/man8/kmsplugin.8
 	install -D -m 0644 deploy/systemd/kmsplugin.tmpfiles $(DESTDIR)$(TMPFILESDIR)/kmsplugin.conf
@@ -132,7 +145,7 @@ install: kmsplugin
 	install -m 0644 $(UNITS) $(DESTDIR)$(UNITDIR)
 
 uninstall:
-	rm -f $(DESTDIR)$(SBINDIR)/kmsplugin $(DESTDIR)$(SBINDIR)/kmsplugin-textfile
+	rm -f $(addprefix $(DESTDIR)$(SBINDIR)/,kmsplugin kmsplugin-ring kmsplugin-textfile)
 	rm -f $(DESTDIR)$(MANDIR)/man8/kmsplugin.8 $(DESTDIR)$(TMPFILESDIR)/kmsplugin.conf
 	rm -f $(addprefix $(DESTDIR)$(UNITDIR)/,$(notdir $(UNITS)))
 

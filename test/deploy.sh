@@ -7,7 +7,7 @@
 #
 # Needs root, cgroup v2 mounted, and:
 #
-#     apt-get install debootstrap mandoc shellcheck python3-yaml
+#     apt-get install debootstrap mandoc shellcheck python3-yaml debhelper
 #
 # and what make static needs. The roots (test/root.sh) are kept in build/deploy for a day. The last line tells how many
 # tests passed, failed and were skipped.
@@ -19,7 +19,7 @@ MAKE=${MAKE:-make}
 . test/lib.sh
 
 PACKAGES=systemd,openrc,curl,sqlite3,xxd,procps,etcd-server,etcd-client,prometheus,prometheus-node-exporter,\
-protobuf-compiler,python3-protobuf,python3-grpcio,python3-cryptography
+protobuf-compiler,python3-protobuf,python3-grpcio,python3-cryptography,libbearssl0,libprotobuf-c1
 
 # The options, by verb, that --help has and the man page has.
 help_options() { ./kmsplugin --help | sed -n 's/^ *\(-h, \)\{0,1\}\(--[a-z-]*\).*/\2/p' | sort; }
@@ -62,11 +62,14 @@ blocks() {
         END { exit bad }' doc/operate.md
 }
 
-# What goes onto the machines: what `make install` does, with the release build, and the tests in /test.
+# What goes onto the machines: what `make install` does, with the release build, and the tests in /test. The Debian
+# package is for the release that it is built on.
 stage() {
     "$MAKE" -s install DESTDIR="$tmp/stage" PREFIX=/usr/local &&
-        install -m 0755 build/static/kmsplugin "$tmp/stage/usr/local/sbin/" &&
-        mkdir -p "$tmp/stage/test/test" &&
+        cmp build/static/kmsplugin "$tmp/stage/usr/local/sbin/kmsplugin" &&
+        mkdir -p "$tmp/stage/test/test" "$tmp/stage/test/deb" &&
+        "$MAKE" -s deb >&2 && cp build/deb/kmsplugin_*.deb "$tmp/stage/test/deb/" &&
+        sed -n 's/^VERSION_CODENAME=//p' /etc/os-release >"$tmp/stage/test/deb/codename" &&
         cp -R test/*.py test/deploy "$tmp/stage/test/test/" &&
         cp -R deploy kms.proto "$tmp/stage/test/" || return 1
 }
@@ -100,12 +103,20 @@ boot() {
 echo '== files'
 require 'build' "$MAKE" -s kmsplugin static
 require 'make install' stage
-for file in sbin/kmsplugin sbin/kmsplugin-textfile share/man/man8/kmsplugin.8 lib/tmpfiles.d/kmsplugin.conf \
+cp "$tmp/output" "$tmp/said"
+check 'make install: says which program' grep -qx 'installing build/static/kmsplugin' "$tmp/said"
+check 'make install: not over a package' fails "$MAKE" -s install PREFIX="$tmp/prefix" PACKAGED=/bin/sh
+check 'make install: nothing is there' fails test -e "$tmp/prefix"
+check 'make install: unless told to' "$MAKE" -s install PREFIX="$tmp/prefix" PACKAGED=/bin/sh OVER_PACKAGE=1 INSTALL_PROGRAM=kmsplugin
+check 'make install: the other program' cmp kmsplugin "$tmp/prefix/sbin/kmsplugin"
+check 'make uninstall' "$MAKE" -s uninstall PREFIX="$tmp/prefix"
+check 'make uninstall: no file is left' silent find "$tmp/prefix" -type f
+for file in sbin/kmsplugin sbin/kmsplugin-ring sbin/kmsplugin-textfile share/man/man8/kmsplugin.8 lib/tmpfiles.d/kmsplugin.conf \
     lib/systemd/system/kmsplugin.service lib/systemd/system/kmsplugin.socket \
     lib/systemd/system/kmsplugin-textfile.service lib/systemd/system/kmsplugin-textfile.timer; do
     check "make install: $file" test -f "$tmp/stage/usr/local/$file"
 done
-check 'shellcheck' shellcheck -x test/deploy.sh test/deploy/boot.sh test/deploy/inside.sh deploy/openrc/kmsplugin deploy/metrics/kmsplugin-textfile
+check 'shellcheck' shellcheck -x test/deploy.sh test/deploy/boot.sh test/deploy/inside.sh deploy/openrc/kmsplugin deploy/kmsplugin-ring deploy/metrics/kmsplugin-textfile
 check 'man page: lint' lint_man doc/kmsplugin.8
 check 'man page: the options of --help' same "$(man_options)" "$(help_options)"
 check 'man page: the verbs of --help' same "$(man_verbs)" "$(help_verbs)"

@@ -181,7 +181,7 @@ lint:
 	cppcheck --quiet --enable=warning,performance,portability --suppress=preprocessorErrorDirective --error-exitcode=1 $(subst -std=,--std=,$(STD)) kmsplugin.c
 	gcc $(STD) -O2 -fanalyzer -Werror -c -o /dev/null kmsplugin.c
 	scan-build --status-bugs -o build/scan clang $(STD) -c -o /dev/null kmsplugin.c >/dev/null
-	shellcheck -x $(wildcard *.sh test/*.sh test/*/*.sh release/*.sh) deploy/openrc/kmsplugin deploy/metrics/kmsplugin-textfile .ci/run
+	shellcheck -x $(wildcard *.sh test/*.sh test/*/*.sh release/*.sh) deploy/openrc/kmsplugin deploy/kmsplugin-ring deploy/metrics/kmsplugin-textfile .ci/run
 
 .PHONY: test test-kube test-cluster test-hostile test-inject test-ct test-deploy test-distros test-arch test-kernel test-libs test-release soak fuzz fuzz-seeds \
 	prove lint size gate bench bench-memory bench-doc

@@ -47,7 +47,7 @@ soon() {
 }
 
 property() { systemctl show --property="$2" --value "$1"; }
-ids() { KMS_KEK_FILE=/etc/kmsplugin/kek kmsplugin keyid | cut -d ' ' -f 1; }
+ids() { kmsplugin-ring run keyid | cut -d ' ' -f 1; }
 first() { ids | head -n 1; }
 sealing() { journalctl --no-pager -o cat -u kmsplugin.service | sed -n 's/.*msg=ready.* key_id=\([0-9a-f]*\).*/\1/p' | tail -n 1; }
 # Never 0, which would be this script itself.
@@ -90,10 +90,75 @@ for unit in kmsplugin.service kmsplugin-textfile.service; do
     fi
 done
 
+# ---- what the guide takes for granted: a medium, another control plane, a kubelet
+mkdir -p /mnt/offline
+ln -s /test/deploy deploy
+cat >/usr/local/bin/ssh <<'X'
+#!/bin/sh
+# the other control plane: this one, with another /etc/kmsplugin
+shift
+mkdir -p /tmp/cp-2 /etc/kmsplugin
+exec unshare --mount sh -euc 'mount --bind /tmp/cp-2 /etc/kmsplugin; exec "$@"' sh "$@"
+X
+cat >/usr/local/bin/crictl <<'X'
+#!/bin/sh
+# a container that ends is started again by the kubelet
+case $1 in
+ps)   echo kmsplugin-container ;;
+stop) [ "$2" = kmsplugin-container ] && systemctl restart pod.service ;;
+esac
+X
+chmod +x /usr/local/bin/ssh /usr/local/bin/crictl
+export key_id='' old='' new=''
+
+# made VARIANT: the first KEK, from nothing, on two control planes.
+made() {
+    variant=$1
+    rm -rf /etc/kmsplugin /tmp/cp-2 /mnt/offline/*
+    doc kek-offer
+    check "$variant: nothing is there before it lies offline" not ls /etc/kmsplugin/kek /etc/kmsplugin/kek.cred
+    doc kek-create
+    check "$variant: the KEK is for root alone" same "$(stat -c '%a %u' /etc/kmsplugin/kek*)" '600 0'
+    key_id=$(first)
+    doc kek-others
+    check "$variant: two control planes, one KEK" same "$(ssh cp-2 kmsplugin-ring run keyid | cut -d ' ' -f 1)" "$key_id"
+}
+
+# rotated VARIANT: old to new, with values in etcd; the pod is restarted.
+rotated() {
+    variant=$1
+    old=$(first)
+    check "$variant: values" eval 'values && put example && put older'
+    doc rotate-offer
+    doc rotate-add
+    restarted
+    check "$variant, 1: two KEKs, the old one seals" same "$(answers) $(ids | wc -l)" "$old 2"
+    check "$variant, 1: the KEKs are for root alone" same "$(stat -c '%a %u' /etc/kmsplugin/kek* | sort -u)" '600 0'
+    new=$(ids | tail -n 1)
+    doc rotate-others
+    doc rotate-seal
+    restarted
+    check "$variant, 2: the new one seals" same "$(answers) $(ids | tail -n 1)" "$new $old"
+    docfails rotate-retire
+    check "$variant, 2: it names what is under the old one" grep -q /registry/secrets/default/example "$said"
+    check "$variant, 2: rewrite" eval 'values && put example && put older'
+    doc rotate-retire
+    restarted
+    check "$variant, 3: the new one alone" same "$(answers) $(ids)" "$new $new"
+    check "$variant, 3: all of it opens" list
+    # shellcheck disable=SC2029 # that is what is wanted
+    ssh cp-2 kmsplugin-ring seal-with "$new" >/dev/null
+    # shellcheck disable=SC2016 # for the sh there
+    check "$variant: the other control plane, in its own time" sh -c \
+        'etcdctl get --prefix /registry/secrets -w protobuf | ssh cp-2 kmsplugin-ring retire "$old"'
+    check "$variant: the same ring there" same "$(ssh cp-2 kmsplugin-ring run keyid)" "$(kmsplugin-ring run keyid)"
+}
+restarted() { [ "$variant" != pod ] || doc pod-restart; }
+answers() { kmsplugin probe | sed -n 's/^key_id \([0-9a-f]*\) .*/\1/p'; }
+
 # ---- the key; the service
 useradd --system --user-group --no-create-home kube-apiserver
-doc kek
-check 'the KEK is for root alone' same "$(stat -c '%a %u' /etc/kmsplugin/kek)" '600 0'
+made 'unit, plain'
 doc start
 check 'no warning in the log' not sh -c 'journalctl --no-pager -u kmsplugin.service | grep level=warn'
 check 'it seals under the KEK' same "$(sealing)" "$(first)"
@@ -177,17 +242,17 @@ systemctl stop runtimedir.service
 
 # ---- the KEK sealed, and plain again
 if [ "$systemd" -ge 250 ]; then
-    doc seal
+    cp /etc/kmsplugin/kek /tmp/kek
     doc sealed
-    check 'the sealed KEK is not the KEK' not grep -qF "$(cat /etc/kmsplugin/kek)" /etc/kmsplugin/kek.cred
-    mv /etc/kmsplugin/kek /etc/kmsplugin/away
-    check 'without the plain file it starts' systemctl restart kmsplugin.service
-    mv /etc/kmsplugin/away /etc/kmsplugin/kek
-    check 'it seals under the sealed KEK' same "$(sealing)" "$(first)"
+    doc seal
+    check 'the plain KEK is gone' same "$(ls /etc/kmsplugin)" kek.cred
+    check 'the sealed KEK is not the KEK' not grep -qF "$(cat /tmp/kek)" /etc/kmsplugin/kek.cred
+    check 'it seals under the sealed KEK' same "$(sealing) $(first)" "$key_id $key_id"
     check 'the drop-in of the guide is that in deploy' sh -c \
         "grep -v '^#' /test/deploy/systemd/sealed-kek.conf | diff - /etc/systemd/system/kmsplugin.service.d/sealed-kek.conf"
     doc plain
-    check 'it seals under the plain KEK' same "$(sealing)" "$(first)"
+    check 'it seals under the plain KEK' same "$(sealing) $(first)" "$key_id $key_id"
+    check 'which is what it was' cmp /tmp/kek /etc/kmsplugin/kek
 else
     for block in seal sealed plain; do
         echo "ran $block"
@@ -214,10 +279,11 @@ export ETCDCTL_API=3
 check 'etcd runs' soon etcdctl endpoint health
 # values: writes sealed objects to /tmp/values, under the KEK that now seals, and one under a stranger's.
 values() {
+    kmsplugin-ring print >/tmp/ring
     PYTHONPATH=/test/test python3 - <<'X'
 import base64, os, pathlib
 import sealed
-kek = base64.b64decode(open('/etc/kmsplugin/kek').read().split(',')[0])
+kek = base64.b64decode(open('/tmp/ring').read().split(',')[0])
 to = pathlib.Path('/tmp/values')
 to.mkdir(exist_ok=True)
 example = b'k8s\0\n\x0c\n\x02v1\x12\x06Secret' + bytes(range(256)) + b'\n'
@@ -229,7 +295,11 @@ key = b'/registry/secrets/default/'
 X
 }
 put() { etcdctl put "/registry/secrets/default/$1" <"/tmp/values/${2:-$1}"; }
-list() { etcdctl get --prefix /registry/secrets -w protobuf | KMS_KEK_FILE=/etc/kmsplugin/kek kmsplugin audit --strict --list; }
+list() { etcdctl get --prefix /registry/secrets -w protobuf | kmsplugin-ring run audit --strict --list; }
+doc prepare
+check 'the folder that the API server mounts is there before it is named' test -d /etc/kubernetes/encryption
+doc encrypt
+check 'the configuration encrypts' cmp /test/deploy/encryption-v2.yaml /etc/kubernetes/encryption/config.yaml
 check 'values' values
 check 'put' eval 'put example && put older && put plain object'
 docfails audit-strict
@@ -238,20 +308,11 @@ etcdctl del /registry/secrets/default/plain >/dev/null
 doc audit-strict
 
 # ---- rotation
-old=$(first)
-doc rotate-1
-check '1: two KEKs, the old one seals' same "$(sealing) $(ids | wc -l)" "$old 2"
-check '1: the KEK is still for root alone' same "$(stat -c '%a %u' /etc/kmsplugin/kek)" '600 0'
-new=$(ids | tail -n 1)
-doc rotate-2
-check '2: the new one seals' same "$(sealing) $(ids | tail -n 1)" "$new $old"
-docfails audit
-check '2: names what is under the old one' grep -q /registry/secrets/default/example "$said"
-check 'rewrite' eval 'values && put example && put older'
-doc audit
-doc rotate-3
-check '3: the new one alone' same "$(sealing) $(ids)" "$new $new"
-check '3: all of it opens' list
+rotated 'unit, plain'
+doc rotate-back
+check 'a backup from before: both open, the new one seals' same "$(ids | tr '\n' ' ')" "$new $old "
+doc rotate-retire
+check 'and it is retired again' same "$(ids)" "$new"
 
 # ---- rescue
 doc rescue
@@ -388,13 +449,53 @@ check 'an error at start ends in a restart, not in a failed socket' sh -euc '
     sleep 2
     kmsplugin probe'
 
-# ---- root without any capability and with nothing to write, as in the static pod
-systemctl stop kmsplugin.service kmsplugin.socket
-systemd-run --quiet --unit=pod-test --property=CapabilityBoundingSet= --property=NoNewPrivileges=yes --property=ProtectSystem=strict \
-    --property=ReadWritePaths=/run/kmsplugin --setenv=KMS_KEK_FILE=/etc/kmsplugin/kek kmsplugin serve --sandbox require
-check 'as in the static pod: it answers' soon kmsplugin probe
-check 'as in the static pod: mode 0600, root' same "$(stat -c '%a %U' /run/kmsplugin/kms.sock)" '600 root'
-systemctl stop pod-test
+# ---- turned off, and uninstalled
+doc prepare-again
+check 'all is plaintext again' eval 'put example object && put older object'
+doc audit-off
+ls /etc/kmsplugin >/tmp/keys
+doc uninstall
+check 'nothing answers' not kmsplugin probe --timeout 1
+for unit in kmsplugin.service kmsplugin.socket kmsplugin-textfile.timer; do
+    check "$unit is not enabled" not systemctl is-enabled $unit
+done
+check 'no drop-in is left' not ls -d /etc/systemd/system/kmsplugin.service.d /etc/systemd/system/kmsplugin.socket.d
+check 'the keys are' eval 'ls /etc/kmsplugin | diff - /tmp/keys'
+
+# ---- a whole life with a sealed KEK
+if [ "$systemd" -ge 250 ]; then
+    rm -rf /etc/kmsplugin
+    doc sealed
+    made 'unit, sealed'
+    check 'unit, sealed: it never lay there in plain' same "$(ls /etc/kmsplugin)" kek.cred
+    doc start
+    rotated 'unit, sealed'
+    check 'unit, sealed: no KEK in plain' not grep -rF -f /mnt/offline/kek-1 -f /mnt/offline/kek-2 /etc/kmsplugin
+    doc restart
+    doc uninstall
+fi
+
+# ---- a whole life as a static pod: root without any capability and with nothing to write, as its manifest has it
+made pod
+cat >/etc/systemd/system/pod.service <<'X'
+[Service]
+Type=notify
+CapabilityBoundingSet=
+NoNewPrivileges=yes
+ProtectSystem=strict
+ReadWritePaths=/run/kmsplugin
+BindReadOnlyPaths=/etc/kmsplugin:/etc/kmsplugin
+Environment=KMS_KEK_FILE=/etc/kmsplugin/kek
+ExecStart=kmsplugin serve --sandbox require
+Restart=always
+X
+systemctl daemon-reload
+{ soon test -e /etc/kubernetes/manifests/kmsplugin.yaml && systemctl start pod.service; } &
+doc pod
+wait
+check 'pod: mode 0600, root' same "$(stat -c '%a %U' /run/kmsplugin/kms.sock)" '600 root'
+rotated pod
+systemctl stop pod.service
 
 # ---- OpenRC
 rm -rf /run/kmsplugin
@@ -424,4 +525,34 @@ check 'OpenRC: without the KEK it does not answer' not kmsplugin probe --timeout
 mv /etc/kmsplugin/away /etc/kmsplugin/kek
 check 'OpenRC: it tries on, until the KEK is there' soon kmsplugin probe
 rc-service kmsplugin stop >/dev/null 2>&1
+
+# ---- the Debian package, on the release that it was built for: installed, upgraded, removed, purged
+if grep -q "^VERSION_CODENAME=$(cat /test/deb/codename)\$" /etc/os-release; then
+    rm -rf /usr/local/sbin/kmsplugin* /usr/local/lib/systemd/system/kmsplugin* /usr/local/lib/tmpfiles.d/kmsplugin.conf /etc/init.d/kmsplugin /run/kmsplugin
+    systemctl daemon-reload
+    hash -r
+    check 'deb: is installed' dpkg -i /test/deb/kmsplugin_*.deb
+    check 'deb: nothing is started' not systemctl is-active kmsplugin.service kmsplugin.socket
+    check 'deb: nor enabled' not systemctl is-enabled kmsplugin.service kmsplugin.socket
+    doc start
+    process=$(property kmsplugin.service MainPID)
+    inode=$(stat -c %i /run/kmsplugin/kms.sock)
+    check 'deb: is upgraded' dpkg -i /test/deb/kmsplugin_*.deb
+    check 'deb: answers still' kmsplugin probe
+    check 'deb: another process' not same "$(property kmsplugin.service MainPID)" "$process"
+    check 'deb: which runs what is installed' same \
+        "$(stat -L -c %i "/proc/$(property kmsplugin.service MainPID)/exe")" "$(stat -c %i /usr/sbin/kmsplugin)"
+    check 'deb: the same socket' same "$(stat -c %i /run/kmsplugin/kms.sock)" "$inode"
+    systemctl stop kmsplugin.service kmsplugin.socket
+    check 'deb: is upgraded, and not running' dpkg -i /test/deb/kmsplugin_*.deb
+    systemctl start kmsplugin.socket kmsplugin.service
+    check 'deb: is removed' dpkg -r kmsplugin
+    check 'deb: nothing runs' not pgrep -x kmsplugin
+    check 'deb: nothing listens' not systemctl is-active kmsplugin.service kmsplugin.socket
+    ls /etc/kmsplugin >/tmp/keys
+    check 'deb: is purged' dpkg --purge kmsplugin
+    cp "$log" "$said"
+    check 'deb: which says that the keys stay' grep -q 'the keys stay in /etc/kmsplugin' "$said"
+    check 'deb: the keys are there' eval '[ -s /etc/kmsplugin/kek ] && ls /etc/kmsplugin | diff - /tmp/keys'
+fi
 echo end

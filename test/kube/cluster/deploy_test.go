@@ -185,7 +185,7 @@ func TestDeployStaticPod(t *testing.T) {
 	pod := a.admitted(t, mirror(parse(t, text), node))
 	spec, c := pod.Spec, pod.Spec.Containers[0]
 	socket, socketKind := mounted(pod, "/run/kmsplugin")
-	key, keyKind := mounted(pod, "/etc/kmsplugin/kek")
+	key, keyKind := mounted(pod, "/etc/kmsplugin")
 	for want, got := range map[string]bool{
 		"one container":           len(spec.Containers) == 1 && len(spec.InitContainers) == 0,
 		"system-node-critical":    spec.PriorityClassName == "system-node-critical",
@@ -203,8 +203,8 @@ func TestDeployStaticPod(t *testing.T) {
 		"a probe by exec":         slices.Equal(c.LivenessProbe.Exec.Command, []string{"/kmsplugin", "probe"}),
 		"five seconds for it":     c.LivenessProbe.TimeoutSeconds == 5,
 		"at most 64 MiB":          c.Resources.Limits.Memory().Value() <= 64<<20,
-		"no key in a variable":    slices.Equal(c.Env, []corev1.EnvVar{{Name: "KMS_KEK_FILE", Value: key}}) && len(c.EnvFrom) == 0,
-		"the key, a file":         key != "" && keyKind == corev1.HostPathFile,
+		"no key in a variable":    slices.Equal(c.Env, []corev1.EnvVar{{Name: "KMS_KEK_FILE", Value: key + "/kek"}}) && len(c.EnvFrom) == 0,
+		"the key's directory":     key != "" && keyKind == corev1.HostPathDirectory,
 		"the socket's directory":  socket == "/run/kmsplugin" && socketKind == corev1.HostPathDirectoryOrCreate,
 		"host paths and no other": !slices.ContainsFunc(spec.Volumes, func(v corev1.Volume) bool { return v.HostPath == nil }),
 	} {
