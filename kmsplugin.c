@@ -162,7 +162,7 @@ enum {
     DRAIN_TIMEOUT_MS = 5 * 1000,        /* from SIGTERM to exit */
     ACCEPT_PAUSE_MS = 100,              /* out of descriptors: pause before the next accept */
     REFUSED_LOG_MS = 1000,              /* refused peers cause at most one log line in this time */
-    MINUTE_MS = 60 * 1000,              /* a connection causes at most one line per method in this time */
+    MINUTE_MS = 60 * 1000,              /* period of LINES_A_MINUTE, and of a connection's log lines on one method */
     LINES_A_MINUTE = 120,               /* log lines that peers can cause: some 30 megabytes a day at most */
     TIDY_AFTER_MS = 1000,               /* after this time without traffic the heap returns unused memory */
     STALE_RETRY_MS = 100,               /* time for a new server between bind and listen */
@@ -518,7 +518,7 @@ struct conn {
     size_t out_sent, out_len;
     size_t used[RESOURCES];
     size_t unread; /* bytes of answers that are part of used[BUFFERED] */
-    size_t unconsumed; /* bytes received, and not yet given back to the peer's window */
+    size_t unconsumed; /* bytes received, by which the peer's window is still to be extended */
     struct trace traces[RPCS];
 };
 
@@ -560,7 +560,7 @@ struct server {
     struct conn *conns;
     struct user users[ALLOWED_UIDS_MAX];
     size_t user_count;
-    size_t used[RESOURCES], limit[RESOURCES]; /* sums over the open connections; closed ones do not count */
+    size_t used[RESOURCES], limit[RESOURCES]; /* sums over the open connections, and their limits */
     uint8_t *page; /* the text of /metrics, rendered once in a turn; from malloc */
     size_t page_len;
     nghttp2_session_callbacks *callbacks;
@@ -583,8 +583,8 @@ struct server {
 
 /* -------------------------------------------------------------------- Text
  *
- * Text for people: log lines, sentences on stderr, output of the verbs. A small printf makes
- * it.
+ * Text for people: log lines, sentences on stderr, output of the verbs. The small printf
+ * below formats it.
  *
  * The printf knows %s %.*s %c %d %u %x %lu %llu %zu, %% and widths padded with zeros. The
  * compiler checks its arguments as it does for printf. (stdio's printf would be a tenth of
@@ -1899,7 +1899,7 @@ static void v2_decrypt(struct kms *kms, const void *message, struct answer *a) {
 
 /*
  * Every v1 request carries the version of the API. Returns false and makes the answer an
- * error if it is another.
+ * error if the version is wrong.
  */
 static bool v1_version_right(struct answer *a, const char *version) {
     if (strcmp(version, "v1beta1") == 0)
@@ -2280,7 +2280,7 @@ static bool request_content_length(struct request *r, const uint8_t *value, size
     return len > 0 && len <= DIGITS_MAX;
 }
 
-/* Finds the RPC that a path names; RPC_UNKNOWN if it names none. */
+/* Finds the RPC that a path names, RPC_UNKNOWN if it names none. Recognizes /metrics. */
 static void request_path(struct request *r, const uint8_t *value, size_t len) {
     r->metrics = IS(value, len, "/metrics");
     r->rpc = 0;
@@ -2547,7 +2547,7 @@ static void conn_close(struct conn *c, const char *why) {
 
 /*
  * The user who holds most of a resource, or NULL if nobody holds any. The user `asking` is
- * counted with the `more` units that it asks for, and is chosen among equals.
+ * counted with the `more` units that it asks for, and is chosen in a tie.
  */
 static struct user *server_heaviest_user(struct server *s, enum resource r, const struct user *asking, size_t more) {
     struct user *heaviest = NULL;
@@ -2563,7 +2563,7 @@ static struct user *server_heaviest_user(struct server *s, enum resource r, cons
     return heaviest;
 }
 
-/* The connection of a user that holds most of a resource, or NULL if the user has none. */
+/* Of a user's connections, the one that holds most of a resource; NULL if there is none. */
 static struct conn *server_heaviest_conn(const struct server *s, const struct user *user, enum resource r) {
     struct conn *heaviest = NULL;
     for (struct conn *c = s->conns; c; c = c->next)
@@ -2573,8 +2573,8 @@ static struct conn *server_heaviest_conn(const struct server *s, const struct us
 }
 
 /*
- * Closes the connection of a user that holds most of a resource. Returns false, and closes
- * nothing, if the user has none or if it is `self`.
+ * Closes, of a user's connections, the one that holds most of a resource. Returns false, and
+ * closes nothing, if there is none or if that connection is `self`.
  */
 static bool server_shed(struct server *s, struct user *user, enum resource r, const struct conn *self) {
     struct conn *c = server_heaviest_conn(s, user, r);
@@ -2589,7 +2589,7 @@ static bool server_shed(struct server *s, struct user *user, enum resource r, co
 
 /*
  * Closes other connections until a connection may take `more` units of a resource. Returns
- * false if it would be the next to close.
+ * false if this connection itself would be the next to close.
  */
 static bool conn_make_room(const struct conn *c, enum resource r, size_t more) {
     struct server *s = c->server;
@@ -2835,7 +2835,10 @@ static int stream_fail(struct stream *s, enum grpc_code code, const char *messag
     return stream_answer(s, &a);
 }
 
-/* Answers a request that does not use gRPC with an HTTP status of three digits and no body. */
+/*
+ * Answers with an HTTP status of three digits and no body. It is for requests that do not use
+ * gRPC.
+ */
 static int stream_http_error(struct stream *s, const char *status) {
     nghttp2_nv fields[] = {field_copied(":status", status, 3), FIELD("allow", "POST")};
     return stream_respond(s, fields, strcmp(status, "405") == 0 ? 2 : 1, NULL, 0, false);
@@ -2862,7 +2865,7 @@ static int server_render(struct server *s) {
 
 /*
  * Answers GET /metrics. The request is short and the answer long, so a peer with many unread
- * answers gets status 503.
+ * answers gets status 503. So does a peer for whose answer there is no memory.
  */
 static int stream_metrics(struct stream *s) {
     static const nghttp2_nv fields[] = {FIELD(":status", "200"),
@@ -3333,7 +3336,10 @@ static void server_reap(struct server *s) {
     }
 }
 
-/* The connection of a user that has been idle longest and has no open stream, or NULL. */
+/*
+ * Of a user's connections without an open stream, the one that has been idle longest; NULL if
+ * there is none.
+ */
 static struct conn *server_idlest(const struct server *s, const struct user *user) {
     struct conn *idlest = NULL;
     for (struct conn *c = s->conns; c; c = c->next)
@@ -3537,9 +3543,9 @@ static bool same_file(const struct stat *a, const struct stat *b) {
 
 /*
  * Removes the socket that a crashed server has left at the path. Dies, and removes nothing,
- * if a process is listening, if that cannot be told, or if the file is not a socket. A server
- * that is just starting has bound its socket and does not listen yet, so the socket is tried
- * twice.
+ * if a process is listening, if it is unclear whether one is, or if the file is not a socket.
+ * A server that is just starting has bound its socket and does not listen yet, so the socket
+ * is tried twice.
  */
 static void socket_clear(const struct sockaddr_un *address, socklen_t len) {
     const char *path = address->sun_path;
@@ -3653,8 +3659,8 @@ static void listeners_close(struct server *s) {
 }
 
 /*
- * The number that a string of decimal digits stands for, or -1 if the string is empty, has
- * any other character, or the number is over `max`.
+ * The number that a string of decimal digits stands for. -1 if the string is empty or has any
+ * other character, or if the number is over `max`.
  */
 static long long decimal(const char *s, long long max) {
     long long n = 0;
@@ -4169,8 +4175,8 @@ static void server_free(struct server *s) {
 /* The number of a call that this machine or libc does not have. */
 #define NO_CALL (-1)
 /*
- * 32-bit machines have two calls where one has 64-bit times or offsets. A libc tries one after
- * the other, so the filter must know both.
+ * 32-bit machines have old and new calls; the new ones have 64-bit times and offsets. A libc
+ * may try one after the other, so the filter must know both.
  */
 #ifdef SYS_mmap2
 #define SYS_MMAP SYS_mmap2
@@ -4377,9 +4383,9 @@ static int seccomp_install(uint32_t deadly, uint32_t other) {
 }
 
 /*
- * Gives up every capability. Returns 0, or -1 with errno. The bounding set stays, because it
- * is useless: privileges_freeze keeps execve from regaining a capability, and the filter
- * kills the process for an execve.
+ * Gives up every capability. Returns 0, or -1 with errno. The bounding set stays, because an
+ * attacker cannot use it: privileges_freeze keeps execve from regaining a capability, and the
+ * filter kills the process for an execve.
  */
 static int capabilities_drop(void) {
     struct __user_cap_header_struct header = {.version = _LINUX_CAPABILITY_VERSION_3};
@@ -4939,8 +4945,8 @@ static void rehearse_server(const struct serve_options *asked, int listener, boo
 }
 
 /*
- * Reads the output of the children to its end. Copies the first sentence of one that failed
- * to `why`, without the program's name.
+ * Reads the output of the children to its end. Copies the first sentence of a failed child to
+ * `why`, without the program's name.
  */
 static void rehearsal_read(int fd, char *why, size_t cap) {
     static const char mark[] = "kmsplugin: ";
@@ -6346,8 +6352,8 @@ static void descriptors_open(void) {
 }
 
 /*
- * Makes those data read-only that nothing writes after the start of the program (GNU_RELRO in
- * the program headers). Dynamic linkers do this; musl's start code of a static-pie does not.
+ * Makes data read-only that only the start of the program writes (GNU_RELRO in the program
+ * headers). Dynamic linkers do this; musl's start code of a static-pie does not.
  * dl_iterate_phdr calls this function for the program first, and the result 1 ends its loop.
  */
 static int relro_protect(struct dl_phdr_info *program, size_t size, void *unused) {
