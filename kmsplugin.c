@@ -3397,7 +3397,7 @@ static const char *endpoint_parse(const char *endpoint, struct sockaddr_un *addr
         return "unix: has to be followed by three slashes: unix:///path";
     const char *path = endpoint + sizeof scheme - 1;
     if (path[0] != '/')
-        return "two slashes are followed by a host name, which a socket has not: write three, and an absolute path";
+        return "after two slashes comes a host name, and a socket has none: write three, and an absolute path";
     for (const char *p = path; *p; p++)
         if (*p == '%' || *p == '?' || *p == '#' || (uint8_t)*p < ' ' || *p == 0x7f)
             return "%, ?, # and control characters mean something else to Go's URL parser";
@@ -6479,8 +6479,8 @@ static int serve(struct serve_options *options) {
     }
     notify(s->notify, "READY=1");
     server_run(s);
-    log_line(LOG_INFO, "msg=stopped");
     server_free(s);
+    log_line(LOG_INFO, "msg=stopped");
     return 0;
 }
 

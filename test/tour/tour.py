@@ -244,8 +244,8 @@ def check_pictures():
 
 
 def check_names():
-    """Functions, constants and files that the document, its dumps and its pictures name are there."""
-    document, source = read(DOCUMENT), read(SOURCE)
+    """Functions, constants, fields of messages and files that the document, its dumps and its pictures name are there."""
+    document, source = read(DOCUMENT), read(SOURCE) + read(os.path.join(ROOT, 'kms.proto'))
     code = set(re.findall(r'\w+', re.sub(r'/\*.*?\*/', '', source, flags=re.S)))
     named = set(re.findall(r'`([a-z]\w*_\w+|[A-Z][A-Z0-9]*_[A-Z0-9_]+)`', document))
     named |= set(re.findall(r'\b[a-z]+_\w+', read(pictures.SOURCE)))
