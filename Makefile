@@ -52,6 +52,7 @@ help::
 	@echo 'make image          build/image/kmsplugin.tar, an OCI image of it; needs buildah and zopfli'
 	@echo 'make dist           build/$(DIST).tar.gz'
 	@echo 'make sbom           build/sbom/, a CycloneDX document'
+	@echo 'make release        all of these for all architectures, and their sums, in RELEASE=$(RELEASE); SIGN_KEY= signs them'
 	@echo 'make deb            build/deb/, a Debian package on Debian'\''s libraries; needs debhelper'
 
 kmsplugin: $(SOURCES) $(HEADERS)
@@ -124,6 +125,11 @@ deb: dist
 	cd build/deb/$(DIST)/debian && sed -i 's|@MAINTAINER@|$(MAINTAINER)|; s|@HOMEPAGE@|$(HOMEPAGE)|' control changelog
 	cd build/deb/$(DIST) && env -u MAKEFLAGS -u MFLAGS -u MAKELEVEL dpkg-buildpackage -us -uc
 
+# All of it, for all architectures, in one folder: release/release.sh.
+RELEASE ?= build/release
+release:
+	SIGN_KEY=$(SIGN_KEY) release/release.sh $(RELEASE)
+
 proto:
 	$(PROTOC_C) --c_out=. kms.proto
 
@@ -153,6 +159,6 @@ clean:
 	rm -rf kmsplugin build
 
 .DELETE_ON_ERROR:
-.PHONY: all help run static image dist sbom deb proto install uninstall clean
+.PHONY: all help run static image dist sbom deb release proto install uninstall clean
 
 include test/test.mk

@@ -48,17 +48,17 @@ X
 }
 
 # Every block of shell in the guide has a name, under which inside.sh runs it (or
-# test/kube/cluster/, which asks the same of its own), or says that it is not run.
+# test/kube/cluster/, which asks the same of its own, or test/make-release.sh), or says that it is not run.
 blocks() {
     mkdir -p "$tmp/stage/test/doc"
     awk -v to="$tmp/stage/test/doc/" '
         /^<!-- run: .* -->$/ { name = $3; next }
-        /^<!-- cluster: .* -->$/ { name = "/cluster"; next }
+        /^<!-- (cluster|release): .* -->$/ { name = "/other"; next }
         /^```sh$/ { inside = 1; first = 1; next }
         /^```$/ { inside = 0; name = ""; next }
         inside && first && name == "" && $0 !~ /^# not run by the tests/ { print "no name, no mark: " $0; bad = 1 }
         inside { first = 0 }
-        inside && name != "" && name != "/cluster" { print > (to name) }
+        inside && name != "" && name != "/other" { print > (to name) }
         END { exit bad }' doc/operate.md
 }
 

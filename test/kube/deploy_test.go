@@ -125,6 +125,15 @@ func TestDocumentedErrors(t *testing.T) {
 		l.Close()
 		want(t, newAPIServer(t, v2("name", endpoint), identity).check(), "code = DeadlineExceeded", "connect: connection refused")
 	})
+	t.Run("systemd listens, and the plugin is gone", func(t *testing.T) {
+		endpoint := fileEndpoint(t)
+		l, err := net.ListenUnix("unix", &net.UnixAddr{Name: strings.TrimPrefix(endpoint, "unix://"), Net: "unix"})
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer l.Close()
+		want(t, newAPIServer(t, v2("name", endpoint), identity).check(), "code = DeadlineExceeded", "waiting for connections to become ready")
+	})
 	t.Run("refused by uid", func(t *testing.T) {
 		endpoint := fileEndpoint(t)
 		startRefusing(t, endpoint)

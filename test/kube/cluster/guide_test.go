@@ -61,8 +61,10 @@ const ownEtc = `
 func (a *apiserver) operator(t *testing.T, dir, name, setUp string) (int, string) {
 	t.Helper()
 	bin := tempDir(t)
-	if err := os.Symlink(binary, bin+"/kmsplugin"); err != nil {
-		t.Fatal(err)
+	for name, file := range map[string]string{"kmsplugin": binary, "kmsplugin-ring": must(filepath.Abs("../../../deploy/kmsplugin-ring"))(t)} {
+		if err := os.Symlink(file, bin+"/"+name); err != nil {
+			t.Fatal(err)
+		}
 	}
 	kubeconfig := filepath.Join(bin, "config")
 	if err := os.WriteFile(kubeconfig, []byte(`{apiVersion: v1, kind: Config, current-context: c,

@@ -56,12 +56,12 @@ func (e *etcd) recipe(t *testing.T, name string, keks ...kek) (int, string) {
 			t.Fatal(err)
 		}
 	}
-	err := errors.Join(os.Symlink(binary, dir+"/kmsplugin"),
+	err := errors.Join(os.Symlink(binary, dir+"/kmsplugin"), os.Symlink(must(filepath.Abs("../../../deploy/kmsplugin-ring"))(t), dir+"/kmsplugin-ring"),
 		os.WriteFile(dir+"/kek", []byte(strings.TrimPrefix(ring(keks...)[0], "KMS_KEK=")), 0o600))
 	if err != nil {
 		t.Fatal(err)
 	}
-	script := strings.NewReplacer("/var/lib/rancher/k3s/server/db", e.dir, "/etc/kmsplugin/kek", dir+"/kek").Replace(guide(t, name))
+	script := strings.NewReplacer("/var/lib/rancher/k3s/server/db", e.dir, "kmsplugin-ring", "kmsplugin-ring --file "+dir+"/kek").Replace(guide(t, name))
 	code, stdout, stderr := command(t, []string{"PATH=" + dir + ":" + os.Getenv("PATH")}, nil, "sh", "-euc", `cd "$0"; `+script+"\n", dir)
 	for _, written := range []string{"example.bin", "objects", "copy.db"} {
 		os.RemoveAll(e.dir + "/" + written)
