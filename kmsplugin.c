@@ -978,8 +978,10 @@ static int utf8_check(const uint8_t *s, size_t len) {
     int nul = 0;
     for (size_t i = 0; i < len;) {
         uint8_t c = s[i++];
-        if (c < 0x80) {
-            nul |= c == 0;
+        if (c > 0 && c < 0x80)
+            continue;
+        if (c == 0) {
+            nul = 1;
             continue;
         }
         size_t more = c >= 0xc2 && c <= 0xdf ? 1 : c >= 0xe0 && c <= 0xef ? 2 : c >= 0xf0 && c <= 0xf4 ? 3 : 0;
