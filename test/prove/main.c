@@ -153,30 +153,22 @@ void prove_request_field(void) {
     }
 }
 
-/* A value of etcd behind its length: the sealed key and what it sealed lie within, and are all there is. */
-void prove_stored_v1(void) {
-    //@ loop unroll 25;
-    for (size_t len = 0; len <= sizeof stored; len++) {
-        uint8_t *bytes = stored + sizeof stored - len;
-        struct value v = {.api = API_V1};
-        Frama_C_make_unknown((char *)stored, sizeof stored);
-        //@ loop unroll 26;
-        for (size_t told = 0; len >= 2 && told <= sizeof stored + 1; told++) {
-            bytes[0] = (uint8_t)(told > sizeof stored ? Frama_C_interval(0, 255) : 0);
-            bytes[1] = (uint8_t)(told > sizeof stored ? Frama_C_interval(sizeof stored + 1, 255) : told);
-            value_open_v1(&v, NULL, NULL, 0, bytes, len);
-        }
-        if (len < 2)
-            value_open_v1(&v, NULL, NULL, 0, bytes, len);
-    }
+/* Whatever standard input begins with, if it is nothing else. */
+static void judge_alphabet(const uint8_t *bytes, size_t len) {
+    alphabet_name(bytes, len);
 }
 
-/* The whole value, which names its provider first. */
-void prove_stored(void) {
-    //@ loop unroll 25;
-    for (size_t len = 0; len <= sizeof stored; len++) {
-        struct value v;
-        Frama_C_make_unknown((char *)stored, sizeof stored);
-        value_open(&v, NULL, NULL, 0, stored + sizeof stored - len, len);
+void prove_alphabet(void) {
+    at_every_length(judge_alphabet);
+}
+
+void prove_crlf(void) {
+    enum { MOST = 10 };
+    static uint8_t bytes[MOST];
+    //@ loop unroll 11;
+    for (size_t from = 0; from <= MOST; from++) {
+        Frama_C_make_unknown((char *)bytes, MOST);
+        size_t left = crlf_undo(bytes, from, MOST);
+        //@ assert from <= left <= MOST;
     }
 }
