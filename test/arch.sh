@@ -99,7 +99,7 @@ for arch; do
     dir=build/static/$arch
     [ "$arch" != "$(uname -m)" ] || dir=build/static
     program=$dir/kmsplugin
-    require 'builds' "$MAKE" -s ARCH="$arch" "$program" "$dir/unit" || continue
+    require 'builds' "$MAKE" -s ARCH="$arch" "$program" "$dir/unit" "$dir/sandbox" "$dir/without" || continue
     check "is static-pie, hardened, $class, $data endian" shape "$machine" "$class" "$data"
     mkdir "$tmp/$arch"
     cp "$program" "$tmp/$arch/program"
@@ -110,7 +110,8 @@ for arch; do
             check 'chooses aesni' chooses "$program" aesni
         fi
         suite unit "$dir/unit"
-        suite server env KMSPLUGIN="$program" "$PYTHON" test/run.py
+        suite sandbox "$dir/sandbox"
+        suite server env KMSPLUGIN="$program" KMSPLUGIN_WITHOUT="$dir/without" "$PYTHON" test/run.py
         on_kernel
         if [ "$arch" != x86_64 ] || [ -z "$qemu" ]; then continue; fi
         emulate "$tmp/$arch/without-aes" "$qemu" -cpu qemu64,-aes,-pclmulqdq

@@ -40,10 +40,10 @@ build/unit-asan: test/unit.c test/responses.h $(TESTED)
 	@mkdir -p build
 	$(CC) $(STD) $(WARN) -I. $(CPPFLAGS) $(SANITIZE) -o $@ test/unit.c kms.pb-c.c $(LDFLAGS) $(LIBS)
 
-# The unit tests as the release build would have them.
-UNIT_STATIC = build/static/$(ARCH_DIR)unit
-$(UNIT_STATIC): test/unit.c test/responses.h $(TESTED) $(STATIC_NEEDS)
-	$(STATIC_CC) $(STD) $(WARN) -I. $(STATIC_FLAGS) -o $@ test/unit.c kms.pb-c.c $(STATIC_STRING) $(STATIC_LD) $(LIBS)
+# The unit tests and those of the sandbox as the release build would have them.
+STATIC_TESTS = $(addprefix build/static/$(ARCH_DIR),unit sandbox without)
+$(STATIC_TESTS): build/static/$(ARCH_DIR)%: test/%.c test/responses.h $(TESTED) $(STATIC_NEEDS)
+	$(STATIC_CC) $(STD) $(WARN) -I. $(STATIC_FLAGS) -o $@ $< kms.pb-c.c $(STATIC_STRING) $(STATIC_LD) $(LIBS)
 
 build/sandbox: test/sandbox.c $(TESTED)
 	@mkdir -p build

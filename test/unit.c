@@ -11,9 +11,11 @@
  */
 int kmsplugin_main(int argc, char **argv);
 #define main kmsplugin_main
+#define vsnprintf kmsplugin_vsnprintf /* the C library has its own here: strftime needs it */
 #define exit unit_exit
 #include "../kmsplugin.c"
 #undef main
+#undef vsnprintf
 #undef exit
 
 #include <malloc.h>
