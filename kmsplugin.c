@@ -4241,7 +4241,7 @@ static void filter_memory(struct filter *f, int call, uint32_t deadly) {
 static void filter_allow(struct filter *f) {
     const int calls[] = {
         SYS_epoll_pwait, SYS_read, SYS_write, SYS_getrandom, SYS_epoll_ctl, SYS_accept4, SYS_getsockopt, SYS_close,
-        SYS_madvise, SYS_munmap, SYS_brk, SYS_exit_group, SYS_unlinkat,
+        SYS_madvise, SYS_munmap, SYS_brk, SYS_exit_group, SYS_exit, SYS_unlinkat,
         SYS_pread64, /* metrics_resident */
 #ifdef SYS_clock_gettime /* used when the vDSO has no clock */
         SYS_clock_gettime,

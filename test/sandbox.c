@@ -26,7 +26,7 @@ enum { CALLS_MAX = 1024, X32 = 0x40000000, URETPROBE = 335, UPROBE = 336, CHILD_
 static const int allowed[] = {
     SYS_epoll_pwait, SYS_epoll_ctl, SYS_accept4, SYS_getsockopt, SYS_read, SYS_write, SYS_close, SYS_getrandom,
     SYS_pread64, SYS_brk, SYS_munmap, SYS_madvise, SYS_MMAP, SYS_mprotect, SYS_unlinkat,
-    SYS_exit_group, SYS_statx,
+    SYS_exit_group, SYS_exit, SYS_statx,
 #ifdef SYS_timerfd_settime
     SYS_timerfd_settime,
 #endif
@@ -252,7 +252,7 @@ static void the_list_is_let_through(void) {
         if (allowed[i] == SYS_ppoll_time64)
             t.c = -1;
 #endif
-        if (allowed[i] == SYS_exit_group)
+        if (allowed[i] == SYS_exit_group || allowed[i] == SYS_exit)
             t.a = NOT_ENOSYS;
         if (!ended(confined(&t, NULL), NOT_ENOSYS))
             snprintf(why, sizeof why, "call %d is not let through", allowed[i]);
