@@ -48,7 +48,7 @@ help::
 	@echo 'make proto          generate kms.pb-c.[ch] from kms.proto'
 	@echo
 	@echo 'Release:'
-	@echo 'make static         build/static/kmsplugin, on musl; needs dpkg-dev, and OFFLINE=1 no network the second time'
+	@echo 'make static         build/static/kmsplugin, on musl; needs dpkg-dev, and the network but for OFFLINE=1 (from the second time on)'
 	@echo 'make image          build/image/kmsplugin.tar, an OCI image of it; needs buildah and zopfli'
 	@echo 'make dist           build/$(DIST).tar.gz'
 	@echo 'make sbom           build/sbom/, a CycloneDX document'
@@ -75,8 +75,8 @@ ARCH ?= $(MACHINE)
 ARCH_DIR = $(addsuffix /,$(filter-out $(MACHINE),$(ARCH)))
 STATIC = build/static/$(ARCH_DIR)kmsplugin
 STATIC_CC = build/static/$(ARCH)/bin/cc
-# LTO leaves out what is never called; in one piece, for 1 % of the instructions. -O2 on x86_64; elsewhere -Os, by which
-# aarch64, whose pages of 64 KiB are padded to, keeps within 272 KiB. Nothing unwinds, so there are no tables for it. No padding
+# LTO leaves out what is never called; in one piece, for 1 % of the instructions. -O2 on x86_64; elsewhere -Os, for aarch64,
+# whose segments are padded to pages of 64 KiB. Nothing unwinds, so there are no tables for it. No padding
 # in front of loops: 2 KB, and no slower.
 STATIC_FLAGS = $(if $(filter x86_64,$(ARCH)),-O2,-Os) -flto -fPIE -fno-asynchronous-unwind-tables -fno-unwind-tables \
 	-fstack-protector-strong -falign-loops=1 -falign-jumps=1
@@ -86,7 +86,7 @@ STATIC_FLAGS = $(if $(filter x86_64,$(ARCH)),-O2,-Os) -flto -fPIE -fno-asynchron
 STATIC_LD = -static-pie -flto-partition=one -Wl,--gc-sections -Wl,--exclude-libs,ALL -Wl,-z,relro,-z,now -Wl,-z,noexecstack \
 	-Wl,-z,noseparate-code $(STATIC_LD_$(ARCH)) -Wl,--build-id=none -s
 STATIC_LD_x86_64 = -Wl,-z,pack-relative-relocs
-# memcpy and the like on x86_64 that are not musl's; string.c says why.
+# memcpy and the like on x86_64 that are not musl's; release/string.c says why.
 STATIC_STRING = $(if $(filter x86_64,$(ARCH)),build/static/$(ARCH)/string.o)
 STATIC_NEEDS = build/static/$(ARCH)/SHA256SUMS $(STATIC_STRING)
 static: $(STATIC)
