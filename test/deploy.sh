@@ -59,7 +59,8 @@ blocks() {
         inside && first && name == "" && $0 !~ /^# not run by the tests/ { print "no name, no mark: " $0; bad = 1 }
         inside { first = 0 }
         inside && name != "" && name != "/other" { print > (to name) }
-        END { exit bad }' doc/operate.md
+        END { exit bad }' doc/operate.md &&
+        sed -n '/^USE IT$/,/^    kmsplugin probe$/s/^    //p' README >"$tmp/stage/test/doc/readme" && grep -q create "$tmp/stage/test/doc/readme"
 }
 
 # What goes onto the machines: what `make install` does, with the release build, and the tests in /test. The Debian

@@ -330,7 +330,7 @@ class Traces(Case):
         server.stop()
         lines = len(self.used(server))
         self.assertLessEqual(lines, 240)        # two minutes' worth, if one began meanwhile
-        self.assertGreater(lines, 100)
+        self.assertGreater(lines, 50)           # half of them are for root, where that is another user
 
     @needs_root
     def test_by_uid(self):

@@ -156,6 +156,12 @@ rotated() {
 restarted() { [ "$variant" != pod ] || doc pod-restart; }
 answers() { kmsplugin probe | sed -n 's/^key_id \([0-9a-f]*\) .*/\1/p'; }
 
+# ---- README's USE IT, where nothing is yet
+doc readme
+check 'README: root alone reads the KEK' same "$(stat -c '%a %u' /etc/kmsplugin/kek)" '600 0'
+doc uninstall
+rm -rf /run/kmsplugin
+
 # ---- the key; the service
 useradd --system --user-group --no-create-home kube-apiserver
 made 'unit, plain'

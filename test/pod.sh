@@ -1,0 +1,121 @@
+#!/bin/sh
+# The static pod of deploy/kubeadm/kmsplugin.yaml in podman, from the image of make image: does it run as the manifest has
+# it, and is a KEK rotated under it by the guide's own blocks? podman stands for the kubelet, and a script for crictl and
+# etcdctl. Needs root, podman, crun, catatonit and what make image needs. A line `ok`, `not ok` or `skip` for each test.
+set -eu
+cd "$(dirname "$0")/.."
+
+# An /etc and a /run of its own, of which nothing is left. With both versions of cgroups mounted (hybrid) podman takes the
+# wrong one: hide it, from us alone.
+if [ "${1:-}" != inside ]; then
+    # shellcheck disable=SC2016 # that is for the inner shell
+    exec unshare --mount sh -euc '
+        umount /sys/fs/cgroup/unified /sys/fs/cgroup/systemd 2>/dev/null || :
+        mount -t tmpfs tmpfs /run
+        mkdir /run/etc /run/etc/up /run/etc/work
+        mount -t overlay -o lowerdir=/etc,upperdir=/run/etc/up,workdir=/run/etc/work overlay /etc || {
+            echo "skip pod: no overlay can be mounted here"; exit; }
+        exec "$0" inside' "$0"
+fi
+MAKE=${MAKE:-make}
+# shellcheck source=test/lib.sh
+. test/lib.sh
+label='pod: '
+bin=$tmp/bin
+offline=/mnt/offline    # as the guide has it
+
+storage() { "$bin/podman" "$@"; }
+clean() {
+    storage pod rm --all --force --time 0 >/dev/null 2>&1 || :
+    soon rm -rf "$tmp" 2>/dev/null # podman cleans up by a process of its own
+}
+# block NAME: the guide's.
+# podman would take ./kmsplugin for the folder of an image.
+in_folder() { (cd "$tmp" && "$@"); }
+block() {
+    awk -v name="<!-- run: $1 -->" '$0 == name { named = 1 } named && /^```$/ { exit } named && inside { print } named && /^```sh$/ { inside = 1 }' \
+        doc/operate.md >"$tmp/block"
+    [ -s "$tmp/block" ] || return 1
+    old=$old new=$new sh -eu "$tmp/block"
+}
+ids() { kmsplugin-ring run keyid | cut -d ' ' -f 1; }
+answers() { kmsplugin probe --expect-key-id "$1"; }
+# What etcdctl will print of one Secret, under the KEK with this key_id.
+values() {
+    kmsplugin-ring print "$1" >"$tmp/kek"
+    env PYTHONPATH=test /usr/bin/python3 - "$tmp/kek" >"$tmp/values" <<'END'
+import base64, sys
+import sealed
+def field(n, data):
+    size, out = len(data), b''
+    while size > 127:
+        out, size = out + bytes([size & 127 | 128]), size >> 7
+    return bytes([n << 3 | 2]) + out + bytes([size]) + data
+key = b'/registry/secrets/default/a'
+value = sealed.etcd_v2(base64.b64decode(open(sys.argv[1]).read()), key, b'k8s\0object')
+sys.stdout.buffer.write(field(2, field(1, key) + field(5, value)) + b'\x20\1')
+END
+}
+# What the kernel says of the process in the container.
+confined() {
+    process=$(storage inspect --format '{{.State.Pid}}' kmsplugin-kmsplugin)
+    grep -E '^(Uid|Cap|NoNewPrivs|Seccomp:)' "/proc/$process/status"
+    [ "$(grep -c -E '^Cap(Inh|Prm|Eff|Bnd|Amb):	0{16}$' "/proc/$process/status")" -eq 5 ] &&
+        grep -q '^Uid:	0	0	0	0$' "/proc/$process/status" && grep -q '^NoNewPrivs:	1$' "/proc/$process/status" &&
+        grep -q '^Seccomp:	2$' "/proc/$process/status" && grep -q ' / ro[, ]' "/proc/$process/mountinfo" &&
+        grep -q ' /etc/kmsplugin ro[, ]' "/proc/$process/mountinfo"
+}
+
+check 'make' "$MAKE" -s image kmsplugin
+mkdir "$bin"
+ln -s "$PWD/kmsplugin" "$PWD/deploy/kmsplugin-ring" "$bin/"
+cat >"$tmp/containers.conf" <<'X'
+[containers]
+default_ulimits = ["nofile=1024:1024", "nproc=1024:1024"]
+X
+podman=$(command -v podman)
+cat >"$bin/podman" <<X
+#!/bin/sh
+CONTAINERS_CONF=$tmp/containers.conf exec $podman --storage-driver vfs --root "$tmp/root" --runroot "$tmp/runroot" --tmpdir "$tmp/tmp" \\
+    --cgroup-manager cgroupfs --events-backend file "\$@"
+X
+cat >"$bin/crictl" <<'X'
+#!/bin/sh
+# a container that ends is started again by the kubelet
+case $1 in
+ps)   podman ps --quiet --filter name=kmsplugin-kmsplugin ;;
+stop) podman stop --time 10 "$2" && podman pod stop kmsplugin && podman pod start kmsplugin ;;
+esac
+X
+printf '#!/bin/sh\ncat %s/values\n' "$tmp" >"$bin/etcdctl"
+chmod +x "$bin/podman" "$bin/crictl" "$bin/etcdctl"
+export PATH="$bin:$PATH"
+mkdir -p /run/kmsplugin "$tmp/offline"
+[ -d $offline ] || { mount -t tmpfs tmpfs /mnt && mkdir $offline; }
+old='' new=''
+
+check 'podman load' storage load --quiet --input build/image/kmsplugin.tar
+check 'guide: kek-offer' block kek-offer
+check 'guide: kek-create' block kek-create
+old=$(ids)
+require 'podman kube play' in_folder storage kube play "$PWD/deploy/kubeadm/kmsplugin.yaml"
+check 'answers' soon answers "$old"
+check 'root without a capability, a read-only root, the KEK read-only' confined
+check 'its own liveness probe' storage exec kmsplugin-kmsplugin /kmsplugin probe
+check 'guide: rotate-offer' block rotate-offer
+check 'guide: rotate-add' block rotate-add
+check 'guide: pod-restart' block pod-restart
+new=$(ids | tail -n 1)
+check 'two KEKs' fails test "$old" = "$new"
+check 'the container has both' soon sh -c "podman logs kmsplugin-kmsplugin 2>&1 | grep 'key_id=$old keks=2'"
+check 'guide: rotate-seal' block rotate-seal
+check 'guide: pod-restart' block pod-restart
+check 'the new one seals' answers "$new"
+values "$old"
+check 'guide: rotate-retire says no' fails block rotate-retire
+values "$new"
+check 'guide: rotate-retire' block rotate-retire
+check 'guide: pod-restart' block pod-restart
+check 'the container has the new one alone' soon sh -c "podman logs kmsplugin-kmsplugin 2>&1 | grep 'key_id=$new keks=1'"
+check 'the new one seals still' answers "$new"
+[ "$(count 'not ok')" -eq 0 ]
