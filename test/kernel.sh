@@ -74,7 +74,7 @@ boot() {
 initramfs() {
     mkdir -p "$tmp/root"
     # libgcc, which is linked last, has a division by zero that raises a signal
-    "build/static/$arch/bin/cc" -std=c11 -Wall -Wextra -O2 -Wl,-u,raise -o "$tmp/root/init" test/arch/init.c &&
+    "build/static/$arch/bin/cc" -std=c11 -Wall -Wextra -O2 -static -Wl,-u,raise -o "$tmp/root/init" test/arch/init.c &&
         cp "$program" "$tmp/root/kmsplugin" &&
         printf '%s\n' init kmsplugin | (cd "$tmp/root" && cpio -o -H newc --quiet) >"$tmp/$arch.cpio"
 }
