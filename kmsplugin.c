@@ -145,6 +145,7 @@ enum {
     USER_SERIES_MAX = 16,               /* uids with their own time series in /metrics */
     UNREAD_PAUSE_BYTES = 256 * 1024,    /* a peer with more unread answers than this gets no new window */
     LISTENERS_MAX = 16,
+    FIRST_INHERITED = 3,                /* of LISTEN_FDS, sd_listen_fds(3) */
     ACCEPT_BURST = 16,                  /* connections accepted from one listener in a turn */
     EVENTS_MAX = 64,                    /* events from one epoll_wait */
     TURN_BYTES = 64 * 1024,             /* read in a turn from all ready peers: limits how long a new peer waits */
@@ -762,16 +763,20 @@ static void print(int fd, const char *format, ...) {
 
 /*
  * Writes one sentence to stderr. It may contain a peer's words or those of the command line,
- * so it is escaped.
+ * so it is escaped. A reader that has stopped must not keep the process from its end: after a
+ * second the sentence is dropped.
  */
 static void complain(const char *format, va_list args) {
+    struct pollfd room = {.fd = STDERR_FILENO, .events = POLLOUT};
+    const struct timespec patience = {.tv_sec = 1};
     char words[LOG_LINE_MAX], line[4 * LOG_LINE_MAX];
     struct text t = {.buf = words, .cap = sizeof words}, escaped = {.buf = line, .cap = sizeof line - 1};
     text_add(&t, "kmsplugin: ");
     text_vadd(&t, format, args);
     text_escaped(&escaped, words, t.len);
     line[escaped.len++] = '\n';
-    write_all(STDERR_FILENO, line, escaped.len);
+    if (ppoll(&room, 1, &patience, NULL) != 0)
+        write_all(STDERR_FILENO, line, escaped.len);
 }
 
 /* Writes one sentence to stderr. */
@@ -3598,6 +3603,7 @@ struct listen_step {
  */
 static const struct listen_step *listener_open(struct listener *l, const struct serve_options *options) {
     static const struct listen_step bind_file = {"bind", "our user has to be able to write to the socket's directory"},
+        bind_again = {"bind", "the path was named twice, or another process is starting there"},
         bind_name = {"bind", "an abstract name is free when no other process has it"},
         stat_file = {"stat", "the new socket has to stay where it is"},
         chown_file = {"chown", "--group takes root with CAP_CHOWN, or a member of that group (in a pod: runAsGroup)"},
@@ -3609,7 +3615,7 @@ static const struct listen_step *listener_open(struct listener *l, const struct 
     int rv = bind(l->source.fd, (struct sockaddr *)&l->address, l->address_len);
     umask(mask);
     if (rv < 0)
-        return path[0] != '\0' ? &bind_file : &bind_name;
+        return path[0] == '\0' ? &bind_name : errno == EADDRINUSE ? &bind_again : &bind_file;
     if (path[0] != '\0') {
         if (lstat(path, &l->file) < 0)
             return &stat_file;
@@ -3632,6 +3638,7 @@ static void listener_inherit(struct listener *l, int fd) {
     l->source = (struct source){SOURCE_LISTENER, fd};
     l->address_len = sizeof l->address;
     bool right = getsockname(fd, (struct sockaddr *)&l->address, &l->address_len) == 0 &&
+                 l->address_len <= sizeof l->address && /* a path of 108 bytes has no room for its NUL */
                  l->address.sun_family == AF_UNIX && l->address_len > offsetof(struct sockaddr_un, sun_path) &&
                  getsockopt(fd, SOL_SOCKET, SO_TYPE, &type, &len) == 0 && type == SOCK_STREAM &&
                  getsockopt(fd, SOL_SOCKET, SO_ACCEPTCONN, &listening, &len) == 0 && listening;
@@ -3681,7 +3688,6 @@ static long long decimal(const char *s, long long max) {
  * Dies if one fails, after removing the files made so far.
  */
 static void listeners_open(struct server *s) {
-    enum { FIRST_INHERITED = 3 };
     const char *pid = getenv("LISTEN_PID"), *fds = getenv("LISTEN_FDS");
     bool ours = pid && fds && decimal(pid, INT_MAX) == getpid();
     if (fds && !ours)
@@ -3787,11 +3793,11 @@ static struct user *server_user(struct server *s, uid_t uid) {
     return NULL;
 }
 
-/* Logs refused peers: the first at once, then one line a second with their number. */
-static void server_log_refused(struct server *s) {
+/* Logs refused peers: the first at once, then one line a second with their number; at the `end` the rest. */
+static void server_log_refused(struct server *s, bool end) {
     if (s->refused_unlogged == 0)
         return;
-    if (s->now_ms < s->refused_logged_ms + REFUSED_LOG_MS) {
+    if (!end && s->now_ms < s->refused_logged_ms + REFUSED_LOG_MS) {
         server_due(s, s->refused_logged_ms + REFUSED_LOG_MS);
         return;
     }
@@ -3833,7 +3839,7 @@ static void server_admit(struct server *s, int fd) {
         s->metrics.refused++;
         s->refused_unlogged++;
         s->refused_peer = peer;
-        server_log_refused(s);
+        server_log_refused(s, false);
         return;
     }
     while (s->used[CONNECTIONS] >= s->limit[CONNECTIONS] && server_make_way(s, user))
@@ -3849,6 +3855,10 @@ static void listener_ready(struct server *s, struct listener *l) {
             server_admit(s, fd);
         } else if (errno == EAGAIN) {
             return; /* no more peers are waiting */
+        } else if (errno == EINVAL) { /* epoll would report it for ever */
+            log_line(LOG_ERROR, "msg=\"a listening socket was shut down by another process\" fd=%d", l->source.fd);
+            epoll_ctl(s->epoll, EPOLL_CTL_DEL, l->source.fd, NULL);
+            return;
         } else if (errno != EINTR && errno != ECONNABORTED) {
             if (i == 0) /* after the first, the queue may be empty: accept4 takes a descriptor before it looks */
                 server_accept_failed(s, errno);
@@ -3920,7 +3930,7 @@ static void server_expire(struct server *s) {
         server_accept_from(s, true);
     }
     server_due(s, s->resume_accept_ms);
-    server_log_refused(s);
+    server_log_refused(s, false);
     server_log_left_out(s, false);
 }
 
@@ -4060,12 +4070,16 @@ static void on_early_signal(int signal) {
 static void signals_hold(void) {
     sigset_t set;
     static const int free[] = {SIGTSTP, SIGTTIN, SIGTTOU, SIGTERM, SIGINT};
-    const struct sigaction end = {.sa_handler = on_early_signal};
+    const struct sigaction end = {.sa_handler = on_early_signal}, usual = {.sa_handler = SIG_DFL};
+    const uint64_t threads = 7ULL << 31; /* 32 to 34, which libcs keep for threads and leave out of every set */
     sigfillset(&set);
     for (size_t i = 0; i < sizeof free / sizeof *free; i++)
         sigdelset(&set, free[i]);
     if (sigprocmask(SIG_SETMASK, &set, NULL) < 0 || sigaction(SIGTERM, &end, NULL) < 0 || sigaction(SIGINT, &end, NULL) < 0)
         die("sigprocmask, sigaction: %s", strerror(errno));
+    syscall(SYS_rt_sigprocmask, SIG_BLOCK, &threads, NULL, sizeof threads);
+    sigaction(SIGCHLD, &usual, NULL); /* whoever ignores these leaves that to his children: no waitpid, no alarm */
+    sigaction(SIGALRM, &usual, NULL);
 }
 
 /*
@@ -4121,6 +4135,7 @@ static struct server *server_new(struct ring *ring, const struct serve_options *
 static void server_free(struct server *s) {
     for (struct conn *c = s->conns; c; c = c->next)
         conn_close(c, "the end");
+    server_log_refused(s, true);
     server_log_left_out(s, true);
     server_turn_end(s);
     nghttp2_session_callbacks_del(s->callbacks);
@@ -4906,7 +4921,7 @@ static void server_warm_up(struct server *s) {
     must("unlinkat", errno == ENOSYS ? -1 : 0);
     clocks_check();
     s->refused_unlogged = 1;
-    server_log_refused(s);
+    server_log_refused(s, false);
     server_accept_from(s, false);
     server_accept_from(s, true);
 }
@@ -4931,7 +4946,6 @@ static void rehearse_server(const struct serve_options *asked, int listener, boo
     s->listeners[s->listener_count++].source = (struct source){SOURCE_LISTENER, listener};
     sigemptyset(&set);
     sigaddset(&set, SIGSYS);
-    sigaddset(&set, SIGALRM);
     if (sigaction(SIGSYS, &tell, NULL) < 0 || sigprocmask(SIG_UNBLOCK, &set, NULL) < 0)
         die("sigaction, sigprocmask: %s", strerror(errno));
     if (filtered) {
@@ -4979,11 +4993,34 @@ static int child_wait(pid_t pid) {
     return status;
 }
 
-/* Directs a child's output to `words`, and limits its lifetime. */
-static void child_begin(int words) {
+/*
+ * Directs a child's output to `words`, closes what LISTEN_FDS has handed to the parent, and
+ * limits the child's lifetime: to that of its parent, and to REHEARSAL_SECONDS.
+ */
+static void child_begin(pid_t parent, int words, int listener) {
+    sigset_t set;
+    sigemptyset(&set);
+    sigaddset(&set, SIGALRM);
+    must("sigprocmask", sigprocmask(SIG_UNBLOCK, &set, NULL));
+    alarm(REHEARSAL_SECONDS);
+    prctl(PR_SET_PDEATHSIG, SIGKILL);
+    if (getppid() != parent)
+        _exit(1);
     must("dup2", dup2(words, STDOUT_FILENO));
     must("dup2", dup2(words, STDERR_FILENO));
-    alarm(REHEARSAL_SECONDS);
+    for (int fd = FIRST_INHERITED; fd < FIRST_INHERITED + LISTENERS_MAX; fd++)
+        if (fd != listener)
+            close(fd);
+}
+
+/* fork(2), with a little patience where other processes have used up the number of them that is allowed. */
+static pid_t child_new(void) {
+    enum { TRIES = 10 };
+    const struct timespec pause = {.tv_nsec = ACCEPT_PAUSE_MS * 1000000L};
+    pid_t pid;
+    for (int i = 0; (pid = fork()) < 0 && errno == EAGAIN && i < TRIES; i++)
+        nanosleep(&pause, NULL);
+    return pid;
 }
 
 /* Reports that a rehearsal could not take place because `call` has failed with errno. */
@@ -5021,16 +5058,17 @@ static enum rehearsal rehearse(const struct serve_options *options, bool filtere
         close(listener);
         return went;
     }
-    pid_t server = fork();
+    const pid_t parent = getpid();
+    const int64_t begin_us = monotonic_us();
+    pid_t server = child_new();
     if (server == 0) {
-        child_begin(words[1]);
+        child_begin(parent, words[1], listener);
         rehearse_server(options, listener, filtered, other);
         _exit(0);
     }
-    pid_t client = server > 0 ? fork() : -1;
+    pid_t client = server > 0 ? child_new() : -1;
     if (client == 0) {
-        close(listener);
-        child_begin(words[1]);
+        child_begin(parent, words[1], -1);
         _exit(probe(endpoint_name(&address, len, endpoint, sizeof endpoint), REHEARSAL_PROBE_MS, NULL));
     }
     if (client < 0)
@@ -5049,6 +5087,10 @@ static enum rehearsal rehearse(const struct serve_options *options, bool filtere
     close(words[0]);
     if (went != WELL || (probed == 0 && served == 0))
         return went;
+    if (monotonic_us() - begin_us > REHEARSAL_PROBE_MS * 1000LL) { /* that says something of the machine's load, and no more */
+        errno = ETIMEDOUT;
+        return rehearsal_ruined("probe", why, cap);
+    }
     struct text t = {.buf = why, .cap = cap - 1};
     bool named = strncmp(why, forbidden, 12) == 0; /* "system call " */
     if (WIFSIGNALED(served) && WTERMSIG(served) == SIGSYS && !named)
@@ -6096,7 +6138,11 @@ static void options_allow(struct serve_options *o, const char *list) {
         uid_t uid = uid_parse(name);
         if (uid == UNMAPPED_UID && !uid_map_is_identity())
             die("--allow-uid: %u stands for every unmapped user in this user namespace", uid);
-        o->uids[o->uid_count++] = uid;
+        size_t i = 0;
+        while (i < o->uid_count && o->uids[i] != uid)
+            i++;
+        o->uids[i] = uid;
+        o->uid_count += i == o->uid_count;
     }
 }
 
@@ -6350,7 +6396,7 @@ static enum verb options_parse(struct options *o, int argc, char **argv) {
 static void descriptors_open(void) {
     for (int fd = STDIN_FILENO; fd <= STDERR_FILENO; fd++)
         if (fcntl(fd, F_GETFD) < 0 && errno == EBADF && open("/dev/null", fd == STDIN_FILENO ? O_WRONLY : O_RDONLY) != fd)
-            exit(1); /* no descriptor is left to report on */
+            die("/dev/null: %s", strerror(errno));
 }
 
 /*

@@ -5,6 +5,7 @@ import os
 import platform
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -44,7 +45,7 @@ CALLS = {
     'timerfd_create': (283, '!timerfd_create: '), 'timerfd_settime': (286, '!timerfd_settime: '), 'fcntl': (72, None),
     'capset': (126, 'feature=capabilities'), 'chmod': (90, '!chmod: '), 'umask': (95, None), 'accept4': (288, '!accept4: '),
     'getsockopt': (55, '!getsockopt: '), 'setsockopt': (54, None), 'connect': (42, '!connect: '), 'unlink': (87, None),
-    'getpid': (39, None), 'clock_nanosleep': (230, None), 'readlink': (89, None), 'seccomp': (317, None),
+    'clock_nanosleep': (230, None), 'readlink': (89, None), 'seccomp': (317, None),
     'rt_sigreturn': (15, None), 'poll': (7, None), 'getcwd': (79, None), 'gettid': (186, None),
 }
 ENTROPY = (318, errno.EAGAIN)
@@ -161,6 +162,42 @@ class Signals(Case):
         with Raw(server.path) as raw:
             self.assertTrue(raw.works())
 
+    def test_no_signal_of_the_threads_either(self):
+        """32 to 34, which sigfillset leaves out."""
+        server = self.start()
+        for number in (32, 33, 34, 64):
+            subprocess.run(['/bin/kill', f'-{number}', str(server.pid)], check=True)
+        with Raw(server.path) as raw:
+            self.assertTrue(raw.works())
+
+    def test_ignored_children_are_waited_for(self):
+        """Whoever ignores SIGCHLD leaves that to what it starts."""
+        def ignore():
+            signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+            signal.signal(signal.SIGALRM, signal.SIG_IGN)
+        server = self.start(preexec_fn=ignore)
+        self.assertEqual([line for line in server.lines if 'level=warn' in line and not EMULATED], [])
+
+    def test_no_child_outlives_a_start_that_is_ended(self):
+        """Nor keeps the socket that was handed over."""
+        path = fresh_dir() + '/kms.sock'
+        for delay in range(2, 18, 2):
+            listener = socket.socket(socket.AF_UNIX)
+            listener.bind(path)
+            listener.listen()
+            process = subprocess.Popen([BINARY, 'serve'], stderr=subprocess.DEVNULL, pass_fds=(listener.fileno(),),
+                                       env=environment(KEK, {}))
+            time.sleep(delay / 1000)
+            process.send_signal(signal.SIGTERM)
+            process.wait(WAIT)
+            listener.close()
+
+            def refused():
+                with socket.socket(socket.AF_UNIX) as peer:
+                    return peer.connect_ex(path) == errno.ECONNREFUSED
+            until(refused, 'nobody holds the socket any more')
+            os.unlink(path)
+
     def test_ignored_signals_are_heard(self):
         """A shell starts its background jobs with SIGINT ignored."""
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -203,6 +240,26 @@ class Descriptors(Case):
             process.kill()
             process.wait()
 
+    def test_a_reader_that_has_stopped_keeps_nobody_from_the_end(self):
+        """Standard error is a pipe that is full: an error at the start ends it all the same."""
+        reader, writer = os.pipe()
+        os.set_blocking(writer, False)
+        try:
+            while True:
+                os.write(writer, bytes(65536))
+        except BlockingIOError:
+            pass
+        os.set_blocking(writer, True)
+        process = subprocess.Popen([BINARY, 'serve', '--listen', 'unix:///nowhere/at/all/kms.sock'], stderr=writer,
+                                   env=environment(KEK, None))
+        try:
+            self.assertEqual(process.wait(WAIT), 1)
+        finally:
+            process.kill()
+            process.wait()
+            os.close(reader)
+            os.close(writer)
+
     def test_a_verb_without_standard_output_says_so(self):
         for verb in ('genkey', 'keyid', '--version', '--help'):
             done = subprocess.run([*self.closing('>&-'), BINARY, verb], env=environment(KEK, None), timeout=WAIT,
@@ -230,6 +287,22 @@ class Sockets(Case):
         self.assertIn(f'listen_pid={os.getpid()} pid={server.pid}', line)
         with Raw(server.path) as raw:
             self.assertTrue(raw.works())
+
+    def test_a_path_named_twice(self):
+        path = fresh_dir() + '/kms.sock'
+        line = self.dies('serve', '--listen', 'unix://' + path, '--listen', 'unix://' + path, kek=KEK)
+        self.assertIn('bind: Address already in use; the path was named twice', line)
+
+    @needs_root
+    def test_refused_peers_are_told_at_the_end(self):
+        server = self.start('--mode', '0666')
+        subprocess.run([*as_user(STRANGER), sys.executable, '-c', 'import socket, sys\n'
+                        'for _ in range(5):\n    s = socket.socket(socket.AF_UNIX)\n    s.connect(sys.argv[1])\n    s.recv(1)',
+                        server.path], stderr=subprocess.DEVNULL, timeout=WAIT, check=False)
+        with Raw(server.path) as raw:
+            self.assertTrue(raw.works())
+        server.stop()
+        self.assertEqual(sum(int(m[1]) for m in server.wait_log(r'msg=refused .*count=(\d+)')), 5)
 
     @needs_root
     def test_a_stale_socket_that_cannot_be_tried(self):

@@ -4267,8 +4267,8 @@ static void options_bad(void) {
     static char many_listen[1000] = "serve", many_uids[1000] = "serve --allow-uid 0";
     for (unsigned i = 0; i <= LISTENERS_MAX; i++)
         strcat(many_listen, " --listen=unix:///@x");
-    for (unsigned i = 0; i < ALLOWED_UIDS_MAX; i++)
-        strcat(many_uids, ",0");
+    for (unsigned i = 1; i <= ALLOWED_UIDS_MAX; i++)
+        snprintf(many_uids + strlen(many_uids), 8, ",%u", i);
     const char *const rows[] = {
         "frobnicate", "Serve", "''", "help", "version", "serves", "-", "serve -", "serve x", "genkey x", "keyid x",
         "audit x", "probe a b", "unseal a b", "--frobnicate", "-x", "serve -l", "--listen", "serve --listen",
