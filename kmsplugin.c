@@ -5289,11 +5289,10 @@ static bool response_starts(const uint8_t *bytes, size_t len) {
             return at == end || n == 0 || *at == (KV_KEY << 3 | 2);
         if (tag == RANGE_COUNT || tag == RANGE_MORE)
             continue;
-        struct field f;
-        const uint8_t *header_end = at + n;
         if (tag != RANGE_HEADER || !first || n > (uint64_t)(end - at))
             return tag == RANGE_HEADER && !first;
-        while (at < header_end)
+        struct field f;
+        for (const uint8_t *header_end = at + n; at < header_end;)
             if (field_next(&at, header_end, &f) <= 0 || f.number > 4 || f.wire_type != 0)
                 return false;
     }
