@@ -56,3 +56,12 @@ class Tables(Case):
             line = ''.join(re.findall(r'"((?:[^"\\]|\\.)*)"', literals)).replace('\\"', '"')
             events.add((re.match(r'msg=(?:"([^"]*)"|(\w+))', line).expand(r'\1\2'), level.lower()))
         self.assertEqual(sorted((name, row[1]) for row in table('`msg=`') for name in names(row[0])), sorted(events))
+
+    def test_links(self):
+        """Each link within the guide, and to it from the other documents, has its heading."""
+        headings = {re.sub(r'[^\w -]', '', h.lower()).replace(' ', '-') for h in re.findall(r'^##? (.*)$', GUIDE, re.M)}
+        links = re.findall(r'\]\(#([^)]*)\)', GUIDE)
+        for path in HERE.glob('../doc/*.md'):
+            links += re.findall(r'operate\.md#([\w-]*)', path.read_text(encoding='utf-8'))
+        self.assertGreater(len(links), 30)
+        self.assertEqual([link for link in links if link not in headings], [])

@@ -501,6 +501,19 @@ doc pod
 wait
 check 'pod: mode 0600, root' same "$(stat -c '%a %U' /run/kmsplugin/kms.sock)" '600 root'
 rotated pod
+key_id=$(first)
+check 'pod: made again, the ring that it has stays' not kmsplugin-ring create
+# for an API server that is not root; without capabilities a socket is not given away
+pod_as() {
+    printf '[Service]\nGroup=kube-apiserver\nExecStart=\nExecStart=kmsplugin serve --mode 0660 --allow-uid 0,%s%s\n' \
+        "$(id -u kube-apiserver)" "$1" >/etc/systemd/system/pod.service.d/group.conf
+    systemctl daemon-reload
+    systemctl restart pod.service
+}
+mkdir /etc/systemd/system/pod.service.d
+check 'pod: runAsGroup' pod_as ''
+check 'pod: lets in who is of the group' setpriv --reuid=kube-apiserver --regid=kube-apiserver --clear-groups kmsplugin probe
+check 'pod: --group cannot (which is why)' not pod_as ' --group daemon'
 systemctl stop pod.service
 
 # ---- OpenRC
