@@ -1520,13 +1520,26 @@ static void sealing_self_test(const struct suite *suite) {
 
 /* -------------------------------------------------------------------- Keys
  *
- * KMS_KEK holds one KEK in base64, or several with commas between; KMS_KEK_FILE
- * names a file with the same text. Which of a process's memory would show a key
- * is kept small: the variable is overwritten where it lies, the text is parsed in
- * locked pages and wiped, and of each KEK only its key schedule stays.
+ * This section loads the KEKs into the ring, and refuses texts that are not keys.
+ *
+ * The environment variable KMS_KEK has one KEK in base64, or several with commas between. The
+ * variable KMS_KEK_FILE names a file with the same text. The first KEK seals, and all open.
+ *
+ * Only a few places in memory ever hold a key. environment_take overwrites the value of
+ * KMS_KEK in the environment itself. The text is parsed in locked pages, and then wiped. What
+ * remains is the ring: the key schedule and the CMAC subkey of each KEK.
+ *
+ * A wrong key ends the program with a message that says what was probably pasted instead. The
+ * message tells the kind and the length of the text, and never a part of it.
+ *
+ * Nothing here makes keys (genkey does), and no key is read again after the start.
  */
 
-/* Overwrites every KMS_KEK in the environment, the first of which goes to `text`. */
+/*
+ * Overwrites the values of all variables KMS_KEK in the environment. Unless `text` is NULL,
+ * the first value is copied there first, with a NUL, and cut to cap bytes. Returns whether
+ * there was such a variable.
+ */
 static bool environment_take(char *text, size_t cap) {
     static const char name[] = "KMS_KEK=";
     bool found = false;
@@ -1537,7 +1550,7 @@ static bool environment_take(char *text, size_t cap) {
         size_t len = strlen(value);
         if (text && !found) {
             if (len >= cap)
-                len = cap - 1; /* more than sixteen keys take: ring_load refuses a full buffer */
+                len = cap - 1; /* ring_load refuses a text that fills the buffer */
             memcpy(text, value, len);
             text[len] = '\0';
         }
@@ -1548,9 +1561,11 @@ static bool environment_take(char *text, size_t cap) {
 }
 
 /*
- * Pages for a ring, which ring_free wipes: locked, left out of core files and of a
- * forked child, and between two pages that nobody can touch. That they are locked is
- * best effort (RLIMIT_MEMLOCK may be 0), and so is all else but the fence.
+ * Maps pages for an empty ring, with a fence: one page before and one page after them that no
+ * access may touch. Dies if the kernel refuses. The kernel is also asked to lock the ring's
+ * pages, so that they are never swapped out, and to keep them out of core files and of forked
+ * children. If it refuses one of these, the ring works without (RLIMIT_MEMLOCK may be 0, for
+ * example).
  */
 static struct ring *ring_new(void) {
     size_t page = (size_t)getpagesize(), size = (sizeof(struct ring) + page - 1) / page * page;
@@ -1571,7 +1586,7 @@ static void ring_free(struct ring *ring) {
     munmap((uint8_t *)ring - page, page + size + page);
 }
 
-/* What is wrong with a key's bytes, or NULL. */
+/* Says what is wrong with the bytes of a key. Returns NULL if they may be random bytes. */
 static const char *kek_weakness(const uint8_t key[KEK_BYTES]) {
     unsigned differ = 0, printable = ~0u;
     for (size_t i = 0; i < KEK_BYTES; i++) {
@@ -1587,7 +1602,7 @@ static bool is_space(char c) {
     return c == ' ' || (c >= '\t' && c <= '\r');
 }
 
-/* Whether all of it is of an alphabet, given as ranges: "09" are the digits. */
+/* Whether all characters are in an alphabet. `ranges` has the first and last of each range: "09" for the digits. */
 static bool is_of(const char *text, size_t len, const char *ranges) {
     for (size_t i = 0; i < len; i++) {
         const char *r = ranges;
@@ -1605,9 +1620,9 @@ static bool starts_with(const char *text, size_t len, const char *start) {
 }
 
 /*
- * What a text is that is no key in base64, as far as it can be told without telling of the
- * key: its kind and length are no secret. `decoded` are the bytes that it stands for if they
- * are no more than KEY_JUDGED_BYTES, and n is their number, or -1.
+ * Says what a text is that is not a key in base64. The sentence tells only the kind and the
+ * length of the text, which are not secret. n is the result of base64_decode: the number of
+ * bytes, or -1 for an invalid text. `decoded` has the bytes if n is at most KEY_JUDGED_BYTES.
  */
 static const char *key_mistake(const char *text, size_t len, const uint8_t *decoded, long n) {
     enum { HEX_LEN = 2 * KEK_BYTES, BASE64_LEN = (KEK_BYTES + 2) / 3 * 4 };
@@ -1639,7 +1654,7 @@ static const char *key_mistake(const char *text, size_t len, const uint8_t *deco
     if (!is_of(text, len, ascii))
         return memchr(text, '\0', len) ? "holds a NUL, so it is binary or UTF-16: base64 is wanted, as ASCII text"
                                        : "is not text: base64 is wanted (base64 <FILE)";
-    if (!is_of(text, len, "!:<~")) /* printable, but no space and no semicolon */
+    if (!is_of(text, len, "!:<~")) /* the printable characters without space and semicolon */
         return "has white space or a semicolon in it: put commas between keys, and nothing into one";
     if (len == BASE64_LEN - 1 && is_of(text, len, standard))
         return "has 43 characters in place of 44: it lacks its padding, the = at the end, or another one";
@@ -1648,7 +1663,10 @@ static const char *key_mistake(const char *text, size_t len, const uint8_t *deco
     return "is not standard base64 with padding";
 }
 
-/* Adds the key that `text` spells. Returns NULL, or what is wrong with it. */
+/*
+ * Decodes one key and adds it to the ring. White space around the key is skipped. Returns
+ * NULL, or a constant sentence that says what is wrong with the key.
+ */
 static const char *ring_add(struct ring *ring, const char *text, size_t len) {
     while (len > 0 && is_space(text[0]))
         text++, len--;
@@ -1675,7 +1693,10 @@ static const char *ring_add(struct ring *ring, const char *text, size_t len) {
     return wrong;
 }
 
-/* Parses the keys of `text`; dies naming the source and the place of a bad one. */
+/*
+ * Adds all keys of a text, which commas separate. If a key is wrong, dies with a message that
+ * names `source` and the place of the key, counted from 1.
+ */
 static void ring_parse(struct ring *ring, const char *source, const char *text, size_t len) {
     unsigned place = 1;
     for (const char *end = text + len;; place++) {
@@ -1689,7 +1710,12 @@ static void ring_parse(struct ring *ring, const char *source, const char *text, 
     }
 }
 
-/* Reads a key file into `text`. Judged on the descriptor, so that no swap helps. */
+/*
+ * Reads a key file into `text`. Returns its length, which is less than cap. Dies if the file
+ * is not a regular file, belongs to a user other than root and our own, gives other users any
+ * permission or its group that to write, or is too long. The checks look at the open
+ * descriptor, so nobody can exchange the file between the checks and the reading.
+ */
 static size_t key_file_read(const char *path, char *text, size_t cap) {
     int fd = open(path, O_RDONLY | O_CLOEXEC | O_NOCTTY | O_NONBLOCK);
     struct stat st;
@@ -1719,7 +1745,10 @@ static size_t key_file_read(const char *path, char *text, size_t cap) {
     return len;
 }
 
-/* The configured ring, ready to seal and open. Dies with a sentence when there is none. */
+/*
+ * Loads the configured KEKs. Returns a ring that can seal and open. Dies if neither or both of
+ * KMS_KEK and KMS_KEK_FILE are set, or if the file or a key is wrong.
+ */
 static struct ring *ring_load(void) {
     struct ring *ring = ring_new();
     const char *path = getenv("KMS_KEK_FILE");
@@ -5128,39 +5157,50 @@ static bool serve_rehearse(const struct serve_options *options, const struct rin
 
 /* ------------------------------------------------------------------ Rescue
  *
- * Opening what lies in etcd without an API server: by hand (unseal), or all of it
- * to see whether a KEK may go (audit). kube-apiserver stores
+ * This section opens values of etcd without an API server. `unseal` opens one value, or all
+ * values of an etcd response. `audit` counts the values by KEK, and so tells whether an old
+ * KEK may be retired.
  *
- *     k8s:enc:kms:v2:NAME:  an EncryptedObject of kms.proto. The KEK opens its DEK
- *                           source: the AES key of  nonce[12] ciphertext tag[16],
- *                           or a seed, with the key HKDF-Expand(seed, info) of
- *                           info[32] nonce[12] ciphertext tag[16]
- *     k8s:enc:kms:v1:NAME:  length[2], that many bytes of sealed DEK, and then
- *                           nonce[12] ciphertext tag[16]
+ * A value begins with the name of its API and of its provider. The data follows:
  *
- * with the etcd key as associated data. Nothing is given out before its tag has
- * been checked.
+ *     k8s:enc:kms:v1:NAME:  sealed DEK length[2] | sealed DEK | object under the DEK
+ *     k8s:enc:kms:v2:NAME:  an EncryptedObject (kms.proto), which has a sealed DEK source and
+ *                           encrypted data. There are two kinds:
+ *       source is a DEK     data = object under the DEK
+ *       source is a seed    data = info[32] | object under the DEK HKDF-Expand(seed, info)
  *
- * Who needs this is in trouble, and pastes what is at hand: input_judge tells a
- * value and etcd's RangeResponse from all that may come in their place, and gives
- * that its name.
+ *     object under a DEK    nonce[12] | ciphertext | tag[16]    AES-GCM
+ *
+ * HKDF-Expand (RFC 5869) derives a key from a seed and a public text. The associated data of
+ * AES-GCM is the etcd key. A value therefore does not open under another etcd key.
+ *
+ * Input comes from operators in an emergency, who often paste something other than a
+ * value. input_judge recognizes values and etcd's RangeResponse, and names anything else.
+ *
+ * No byte of an object is written before its tag has been checked. Nothing here connects to
+ * etcd or changes it, and this section does not open values that another plugin has sealed.
  */
 
 #define RESPONSE_SOURCE "what etcdctl get --prefix ... -w protobuf prints"
 
-/* The tags of a RangeResponse's fields. */
+/* The tags of a RangeResponse's fields: field number << 3 | wire type. */
 enum { RANGE_HEADER = 1 << 3 | 2, RANGE_KVS = 2 << 3 | 2, RANGE_MORE = 3 << 3 | 0, RANGE_COUNT = 4 << 3 | 0 };
 
-enum { FIELDS = 5 }; /* of the messages that are read here, all of whose fields have numbers up to that */
+enum { FIELDS = 5 }; /* the largest field number that matters here */
 
-/* KeyValue and EncryptedObject of kms.proto: their wire types and the fields that matter. */
+/*
+ * The messages KeyValue and EncryptedObject of kms.proto. Each string has the wire types of
+ * the fields 1 to FIELDS, one digit for each field. The enums number the fields that are used.
+ */
 static const char key_value[] = "20002", encrypted_object[] = "22220";
 enum { KV_KEY = 1, KV_VALUE = 5 };
 enum { OBJECT_DATA = 1, OBJECT_KEY_ID, OBJECT_SOURCE, OBJECT_ANNOTATIONS, OBJECT_TYPE };
 
 /*
- * Finds the fields of a message, each where it stands last; one that is missing is empty.
- * They borrow the bytes. 0, or -1 if this is no message of these wire types.
+ * Finds the fields 1 to FIELDS of a message, and ignores fields with higher numbers. fields[n]
+ * is the last field with number n; if there is none, it is empty and has the number 0. The
+ * fields borrow the bytes. Returns 0, or -1 if the bytes are not a message with these wire
+ * types.
  */
 static int fields_find(struct field fields[FIELDS + 1], const char wire_types[FIELDS + 1], const uint8_t *bytes,
                        size_t len) {
@@ -5181,17 +5221,21 @@ static int fields_find(struct field fields[FIELDS + 1], const char wire_types[FI
 
 enum { KMS_PREFIX_LEN = sizeof "k8s:enc:kms:v1:" - 1 };
 
+/* The kinds of input. */
 enum input_kind {
-    INPUT_OTHER,    /* nothing that can be used */
-    INPUT_PLAIN,    /* an object of Kubernetes as it is */
-    INPUT_FOREIGN,  /* a value of another provider */
+    INPUT_OTHER,    /* anything that cannot be used */
+    INPUT_PLAIN,    /* an object of Kubernetes, not encrypted */
+    INPUT_FOREIGN,  /* a value of another provider than KMS */
     INPUT_V1,       /* a value of KMS v1 */
-    INPUT_V2,       /* and of KMS v2 */
-    INPUT_KEY_LINE, /* an etcd key, a newline, and one of those */
+    INPUT_V2,       /* a value of KMS v2 */
+    INPUT_KEY_LINE, /* an etcd key, a newline, and a value of KMS v1 or v2 */
     INPUT_RESPONSE, /* a RangeResponse */
 };
 
-/* What some bytes are. `what` says it behind "standard input" or "the value". */
+/*
+ * The verdict on an input. `what` is a constant that completes a sentence which begins with
+ * "standard input" or "the value".
+ */
 struct input {
     enum input_kind kind;
     const char *what;
@@ -5204,7 +5248,10 @@ struct input {
 #define SQLITE "is a database of SQLite: have rangeresponse.sql read it (deploy/k3s)"
 #define COMPRESSED(by) "is compressed by " by ": decompress it first"
 
-/* By their first bytes. The longer one stands first where one begins another. */
+/*
+ * Kinds of input that are recognized by their first bytes. form_find takes the first match, so
+ * "k8s:enc:kms:v1:" stands before "k8s:enc:". All strings are constants.
+ */
 static const struct form {
     const char *start;
     size_t len;
@@ -5244,7 +5291,10 @@ static const struct form {
     OTHER("\"", "is a string in quotes: write it raw (jq -r), then decode it (base64 -d)"),
 };
 
-/* `etcdctl -w json` as a whole or in parts, by the first member. */
+/*
+ * Whether JSON is output of `etcdctl -w json`, or an object cut out of it. The name of the
+ * first member decides. The first byte must be '{'.
+ */
 static bool json_of_etcd(const uint8_t *bytes, size_t len) {
     static const char *const members[] = {"\"header\"", "\"kvs\"", "\"key\"", "\"count\"", "\"create_revision\""};
     size_t at = 1;
@@ -5256,7 +5306,11 @@ static bool json_of_etcd(const uint8_t *bytes, size_t len) {
     return false;
 }
 
-/* Text of one alphabet, or none: hexadecimal, base64 (a KEK's too), other words, or octets. */
+/*
+ * Names the encoding of an input by the characters that occur in it: hexadecimal, base64,
+ * other text, or none of these. Recognizes a KEK by the length of its base64. The input must
+ * contain more than white space.
+ */
 static const char *alphabet_name(const uint8_t *bytes, size_t len) {
     bool hex = true, base64 = true, text = true;
     size_t letters = 0;
@@ -5278,7 +5332,11 @@ static const char *alphabet_name(const uint8_t *bytes, size_t len) {
                                     : "is none of the forms that etcd has, or is damaged at its beginning";
 }
 
-/* Whether an etcd RangeResponse begins like that. A header has nothing but four varints. */
+/*
+ * Whether the bytes may be the beginning of a RangeResponse. Looks at the header, which has
+ * only varints with the field numbers 1 to 4, and at the first byte of the first entry. `more`
+ * and `count` may come before that entry. The header must be within the bytes.
+ */
 static bool response_starts(const uint8_t *bytes, size_t len) {
     const uint8_t *at = bytes, *end = bytes + len;
     uint64_t tag, n;
@@ -5299,7 +5357,7 @@ static bool response_starts(const uint8_t *bytes, size_t len) {
     return len > 0;
 }
 
-/* Beyond their first bytes. */
+/* Judges an input that form_find does not know. The kind is INPUT_RESPONSE or INPUT_OTHER. */
 static struct input input_judge_whole(const uint8_t *bytes, size_t len) {
     static const uint8_t bolt_magic[] = {0xed, 0xda, 0x0c, 0xed}; /* of a bbolt page: https://github.com/etcd-io/bbolt */
     enum { BOLT_MAGIC_AT = 16 };
@@ -5321,6 +5379,7 @@ static struct input input_judge_whole(const uint8_t *bytes, size_t len) {
     return (struct input){INPUT_OTHER, alphabet_name(bytes, len)};
 }
 
+/* The form that the bytes begin with, or NULL. */
 static const struct form *form_find(const uint8_t *bytes, size_t len) {
     for (size_t i = 0; i < sizeof forms / sizeof *forms; i++)
         if (len >= forms[i].len && memcmp(bytes, forms[i].start, forms[i].len) == 0)
@@ -5328,7 +5387,7 @@ static const struct form *form_find(const uint8_t *bytes, size_t len) {
     return NULL;
 }
 
-/* What a value is, or the beginning of standard input. */
+/* Recognizes an input by its bytes: a whole value, or the beginning of standard input. */
 static struct input input_judge(const uint8_t *bytes, size_t len) {
     const struct form *form = form_find(bytes, len);
     size_t blank = 0;
@@ -5356,24 +5415,29 @@ static struct input input_judge(const uint8_t *bytes, size_t len) {
     return (struct input){form->kind, form->what};
 }
 
+/* Results of opening a value. Indexes of audit_labels. */
 enum value_state {
     VALUE_OPENED,
     VALUE_PLAIN,       /* not encrypted */
-    VALUE_FOREIGN,     /* under another provider or plugin */
-    VALUE_UNKNOWN_KEY, /* sealed by a KEK that is not in the ring */
-    VALUE_BROKEN,
+    VALUE_FOREIGN,     /* sealed by another provider or plugin */
+    VALUE_UNKNOWN_KEY, /* sealed under a KEK that is not in the ring */
+    VALUE_BROKEN,      /* damaged, or not recognized as a value */
 };
 
-/* What became of a value. */
+/*
+ * A value, and the object in it. Only a value with the state VALUE_OPENED owns an object; the
+ * caller ends it with value_wipe.
+ */
 struct value {
     enum value_state state;
     enum api api;
-    char key_id[KEY_ID_LEN + 1]; /* of the KEK that seals it; empty if that cannot be told */
-    const char *why;             /* behind "the value", unless it opened */
-    uint8_t *object;             /* if it opened; the caller's to wipe and free */
+    char key_id[KEY_ID_LEN + 1]; /* of the KEK that has sealed the DEK; empty if it is not known */
+    const char *why;             /* completes a sentence that begins with "the value"; not with VALUE_OPENED */
+    uint8_t *object;             /* len bytes from malloc, or NULL */
     size_t len;
 };
 
+/* Sets the state of a value that has not opened. `why` is a constant. */
 static void value_fail(struct value *v, enum value_state state, const char *why) {
     v->state = state;
     v->why = why;
@@ -5387,7 +5451,10 @@ static void value_wipe(struct value *v) {
     }
 }
 
-/* Opens  nonce[12] ciphertext tag[16]  under an AES key. */
+/*
+ * Opens an object, that is nonce[12], ciphertext and tag[16], under the AES key of a DEK. Sets
+ * the state of the value, and its object if the tag is right.
+ */
 static void value_open_object(struct value *v, const struct ring *ring, const struct field *etcd_key,
                               const uint8_t *aes_key, size_t aes_len, const uint8_t *data, size_t len) {
     enum { GCM_NONCE_BYTES = 12 };
@@ -5410,7 +5477,11 @@ static void value_open_object(struct value *v, const struct ring *ring, const st
                                   "(Kubernetes up to 1.24), which carries no tag and is not opened");
 }
 
-/* Opens the DEK, and with it, or with what a seed and the info[32] in front of the data make, the data. */
+/*
+ * Opens a sealed DEK with the ring, and then the data with the DEK. If `seed` is set, the DEK
+ * is a seed: the AES key is derived from it and the first 32 bytes of the data. Sets the state
+ * of the value, its key_id if the DEK has the sealed form, and its object on success.
+ */
 static void value_open_data(struct value *v, const struct ring *ring, const struct field *etcd_key,
                             const uint8_t *sealed, size_t sealed_len, const uint8_t *data, size_t len, bool seed) {
     enum { INFO_BYTES = 32 };
@@ -5441,9 +5512,12 @@ static void value_open_data(struct value *v, const struct ring *ring, const stru
 }
 
 /*
- * v1, behind the prefix. The provider's name ends at a colon and may hold others (ARNs do):
- * each is tried, and a true tag decides. Else the first that a sealed DEK follows does, which
- * says what is missing. The limit bounds what a made-up value costs.
+ * Opens a value of KMS v1. The bytes begin after the prefix, with the provider's name. The
+ * name ends at a colon, but may have colons within it (an ARN, a name of Amazon's cloud, has
+ * several). Every colon is therefore tried as the end of the name, and the value opens at the
+ * one where the tags are right. If it opens at none, the result is that of the first colon
+ * with a sealed DEK behind it, because this result names the missing KEK. V1_NAME_MAX limits
+ * the work for a forged value.
  */
 static void value_open_v1(struct value *v, const struct ring *ring, const struct field *etcd_key,
                           const uint8_t *bytes, size_t len) {
@@ -5469,8 +5543,10 @@ static void value_open_v1(struct value *v, const struct ring *ring, const struct
 }
 
 /*
- * Whether kmsplugin has made an EncryptedObject, going by its keyID. No plugin has an empty
- * one, and a damaged one does not disown a value: a sealed DEK under a KEK of the ring is ours.
+ * Whether an EncryptedObject is kmsplugin's and not another plugin's. It is if its keyID has
+ * the form of kmsplugin's key_ids. It is also if the keyID is empty, because no plugin has an
+ * empty keyID. It is, too, if the DEK is sealed under `kek`, a KEK of the ring or NULL: the
+ * keyID is damaged then.
  */
 static bool object_is_ours(const struct field *key_id, const struct kek *kek) {
     bool ours = key_id->len == KEY_ID_LEN;
@@ -5479,7 +5555,11 @@ static bool object_is_ours(const struct field *key_id, const struct kek *kek) {
     return ours || key_id->len == 0 || kek;
 }
 
-/* v2, behind the prefix. The provider's name holds no colon. */
+/*
+ * Opens a value of KMS v2. The bytes begin after the prefix, with the provider's name, which
+ * has no colon in v2. The keyID must be the one in the sealed DEK, and there must be no
+ * annotations.
+ */
 static void value_open_v2(struct value *v, const struct ring *ring, const struct field *etcd_key,
                           const uint8_t *bytes, size_t len) {
     enum { TYPE_KEY, TYPE_SEED };
@@ -5509,7 +5589,10 @@ static void value_open_v2(struct value *v, const struct ring *ring, const struct
         value_open_data(v, ring, etcd_key, sealed->bytes, sealed->len, data->bytes, data->len, type == TYPE_SEED);
 }
 
-/* Opens the value of an etcd key, if it is one of ours and can be opened. */
+/*
+ * Opens the value of an etcd key, which is the associated data. Sets `v` completely; what it
+ * had before is not freed.
+ */
 static void value_open(struct value *v, const struct ring *ring, const struct field *etcd_key, const uint8_t *bytes,
                        size_t len) {
     struct input in = input_judge(bytes, len);
@@ -5522,7 +5605,7 @@ static void value_open(struct value *v, const struct ring *ring, const struct fi
         value_fail(v, in.kind == INPUT_PLAIN ? VALUE_PLAIN : in.kind == INPUT_FOREIGN ? VALUE_FOREIGN : VALUE_BROKEN, in.what);
 }
 
-/* Makes \n of each \r\n behind `from`. Returns the length that is left. */
+/* Replaces each \r\n from offset `from` on by \n. Returns the new length. */
 static size_t crlf_undo(uint8_t *bytes, size_t from, size_t len) {
     size_t to = from;
     for (size_t i = from; i < len; i++)
@@ -5531,25 +5614,33 @@ static size_t crlf_undo(uint8_t *bytes, size_t from, size_t len) {
     return to;
 }
 
-/* Standard input, read as far as is needed. */
+/*
+ * A reader of standard input, which reads only as far as it must. It is on the stack of its
+ * verb, which frees `bytes`. at <= len <= cap always holds.
+ */
 struct reader {
-    const char *verb;
-    uint8_t *bytes;
-    size_t at, len, cap;
-    bool crlf;               /* a terminal has made \r\n of each \n: to be undone */
-    bool header, more;       /* of an etcd RangeResponse: it has one; it says that it is not all */
-    uint64_t entries, count; /* seen, and announced (behind them) */
-    uint64_t total;          /* entries of all responses: several may follow each other */
+    const char *verb; /* for messages */
+    uint8_t *bytes; /* the part in memory */
+    size_t at, len, cap; /* the next byte; bytes in memory; size of the buffer */
+    bool crlf; /* a terminal has turned each \n into \r\n, and the reader turns it back */
+    bool header, more; /* the present response has had a header; it says that entries were left out */
+    uint64_t entries, count; /* entries read of the present response; number that etcd gives after them */
+    uint64_t total; /* entries of all responses so far */
 };
 
+/* Dies with a sentence that begins with "standard input". `what` completes it. */
 __attribute__((noreturn))
 static void reader_die(const struct reader *r, const char *what) {
     die("%s: standard input %s", r->verb, what);
 }
 
-/* Makes the next n bytes available at r->bytes + r->at; false when there are not as many. */
+/*
+ * Reads until n bytes are available at r->bytes + r->at. Returns false if the input ends
+ * before. Pointers into r->bytes are not valid afterwards. Dies if n is over ENTRY_MAX, or if
+ * read(2) fails.
+ */
 static bool reader_need(struct reader *r, size_t n) {
-    size_t need = n + r->crlf; /* the last of them could be a \r that goes */
+    size_t need = n + r->crlf; /* one more, as a last \r may turn out to be half of a \r\n */
     if (r->len - r->at >= need)
         return true;
     if (n > ENTRY_MAX)
@@ -5580,10 +5671,14 @@ static bool reader_need(struct reader *r, size_t n) {
     return true;
 }
 
-/* Judges what standard input begins with. Of one that came through a terminal, a RangeResponse is told, and read. */
+/*
+ * Recognizes standard input by its first JUDGED_BYTES bytes. A RangeResponse begins with a
+ * byte 0x0a, which is \n. A terminal on the way has turned this and each later \n into \r\n.
+ * The reader turns them back, and a note on stderr says so.
+ */
 static struct input reader_judge(struct reader *r) {
     reader_need(r, JUDGED_BYTES);
-    bool terminal = r->len >= 2 && memcmp(r->bytes, "\r\n", 2) == 0; /* where a header has its \n */
+    bool terminal = r->len >= 2 && memcmp(r->bytes, "\r\n", 2) == 0; /* in place of a header's tag, 0x0a */
     if (terminal)
         r->len = crlf_undo(r->bytes, 0, r->len);
     struct input in = input_judge(r->bytes, r->len);
@@ -5593,7 +5688,7 @@ static struct input reader_judge(struct reader *r) {
     return in;
 }
 
-/* Reads a varint; false at the end of input. */
+/* Reads a varint. Returns false at the end of input. Dies if the varint is cut off. */
 static bool reader_varint(struct reader *r, uint64_t *value) {
     enum { VARINT_MAX = 10 };
     reader_need(r, VARINT_MAX);
@@ -5606,7 +5701,10 @@ static bool reader_varint(struct reader *r, uint64_t *value) {
     return true;
 }
 
-/* Dies if not all of a response has been read. etcd writes a header first, and the number of entries last. */
+/*
+ * Dies if the present response does not have all its entries. etcd writes the header first and
+ * the number of all entries last, so a response that was cut off has another number or none.
+ */
 static void range_end(const struct reader *r) {
     if (r->entries == 0 && r->count > 0)
         reader_die(r, "has the number of entries alone: ask without --count-only");
@@ -5616,9 +5714,10 @@ static void range_end(const struct reader *r) {
 }
 
 /*
- * Finds the fields of the next entry of an etcd RangeResponse, which stay until the next one
- * is asked for; false behind the last. Another response may follow a whole one: two prefixes
- * in one pipe. Dies on anything else.
+ * Reads the next entry of a RangeResponse. The fields in `entry` are valid until the next
+ * call. Returns false at the end of input; the caller then checks the response with range_end.
+ * Another response may follow a complete one, as when the output of two etcdctl commands goes
+ * into one pipe. Dies if the input is not a sequence of RangeResponses.
  */
 static bool range_next(struct reader *r, struct field entry[FIELDS + 1]) {
     uint64_t tag, n;
@@ -5655,7 +5754,10 @@ static bool range_next(struct reader *r, struct field entry[FIELDS + 1]) {
     return false;
 }
 
-/* As value_open, of a value behind which there may be the newline that `etcdctl get` ends with. */
+/*
+ * Like value_open. If the value does not open and ends with a newline, it is opened once more
+ * without it: `etcdctl get` prints a newline after a value.
+ */
 static void value_open_line(struct value *v, const struct ring *ring, const struct field *etcd_key,
                             const uint8_t *bytes, size_t len) {
     struct value without;
@@ -5667,7 +5769,10 @@ static void value_open_line(struct value *v, const struct ring *ring, const stru
         *v = without;
 }
 
-/* Whether a program has taken octets for text: it puts U+FFFD for most of those over 0x7f. */
+/*
+ * Whether a program has treated the bytes as text. Such a program replaces most bytes over
+ * 0x7f with the character U+FFFD (EF BF BD in UTF-8).
+ */
 static bool text_replaced(const uint8_t *bytes, size_t len) {
     size_t replaced = 0;
     for (size_t i = 0; i + 3 <= len; i++)
@@ -5675,7 +5780,10 @@ static bool text_replaced(const uint8_t *bytes, size_t len) {
     return replaced > len / 32;
 }
 
-/* Opens a raw value, which it changes: if it does not open as it is, perhaps a terminal's \r\n are to be undone. */
+/*
+ * Opens a raw value. If it does not open as it is, each \r\n in it is replaced by \n, in place,
+ * and the result is opened: a terminal may have turned each \n into \r\n.
+ */
 static void raw_open(struct value *v, const struct ring *ring, const struct field *etcd_key, uint8_t *bytes, size_t len) {
     struct value undone = {.state = VALUE_BROKEN};
     value_open_line(v, ring, etcd_key, bytes, len);
@@ -5693,10 +5801,13 @@ static void raw_open(struct value *v, const struct ring *ring, const struct fiel
     }
 }
 
-/* Opens a raw value on standard input, whose etcd key is given, or stands on a line before it, or both. */
+/*
+ * Opens a raw value from standard input. Its etcd key is `etcd_key`, or with INPUT_KEY_LINE
+ * the first line of the input. If both are there, they must be equal.
+ */
 static void unseal_raw(struct value *v, const struct ring *ring, const char *etcd_key, struct reader *r,
                        enum input_kind kind) {
-    while (reader_need(r, r->len + 1)) /* all there is */
+    while (reader_need(r, r->len + 1)) /* until the end of input */
         continue;
     uint8_t *bytes = r->bytes;
     size_t len = r->len;
@@ -5714,8 +5825,9 @@ static void unseal_raw(struct value *v, const struct ring *ring, const char *etc
 }
 
 /*
- * Opens the one entry of a RangeResponse, or the one of etcd_key. Not before the response
- * is known to be whole, so the entry is kept meanwhile.
+ * Opens the entry of a RangeResponse that has the key `etcd_key`, or the only entry if
+ * `etcd_key` is NULL. The entry is copied, and opened only when the response has been read to
+ * its end and is complete.
  */
 static void unseal_response(struct value *v, const struct ring *ring, const char *etcd_key, struct reader *r) {
     struct field entry[FIELDS + 1], key = {0};
@@ -5745,7 +5857,10 @@ static void unseal_response(struct value *v, const struct ring *ring, const char
     free(kept);
 }
 
-/* Opens one value from stdin and writes the object, or dies saying why there is none. */
+/*
+ * The verb unseal: opens one value from standard input, and writes the object to standard
+ * output. Dies with the reason if the value does not open.
+ */
 static int unseal(const struct ring *ring, const char *etcd_key) {
     struct reader r = {.verb = "unseal"};
     struct value v;
@@ -5771,9 +5886,11 @@ static int unseal(const struct ring *ring, const char *etcd_key) {
 }
 
 /*
- * A file name for a part of an etcd key between slashes: letters, digits and what
- * Kubernetes has in names stay, all else becomes %XX, so none is ".", "..", hidden, or
- * anything to a shell. -1 with errno if it is too long.
+ * Makes a file name from one part of an etcd key, the text between two slashes. Letters,
+ * digits and the characters of Kubernetes' names are kept; every other byte becomes %XX, and
+ * so does a '.' or '-' at the beginning. The name is therefore never "." or "..", is not
+ * hidden, and has no special meaning to a shell. An empty part becomes "%". Returns 0, or -1
+ * with errno if the name is too long.
  */
 static int file_name(char name[NAME_MAX + 1], const uint8_t *part, size_t len) {
     struct text t = {.buf = name, .cap = NAME_MAX + 1};
@@ -5795,14 +5912,20 @@ static int file_name(char name[NAME_MAX + 1], const uint8_t *part, size_t len) {
     return 0;
 }
 
-/* Makes a directory in another one if it is not there, and opens it: no link. -1 with errno. */
+/*
+ * Opens a directory `name` in the directory `dir`, and makes it first if it does not exist. A
+ * symbolic link is not followed. Returns a descriptor, or -1 with errno.
+ */
 static int directory_enter(int dir, const char *name) {
     if (mkdirat(dir, name, 0700) < 0 && errno != EEXIST)
         return -1;
     return openat(dir, name, O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC);
 }
 
-/* Writes a new file, whole or not at all. 0, or -1 with errno. */
+/*
+ * Writes a new file. Removes the file again if it cannot be written completely, and never
+ * changes an existing file. Returns 0, or -1 with errno.
+ */
 static int object_write(int dir, const char *name, const uint8_t *bytes, size_t len) {
     int fd = openat(dir, name, O_WRONLY | O_CREAT | O_EXCL | O_NOFOLLOW | O_CLOEXEC, 0600);
     if (fd < 0)
@@ -5816,7 +5939,11 @@ static int object_write(int dir, const char *name, const uint8_t *bytes, size_t 
     return rv;
 }
 
-/* Writes an object to the path that its etcd key is below `top`. 0, or -1 with errno. */
+/*
+ * Writes an object to a new file below the directory `top`. The path of the file is the etcd
+ * key, each part made safe by file_name; missing directories are made. Returns 0, or -1 with
+ * errno.
+ */
 static int object_save(int top, const struct field *etcd_key, const struct value *v) {
     const uint8_t *at = etcd_key->bytes, *end = at + etcd_key->len, *slash;
     char name[NAME_MAX + 1];
@@ -5842,7 +5969,11 @@ static int object_save(int top, const struct field *etcd_key, const struct value
     return rv;
 }
 
-/* Opens all values of a RangeResponse on stdin into files below a directory. What gives no file is named: exit status 1. */
+/*
+ * The verb unseal with --all: opens all values of a RangeResponse from standard input, and
+ * writes each object to a new file below a directory. A value that does not open, or cannot be
+ * written, gets a line on stderr, and the exit status is 1.
+ */
 static int unseal_all(const struct ring *ring, const char *path) {
     struct reader r = {.verb = "unseal"};
     struct field entry[FIELDS + 1];
@@ -5881,7 +6012,10 @@ static int unseal_all(const struct ring *ring, const char *path) {
     return 0;
 }
 
-/* What an audit has counted: values of ours by API and KEK, and the others. */
+/*
+ * The counts of an audit. Each row counts the values of one API and one KEK. No two rows have
+ * the same API and key_id. The verb audit has it on its stack.
+ */
 struct audit {
     struct audit_row {
         enum api api;
@@ -5891,10 +6025,14 @@ struct audit {
     } rows[AUDIT_ROWS_MAX];
     size_t row_count;
     uint64_t plain, foreign, broken;
-    uint64_t missing; /* under KEKs that have no row any more */
+    uint64_t missing; /* values under unknown KEKs for which no row was left */
 };
 
-/* There is always a row for each KEK of the ring; of what is missing anybody may have made up any number. */
+/*
+ * Counts one value. Anyone who can write to etcd can invent values under any number of unknown
+ * KEKs. Such values cannot use up the rows: ROWS_KNOWN rows are kept for the KEKs of the ring,
+ * two for each KEK, because there are two APIs.
+ */
 static void audit_count(struct audit *a, const struct value *v) {
     enum { ROWS_KNOWN = 2 * KEK_MAX };
     size_t i = 0, max = v->state == VALUE_OPENED ? AUDIT_ROWS_MAX : AUDIT_ROWS_MAX - ROWS_KNOWN;
@@ -5915,10 +6053,10 @@ static void audit_count(struct audit *a, const struct value *v) {
     a->rows[i].count++;
 }
 
-/* How audit calls what is not under the sealing KEK. */
+/* The names, by value_state, of values that are not under the sealing KEK. */
 static const char *const audit_labels[] = {"other-kek", "plaintext", "foreign", "missing-kek", "broken"};
 
-/* Prints an etcd key, which could hold anything, on a line of its own. */
+/* Prints a label and an etcd key on a line. The key may contain any bytes, so it is quoted and escaped. */
 static void audit_list(const char *label, const struct field *key) {
     char line[LOG_LINE_MAX];
     struct text t = {.buf = line, .cap = sizeof line};
@@ -5926,7 +6064,7 @@ static void audit_list(const char *label, const struct field *key) {
     print(STDOUT_FILENO, "%s %.*s\n", label, (int)t.len, line);
 }
 
-/* Prints the rows. Returns how many values are under the sealing KEK. */
+/* Prints the counts. Returns the number of values under the sealing KEK. */
 static uint64_t audit_print(const struct audit *a, const char *sealing_id) {
     uint64_t sealing = 0;
     for (size_t i = 0; i < a->row_count; i++) {
@@ -5943,7 +6081,13 @@ static uint64_t audit_print(const struct audit *a, const char *sealing_id) {
     return sealing;
 }
 
-/* May a KEK be retired? Counts the values of a RangeResponse on stdin: 0, or exit status 1. */
+/*
+ * The verb audit: counts the values of a RangeResponse from standard input, to tell whether
+ * all KEKs but the sealing one may be retired. Returns 0 if they may. Dies if a value of
+ * kmsplugin is under another KEK, if a value does not open, if no value is under the sealing
+ * KEK, or if `strict` is set and a value is plaintext or foreign. If `list` is set, prints the
+ * etcd key of each value that is not under the sealing KEK.
+ */
 static int audit(const struct ring *ring, bool strict, bool list) {
     struct reader r = {.verb = "audit"};
     struct audit a = {0};
