@@ -2459,7 +2459,7 @@ static bool server_may_log(struct server *s, struct user *user) {
         for (size_t i = 0; i < s->user_count; i++)
             s->users[i].minute_lines = 0;
     }
-    if (user->minute_lines >= LINES_A_MINUTE / s->user_count) {
+    if ((user->minute_lines + 1) * s->user_count > LINES_A_MINUTE) {
         s->lines_left_out++;
         server_log_left_out(s, false);
         return false;
@@ -5367,12 +5367,12 @@ static struct input input_judge_whole(const uint8_t *bytes, size_t len) {
         return (struct input){INPUT_OTHER, "is a snapshot or database of etcd: restore it first (etcdutl snapshot restore)"};
     if (response_starts(bytes, len))
         return (struct input){INPUT_RESPONSE, "is a RangeResponse of etcd"};
-    if (field_next(&at, bytes + len, &first) > 0 && first.number == KV_KEY && first.wire_type == 2 && first.len > 0 &&
-        first.bytes[0] == '/')
-        return (struct input){INPUT_OTHER, "is a KeyValue of etcd's database: take its value alone, and name its etcd key"};
     if (fields_find(o, encrypted_object, bytes, len) == 0 && o[OBJECT_KEY_ID].len == KEY_ID_LEN &&
         sealed_shaped(o[OBJECT_SOURCE].bytes, o[OBJECT_SOURCE].len))
         return (struct input){INPUT_OTHER, "is an EncryptedObject without its k8s:enc:kms:v2:NAME: in front"};
+    if (field_next(&at, bytes + len, &first) > 0 && first.number == KV_KEY && first.wire_type == 2 && first.len > 0 &&
+        first.bytes[0] == '/')
+        return (struct input){INPUT_OTHER, "is a KeyValue of etcd's database: take its value alone, and name its etcd key"};
     for (at = bytes; len - (size_t)(at - bytes) >= KMS_PREFIX_LEN; at++)
         if (memcmp(at, "k8s:enc:kms:v", KMS_PREFIX_LEN - 2) == 0)
             return (struct input){INPUT_OTHER, "has something in front of a value: cut that off, up to k8s:enc:"};
