@@ -198,8 +198,8 @@ enum {
  * needs, and the server has one. Names follow a rule: _len is the part of a buffer in use,
  * _cap its capacity, _ms a time in milliseconds, _us a time in microseconds.
  *
- * Structures of the client (Probe), the seccomp filter (Confinement) and the etcd values
- * (Rescue) are not here: they stand in their sections.
+ * Structures of the client (Probe), the seccomp filter (Confinement), the etcd values (Rescue)
+ * and the command line (Options) are not here: they stand in their sections.
  */
 
 /* Levels of log lines. --log-level sets the highest that is written. */
@@ -1551,8 +1551,7 @@ static bool environment_take(char *text, size_t cap) {
  * Maps pages for an empty ring, with a fence: one page before and one page after them that no
  * access may touch. Dies if the kernel refuses. The kernel is also asked to lock the ring's
  * pages, so that they are never swapped out, and to keep them out of core files and of forked
- * children. If it refuses one of these, the ring works without (RLIMIT_MEMLOCK may be 0, for
- * example).
+ * children. The ring works even if it refuses these (RLIMIT_MEMLOCK may be 0, for example).
  */
 static struct ring *ring_new(void) {
     size_t page = (size_t)getpagesize(), size = (sizeof(struct ring) + page - 1) / page * page;
@@ -1700,7 +1699,7 @@ static void ring_parse(struct ring *ring, const char *source, const char *text, 
 /*
  * Reads a key file into `text`. Returns its length, which is less than cap. Dies if the file
  * is not a regular file, belongs to a user other than root and our own, gives other users any
- * permission or its group that to write, or is too long. The checks look at the open
+ * permission, lets its group write, or is too long. The checks look at the open
  * descriptor, so nobody can exchange the file between the checks and the reading.
  */
 static size_t key_file_read(const char *path, char *text, size_t cap) {
@@ -4157,8 +4156,8 @@ static void server_free(struct server *s) {
  *
  *     calls that a turn needs      are allowed
  *     calls useful to an attacker  kill the process: they start a program or a process, open a
- *                                  socket or a file, make memory executable, or belong to
- *                                  another architecture
+ *                                  socket or a file, make memory executable, change the user
+ *                                  or the kernel, or belong to another architecture
  *     any other call               fails with ENOSYS, the error of a kernel without the call
  *
  * A call of the last kind gives an attacker nothing, and a libc that tries it can do without.
@@ -5292,7 +5291,8 @@ static const char *alphabet_name(const uint8_t *bytes, size_t len) {
 /*
  * Whether the bytes may be the beginning of a RangeResponse. Looks at the header, which has
  * only varints with the field numbers 1 to 4, and at the first byte of the first entry. `more`
- * and `count` may come before that entry. The header must be within the bytes.
+ * and `count` may come before that entry. The header must be within the bytes. A second header
+ * begins another response, and is enough.
  */
 static bool response_starts(const uint8_t *bytes, size_t len) {
     const uint8_t *at = bytes, *end = bytes + len;
@@ -5409,8 +5409,8 @@ static void value_wipe(struct value *v) {
 }
 
 /*
- * Opens an object, that is nonce[12], ciphertext and tag[16], under the AES key of a DEK. Sets
- * the state of the value, and its object if the tag is right.
+ * Opens an object (nonce[12], ciphertext, tag[16]) under an AES key. Sets the state of the
+ * value, and its object if the tag is right.
  */
 static void value_open_object(struct value *v, const struct ring *ring, const struct field *etcd_key,
                               const uint8_t *aes_key, size_t aes_len, const uint8_t *data, size_t len) {
@@ -5500,10 +5500,10 @@ static void value_open_v1(struct value *v, const struct ring *ring, const struct
 }
 
 /*
- * Whether an EncryptedObject is kmsplugin's and not another plugin's. It is if its keyID has
- * the form of kmsplugin's key_ids. It is also if the keyID is empty, because no plugin has an
- * empty keyID. It is, too, if the DEK is sealed under `kek`, a KEK of the ring or NULL: the
- * keyID is damaged then.
+ * Whether an EncryptedObject is kmsplugin's and not another plugin's. One of three conditions
+ * is enough. The keyID has the form of kmsplugin's key_ids. The keyID is empty, which is damage,
+ * as no plugin has an empty one. `kek` is not NULL: it is the KEK of the ring under which the
+ * DEK is sealed, and the keyID is damaged if it has another form.
  */
 static bool object_is_ours(const struct field *key_id, const struct kek *kek) {
     bool ours = key_id->len == KEY_ID_LEN;
