@@ -145,7 +145,7 @@ enum {
     USER_SERIES_MAX = 16,               /* uids with their own time series in /metrics */
     UNREAD_PAUSE_BYTES = 256 * 1024,    /* a peer with more unread answers than this gets no new window */
     LISTENERS_MAX = 16,
-    FIRST_INHERITED = 3,                /* of LISTEN_FDS, sd_listen_fds(3) */
+    FIRST_INHERITED = 3,                /* the first descriptor of LISTEN_FDS, see sd_listen_fds(3) */
     ACCEPT_BURST = 16,                  /* connections accepted from one listener in a turn */
     EVENTS_MAX = 64,                    /* events from one epoll_wait */
     TURN_BYTES = 64 * 1024,             /* read in a turn from all ready peers: limits how long a new peer waits */
@@ -755,8 +755,8 @@ static void print(int fd, const char *format, ...) {
 
 /*
  * Writes one sentence to stderr. It may contain a peer's words or those of the command line,
- * so it is escaped. A reader that has stopped must not keep the process from its end: after a
- * second the sentence is dropped.
+ * so it is escaped. If the reader of stderr has stopped, the sentence is dropped after a
+ * second, so that the process can end.
  */
 static void complain(const char *format, va_list args) {
     struct pollfd room = {.fd = STDERR_FILENO, .events = POLLOUT};
@@ -3782,7 +3782,7 @@ static struct user *server_user(struct server *s, uid_t uid) {
     return NULL;
 }
 
-/* Logs refused peers: the first at once, then one line a second with their number; at the `end` the rest. */
+/* Logs refused peers: the first at once, then their number once a second. If `end` is set, logs the rest. */
 static void server_log_refused(struct server *s, bool end) {
     if (s->refused_unlogged == 0)
         return;
@@ -4054,7 +4054,7 @@ static void on_early_signal(int signal) {
 
 /*
  * Blocks all signals until signals_open, except SIGTERM, SIGINT, and the three that stop a
- * job of a terminal (SIGTSTP, SIGTTIN, SIGTTOU).
+ * job of a terminal (SIGTSTP, SIGTTIN, SIGTTOU). Resets the actions for SIGCHLD and SIGALRM.
  */
 static void signals_hold(void) {
     sigset_t set;
@@ -4067,7 +4067,7 @@ static void signals_hold(void) {
     if (sigprocmask(SIG_SETMASK, &set, NULL) < 0 || sigaction(SIGTERM, &end, NULL) < 0 || sigaction(SIGINT, &end, NULL) < 0)
         die("sigprocmask, sigaction: %s", strerror(errno));
     syscall(SYS_rt_sigprocmask, SIG_BLOCK, &threads, NULL, sizeof threads);
-    sigaction(SIGCHLD, &usual, NULL); /* whoever ignores these leaves that to his children: no waitpid, no alarm */
+    sigaction(SIGCHLD, &usual, NULL); /* a parent may have ignored these: waitpid and alarm fail then */
     sigaction(SIGALRM, &usual, NULL);
 }
 
@@ -4996,7 +4996,7 @@ static void child_begin(pid_t parent, int words, int listener) {
             close(fd);
 }
 
-/* fork(2), with a little patience where other processes have used up the number of them that is allowed. */
+/* Like fork(2), but tries again for a second if the limit on processes is reached (EAGAIN). */
 static pid_t child_new(void) {
     enum { TRIES = 10 };
     const struct timespec pause = {.tv_nsec = ACCEPT_PAUSE_MS * 1000000L};
@@ -5070,7 +5070,7 @@ static enum rehearsal rehearse(const struct serve_options *options, bool filtere
     close(words[0]);
     if (went != WELL || (probed == 0 && served == 0))
         return went;
-    if (monotonic_us() - begin_us > REHEARSAL_PROBE_MS * 1000LL) { /* that says something of the machine's load, and no more */
+    if (monotonic_us() - begin_us > REHEARSAL_PROBE_MS * 1000LL) { /* slow: this tells only the machine's load */
         errno = ETIMEDOUT;
         return rehearsal_ruined("probe", why, cap);
     }
@@ -5316,7 +5316,7 @@ static bool response_starts(const uint8_t *bytes, size_t len) {
 
 /* Judges an input that form_find does not know. The kind is INPUT_RESPONSE or INPUT_OTHER. */
 static struct input input_judge_whole(const uint8_t *bytes, size_t len) {
-    static const uint8_t bolt_magic[] = {0xed, 0xda, 0x0c, 0xed}; /* of a bbolt page: https://github.com/etcd-io/bbolt */
+    static const uint8_t bolt_magic[] = {0xed, 0xda, 0x0c, 0xed}; /* page of bbolt: https://github.com/etcd-io/bbolt */
     enum { BOLT_MAGIC_AT = 16 };
     struct field o[FIELDS + 1], first;
     const uint8_t *at = bytes;
