@@ -50,8 +50,8 @@
  * under a KEK; to open is to check and decrypt. A key_id names a KEK without revealing it.
  */
 #define _GNU_SOURCE          /* accept4, struct ucred, environ */
-#define _FILE_OFFSET_BITS 64 /* 32-bit machines: inode numbers of large file systems, */
-#define _TIME_BITS 64        /* and times after 2038 */
+#define _FILE_OFFSET_BITS 64 /* on 32-bit machines: inode numbers of 64 bits (large file systems) */
+#define _TIME_BITS 64        /* on 32-bit machines: times after 2038 */
 #include <bearssl.h>
 #include <errno.h>
 #include <fcntl.h>
@@ -118,7 +118,7 @@ enum {
     /* Keys. */
     KEK_MAX = 16,                       /* a rotation needs two; a long-lived cluster collects more */
     KEK_TEXT_MAX = 4096,                /* sixteen keys of 44 characters, and room for white space */
-    KEY_JUDGED_BYTES = 45,              /* decoded bytes to look at: a key encoded twice gives 44 and a newline */
+    KEY_JUDGED_BYTES = 45,              /* decoded bytes to judge: a key in base64 twice decodes to 44 and a newline */
     KEY_ID_LEN = 2 * FINGERPRINT_BYTES,
 
     /* Messages. */
@@ -129,7 +129,7 @@ enum {
     V1_CIPHERTEXT_MAX = MESSAGE_MAX - V1_REQUEST_OVERHEAD, /* the longest that fits into a Decrypt request */
 
     /* HTTP/2. */
-    STREAMS_MAX = 256,                  /* per connection; grpc-go assumes 100 until it is told */
+    STREAMS_MAX = 256,                  /* per connection; grpc-go uses at most 100 until it has our SETTINGS */
     STREAM_WINDOW_BYTES = 128 * 1024,   /* holds any request, so a stream needs no WINDOW_UPDATE */
     FIELDS_MAX_BYTES = 16 * 1024,       /* the fields of a request, counted as in RFC 9113 6.5.2 */
     FIELD_OVERHEAD_BYTES = 32,          /* that count adds this to each field */
@@ -145,7 +145,7 @@ enum {
     USER_SERIES_MAX = 16,               /* uids with their own time series in /metrics */
     UNREAD_PAUSE_BYTES = 256 * 1024,    /* a peer with more unread answers than this gets no new window */
     LISTENERS_MAX = 16,
-    FIRST_INHERITED = 3,                /* of LISTEN_FDS, sd_listen_fds(3) */
+    FIRST_INHERITED = 3,                /* the first descriptor of LISTEN_FDS, see sd_listen_fds(3) */
     ACCEPT_BURST = 16,                  /* connections accepted from one listener in a turn */
     EVENTS_MAX = 64,                    /* events from one epoll_wait */
     TURN_BYTES = 64 * 1024,             /* read in a turn from all ready peers: limits how long a new peer waits */
@@ -159,29 +159,29 @@ enum {
     /* Times. */
     PREFACE_TIMEOUT_MS = 10 * 1000,     /* from accept to the client's SETTINGS */
     REQUEST_TIMEOUT_MS = 10 * 1000,     /* from HEADERS to the end of the body */
-    UNREAD_TIMEOUT_MS = 10 * 1000,      /* from the making of an answer until the peer has taken it */
+    UNREAD_TIMEOUT_MS = 10 * 1000,      /* from submitting an answer until the peer has taken it */
     DRAIN_TIMEOUT_MS = 5 * 1000,        /* from SIGTERM to exit */
     ACCEPT_PAUSE_MS = 100,              /* out of descriptors: pause before the next accept */
     REFUSED_LOG_MS = 1000,              /* refused peers cause at most one log line in this time */
     MINUTE_MS = 60 * 1000,              /* period of LINES_A_MINUTE, and of a connection's log lines on one method */
     LINES_A_MINUTE = 120,               /* log lines that peers can cause: some 30 megabytes a day at most */
     TIDY_AFTER_MS = 1000,               /* after this time without traffic the heap returns unused memory */
-    STALE_RETRY_MS = 100,               /* time for a new server between bind and listen */
+    STALE_RETRY_MS = 100,               /* a server that is starting gets this time between bind and listen */
 
     /* Memory. */
     ARENA_BYTES = 1024 * 1024,          /* one unpacked message: 64 KiB hold at most some 8,000 fields */
     ARENA_KEEP_BYTES = 64 * 1024,       /* the part of the arena that stays resident */
     HEAP_CLASSES = 6,                   /* blocks of 64 to 2,048 bytes are kept for reuse */
     HEAP_CLASS0_BYTES = 64,             /* size of the smallest class */
-    HEAP_KEEP_BYTES = 1024 * 1024,      /* unused blocks kept, and only under load (TIDY_AFTER_MS) */
-    RANDOM_BYTES = 128 * NONCE_BYTES,   /* fetched at once, at most, in a turn of many Encrypts */
+    HEAP_KEEP_BYTES = 1024 * 1024,      /* unused blocks that are kept while there is load (TIDY_AFTER_MS) */
+    RANDOM_BYTES = 128 * NONCE_BYTES,   /* the most that one getrandom(2) fetches, in a turn of many Encrypts */
     STACK_WIPE_BYTES = 6 * 1024,        /* the deepest stack measured in a turn was 4,384 bytes (s390x) */
 
     /* Rescue. */
     ENTRY_MAX = 4 * 1024 * 1024,        /* etcd refuses values over 1.5 MiB by default */
-    JUDGED_BYTES = 4096,                /* bytes of an input that tell its kind */
-    V1_NAME_MAX = 1024,                 /* a provider's name ends at a colon within these bytes */
-    AUDIT_ROWS_MAX = 64,                /* pairs of API and key_id in one cluster */
+    JUDGED_BYTES = 4096,                /* the first bytes of an input, which input_judge looks at */
+    V1_NAME_MAX = 1024,                 /* a provider's name in a value of v1 is looked for in these bytes */
+    AUDIT_ROWS_MAX = 64,                /* pairs of API and key_id that an audit counts separately */
 
     LOG_VALUE_MAX = 64,                 /* bytes of a peer's text in a log line; Kubernetes' uids have 36 */
     LOG_LINE_MAX = 1024,                /* under PIPE_BUF: a pipe takes the line whole or not at all */
@@ -198,8 +198,8 @@ enum {
  * needs, and the server has one. Names follow a rule: _len is the part of a buffer in use,
  * _cap its capacity, _ms a time in milliseconds, _us a time in microseconds.
  *
- * Structures of the client (Probe), the seccomp filter (Confinement) and the etcd values
- * (Rescue) are not here: they stand in their sections.
+ * Structures of the client (Probe), the seccomp filter (Confinement), the etcd values (Rescue)
+ * and the command line (Options) are not here: they stand in their sections.
  */
 
 /* Levels of log lines. --log-level sets the highest that is written. */
@@ -234,7 +234,8 @@ struct random {
 
 /*
  * BearSSL's implementations of AES and GCM for this CPU: with the CPU's AES instructions, or
- * in plain C. Their running time depends neither on keys nor on texts.
+ * in plain C. Their running time depends neither on keys nor on texts. The ring holds the
+ * pointers, which point to BearSSL's constants.
  */
 struct suite {
     const br_block_ctrcbc_class *aes; /* for a KEK: CBC-MAC over a single block */
@@ -270,10 +271,7 @@ enum api { API_V1 = 0x01, API_V2 = 0x02 };
 /* Results of opening a sealed form. Only OPENED leaves a plaintext. */
 enum opened { OPENED, OPEN_MALFORMED, OPEN_UNKNOWN_KEY, OPEN_FORGED };
 
-/*
- * The gRPC status codes in use here
- * (https://github.com/grpc/grpc/blob/master/doc/statuscodes.md).
- */
+/* The gRPC status codes in use here (https://github.com/grpc/grpc/blob/master/doc/statuscodes.md). */
 enum grpc_code {
     GRPC_OK = 0,
     GRPC_INVALID_ARGUMENT = 3,
@@ -331,10 +329,7 @@ struct answer {
     const struct kek *kek; /* the KEK that was used, or NULL */
 };
 
-/*
- * Upper bounds of the histogram's buckets in microseconds, and in seconds as Prometheus
- * writes them.
- */
+/* Upper bounds of the histogram's buckets in microseconds, and in seconds as Prometheus writes them. */
 #define BUCKETS(X)                                                                     \
     X(50, "0.00005") X(100, "0.0001") X(250, "0.00025") X(500, "0.0005") X(1000, "0.001") \
     X(2500, "0.0025") X(5000, "0.005") X(10000, "0.01") X(100000, "0.1") X(1000000, "1")
@@ -460,10 +455,10 @@ struct user {
     unsigned minute_lines; /* log lines that it has caused in the server's minute */
 };
 
-/* The uses of KEKs by one method of a connection. The counts begin anew with each log line. */
+/* The uses of KEKs by one method since the last log line about them. It is part of its connection. */
 struct trace {
     const struct kek *kek; /* the KEK of the last use, or NULL */
-    unsigned keks; /* bit i: a line about the KEK at place i of the ring is written */
+    unsigned keks; /* bit i: the KEK at place i of the ring has been used before */
     bool several; /* several KEKs were used since the last line */
     uint64_t uses, failures;
     int64_t due_ms; /* time of the next line */
@@ -519,7 +514,7 @@ struct conn {
     size_t out_sent, out_len;
     size_t used[RESOURCES];
     size_t unread; /* bytes of answers that are part of used[BUFFERED] */
-    size_t unconsumed; /* bytes received, by which the peer's window is still to be extended */
+    size_t unconsumed; /* bytes received by which the window is not yet extended */
     struct trace traces[RPCS];
 };
 
@@ -732,10 +727,7 @@ static int write_all(int fd, const void *bytes, size_t len) {
     return 0;
 }
 
-/*
- * Blocks SIGPIPE. Writing to a peer that has gone then fails with EPIPE instead of ending the
- * program.
- */
+/* Blocks SIGPIPE. Writing to a peer that has gone then fails with EPIPE instead of ending the program. */
 static void sigpipe_block(void) {
     sigset_t set;
     sigemptyset(&set);
@@ -763,8 +755,8 @@ static void print(int fd, const char *format, ...) {
 
 /*
  * Writes one sentence to stderr. It may contain a peer's words or those of the command line,
- * so it is escaped. A reader that has stopped must not keep the process from its end: after a
- * second the sentence is dropped.
+ * so it is escaped. If the reader of stderr has stopped, the sentence is dropped after a
+ * second, so that the process can end.
  */
 static void complain(const char *format, va_list args) {
     struct pollfd room = {.fd = STDERR_FILENO, .events = POLLOUT};
@@ -812,8 +804,9 @@ static void die_usage(const char *format, ...) {
 /*
  * Adds a time as in RFC 3339, in UTC, with milliseconds. gmtime_r would add the code for time
  * zones to the static binary, and glibc's version reads a file. The calculation here lets
- * years begin in March: a leap day is then the last day of its year, and any five months from
- * March on have 153 days.
+ * years begin in March: a leap day is then the last day of its year, and any five months in a
+ * row up to January have 153 days. The formula for `year` takes the leap days off `day`, and
+ * then divides by 365.
  */
 static void text_time(struct text *t, const struct timespec *time) {
     enum { YEAR = 365, FOUR_YEARS = 4 * YEAR + 1, CENTURY = 25 * FOUR_YEARS - 1, ERA = 4 * CENTURY + 1 };
@@ -886,7 +879,7 @@ static void wipe(void *bytes, size_t len) {
 
 /*
  * Overwrites the stack below the caller, where BearSSL's functions have left round keys and
- * plaintext. The function is never inlined, so that its array lies at their place.
+ * plaintext. The function is never inlined: its array then covers the stack that they used.
  */
 __attribute__((noinline))
 static void stack_wipe(void) {
@@ -1106,10 +1099,10 @@ static int random_fill(uint8_t *out, size_t len) {
 }
 
 /*
- * Takes a fresh nonce from the stock. The first request in a turn fetches one nonce from the
- * kernel, and each further request twice as many as the one before, up to RANDOM_BYTES: a
- * getrandom(2) for every nonce would cost a quarter of the CPU time under load. Returns 0, or
- * -1 if the kernel refuses.
+ * Takes a fresh nonce from the stock. An empty stock is filled by getrandom(2): with one nonce
+ * the first time in a turn, and each further time with twice as many as before, up to
+ * RANDOM_BYTES. A getrandom(2) for every nonce would cost a quarter of the CPU time under
+ * load. Returns 0, or -1 if the kernel refuses.
  */
 static int random_nonce(struct random *r, uint8_t nonce[NONCE_BYTES]) {
     if (r->left == 0) {
@@ -1167,10 +1160,7 @@ static size_t heap_cap(size_t size) {
     return class < HEAP_CLASSES ? (size_t)HEAP_CLASS0_BYTES << class : size;
 }
 
-/*
- * The memory that a block for `size` bytes takes, including malloc's own header. Limits count
- * this number.
- */
+/* The memory that a block for `size` bytes takes, including malloc's own header. Limits count this number. */
 static size_t heap_cost(size_t size) {
     enum { MALLOC_BYTES = 16 };
     return sizeof(struct block) + MALLOC_BYTES + heap_cap(size);
@@ -1202,8 +1192,8 @@ static void heap_tidy(struct heap *h) {
 }
 
 /*
- * A new block from malloc. If malloc fails, kept blocks are returned to it and it is tried
- * once more. Returns the bytes, or NULL.
+ * Makes a new block with malloc. If malloc fails, the kept blocks are freed and malloc is
+ * called once more. Returns the bytes of the block, or NULL.
  */
 static void *block_new(struct heap *h, size_t size) {
     struct block *b = NULL;
@@ -1283,10 +1273,7 @@ static void arena_free(void *arena, void *p) {
     (void)p;
 }
 
-/*
- * Wipes the used part and frees all of it. Used pages above ARENA_KEEP_BYTES go back to the
- * kernel.
- */
+/* Wipes the used part and frees all of it. Used pages above ARENA_KEEP_BYTES go back to the kernel. */
 static void arena_reset(struct arena *a) {
     size_t keep = a->used < ARENA_KEEP_BYTES ? a->used : ARENA_KEEP_BYTES;
     wipe(a->base, keep);
@@ -1315,8 +1302,8 @@ static void arena_reset(struct arena *a) {
  *
  *     L  = AES(KEK, 0)                 K1 = L shifted left by one bit, and xor 0x87
  *                                           if the bit shifted out was 1 (CMAC)
- *     Kx = AES(KEK, 00 01 58 00 || N[0..11] xor K1) ||
- *          AES(KEK, 00 02 58 00 || N[0..11] xor K1)
+ *     Kx = AES(KEK, (00 01 58 00 || N[0..11]) xor K1) ||      || joins byte strings
+ *          AES(KEK, (00 02 58 00 || N[0..11]) xor K1)
  *     ciphertext, tag = AES-256-GCM(key Kx, nonce N[12..23])
  *
  * The tag authenticates the ciphertext and the associated data. Associated data is the header
@@ -1487,8 +1474,8 @@ static enum opened open_sealed(const struct ring *ring, enum api api, const uint
 }
 
 /*
- * Compares with known answers before the first request: both vectors of the C2SP document,
- * one key_id, and a forgery that must not open. Ends the program if one is wrong.
+ * Tests the functions above before the first request, with known answers: both vectors of the
+ * C2SP document, one key_id, and a forgery that must not open. Dies if a result is wrong.
  */
 static void sealing_self_test(const struct suite *suite) {
     static const struct {
@@ -1564,8 +1551,7 @@ static bool environment_take(char *text, size_t cap) {
  * Maps pages for an empty ring, with a fence: one page before and one page after them that no
  * access may touch. Dies if the kernel refuses. The kernel is also asked to lock the ring's
  * pages, so that they are never swapped out, and to keep them out of core files and of forked
- * children. If it refuses one of these, the ring works without (RLIMIT_MEMLOCK may be 0, for
- * example).
+ * children. The ring works even if it refuses these (RLIMIT_MEMLOCK may be 0, for example).
  */
 static struct ring *ring_new(void) {
     size_t page = (size_t)getpagesize(), size = (sizeof(struct ring) + page - 1) / page * page;
@@ -1713,7 +1699,7 @@ static void ring_parse(struct ring *ring, const char *source, const char *text, 
 /*
  * Reads a key file into `text`. Returns its length, which is less than cap. Dies if the file
  * is not a regular file, belongs to a user other than root and our own, gives other users any
- * permission or its group that to write, or is too long. The checks look at the open
+ * permission, lets its group write, or is too long. The checks look at the open
  * descriptor, so nobody can exchange the file between the checks and the reading.
  */
 static size_t key_file_read(const char *path, char *text, size_t cap) {
@@ -1873,8 +1859,8 @@ static bool kms_open(struct kms *kms, struct answer *a, enum api api, ProtobufCB
 }
 
 /*
- * Checks the length and the format byte of a ciphertext, which Decrypt does before anything
- * else. Returns false and makes the answer an error if they are wrong.
+ * Checks the length and the format byte of a ciphertext, before Decrypt reads the rest of it.
+ * Returns false and makes the answer an error if they are wrong.
  */
 static bool kms_shaped(struct answer *a, ProtobufCBinaryData sealed, size_t max) {
     if (sealed_shaped(sealed.data, sealed.len) && sealed.len <= max)
@@ -2083,10 +2069,7 @@ static void metrics_count(struct metrics *m, enum rpc rpc, enum grpc_code code, 
     m->microseconds[rpc] += us;
 }
 
-/*
- * The resident memory of the process in bytes, from the second number of /proc/self/statm; 0
- * if unknown.
- */
+/* The resident memory of the process in bytes, from the second number of /proc/self/statm; 0 if unknown. */
 static uint64_t metrics_resident(const struct metrics *m) {
     char buf[64];
     ssize_t n = m->statm < 0 ? -1 : pread(m->statm, buf, sizeof buf - 1, 0);
@@ -2175,8 +2158,9 @@ static void metrics_write(const struct metrics *m, const char *key_id, size_t co
 /* -------------------------------------------------------------------- gRPC
  *
  * gRPC over HTTP/2 (github.com/grpc/grpc, doc/PROTOCOL-HTTP2.md): the formats that gRPC adds
- * to HTTP/2. An RPC is one HTTP/2 request, a POST to /SERVICE/METHOD. The request has HEADERS
- * and DATA. The DATA consists of a prefix of 5 bytes and a message:
+ * to HTTP/2. An RPC is one HTTP/2 request, a POST to /SERVICE/METHOD. The request has a head
+ * (frames HEADERS, see section HTTP/2) and a body (frames DATA). The body is a prefix of 5
+ * bytes and a message:
  *
  *     offset  bytes  content
  *     0       1      compressed flag; always 0 here, as this server offers no compression
@@ -2185,7 +2169,7 @@ static void metrics_write(const struct metrics *m, const char *key_id, size_t co
  *
  * A response has HEADERS (:status 200, content-type), DATA of the same form, and trailers.
  * Trailers are a second HEADERS that ends the stream, with grpc-status and grpc-message. An
- * error response may have one HEADERS with all these fields ("trailers-only").
+ * error response may have a single HEADERS with all these fields ("trailers-only").
  *
  * Only values are encoded and decoded here. Section HTTP/2 puts them into a stream.
  */
@@ -2291,10 +2275,7 @@ static enum field_name field_name(const uint8_t *name, size_t len) {
     return FIELD_OTHER;
 }
 
-/*
- * Whether a content-type is application/grpc or application/grpc+proto, with or without
- * parameters.
- */
+/* Whether a content-type is application/grpc or application/grpc+proto, with or without parameters. */
 static bool is_grpc(const uint8_t *value, size_t len) {
     static const char type[] = "application/grpc+proto";
     enum { BARE_LEN = sizeof "application/grpc" - 1 };
@@ -2448,8 +2429,8 @@ static void server_log_left_out(struct server *s, bool end) {
 }
 
 /*
- * Decides whether one more line may be logged. Callers ask for lines that a user's peers can
- * cause at will. LINES_A_MINUTE of them are permitted, so that peers cannot fill a disk. Each
+ * Decides whether one more line may be logged. It is called for lines that a peer can
+ * cause as often as it likes. LINES_A_MINUTE of them are permitted, so that peers cannot fill a disk. Each
  * uid has an even share, so that no uid can hide another's lines. Further lines are counted.
  */
 static bool server_may_log(struct server *s, struct user *user) {
@@ -2504,10 +2485,7 @@ static void stream_free(struct stream *s) {
     conn_free_bytes(c, s);
 }
 
-/*
- * Logs the uses of KEKs by a method of a connection since the last such line, and sets the
- * counts to zero.
- */
+/* Logs the uses of KEKs by a method of a connection since the last such line, and sets the counts to zero. */
 static void trace_log(struct conn *c, enum rpc rpc) {
     struct trace *t = &c->traces[rpc];
     if (server_may_log(c->server, c->user))
@@ -2599,7 +2577,7 @@ static struct user *server_heaviest_user(struct server *s, enum resource r, cons
     return heaviest;
 }
 
-/* Of a user's connections, the one that holds most of a resource; NULL if there is none. */
+/* The connection of a user that holds most of a resource, or NULL if the user has none. */
 static struct conn *server_heaviest_conn(const struct server *s, const struct user *user, enum resource r) {
     struct conn *heaviest = NULL;
     for (struct conn *c = s->conns; c; c = c->next)
@@ -2609,8 +2587,8 @@ static struct conn *server_heaviest_conn(const struct server *s, const struct us
 }
 
 /*
- * Closes, of a user's connections, the one that holds most of a resource. Returns false, and
- * closes nothing, if there is none or if that connection is `self`.
+ * Closes the connection of a user that holds most of a resource. Returns false, and closes
+ * nothing, if the user has no connection or if that connection is `self`.
  */
 static bool server_shed(struct server *s, struct user *user, enum resource r, const struct conn *self) {
     struct conn *c = server_heaviest_conn(s, user, r);
@@ -2841,10 +2819,7 @@ static int stream_respond(struct stream *s, const nghttp2_nv *fields, size_t cou
     return nghttp2_submit_response(c->session, s->id, fields, count, bytes ? &body : NULL);
 }
 
-/*
- * Answers a gRPC request with a response, or with a status in trailers alone. Counts and logs
- * it.
- */
+/* Answers a gRPC request with a response, or with a status in trailers alone. Counts and logs it. */
 static int stream_answer(struct stream *s, const struct answer *a) {
     static const nghttp2_nv ok[] = {FIELD(":status", "200"), FIELD("content-type", "application/grpc")};
     struct server *server = s->conn->server;
@@ -2871,10 +2846,7 @@ static int stream_fail(struct stream *s, enum grpc_code code, const char *messag
     return stream_answer(s, &a);
 }
 
-/*
- * Answers with an HTTP status of three digits and no body. It is for requests that do not use
- * gRPC.
- */
+/* Answers with an HTTP status of three digits and no body. It is for requests that do not use gRPC. */
 static int stream_http_error(struct stream *s, const char *status) {
     nghttp2_nv fields[] = {field_copied(":status", status, 3), FIELD("allow", "POST")};
     return stream_respond(s, fields, strcmp(status, "405") == 0 ? 2 : 1, NULL, 0, false);
@@ -2901,7 +2873,7 @@ static int server_render(struct server *s) {
 
 /*
  * Answers GET /metrics. The request is short and the answer long, so a peer with many unread
- * answers gets status 503. So does a peer for whose answer there is no memory.
+ * answers gets status 503. The status is also 503 if there is no memory to render the page.
  */
 static int stream_metrics(struct stream *s) {
     static const nghttp2_nv fields[] = {FIELD(":status", "200"),
@@ -2957,7 +2929,7 @@ static int on_header(nghttp2_session *session, const nghttp2_frame *frame, const
 }
 
 /*
- * The head is complete. Answers if no body is needed for that; otherwise waits for the body.
+ * The head is complete. Rejects a wrong request at once. Any other request waits for its end.
  * A shorter grpc-timeout replaces the deadline.
  */
 static int stream_head_end(struct stream *s) {
@@ -2985,10 +2957,7 @@ static int stream_head_end(struct stream *s) {
     return 0;
 }
 
-/*
- * The gRPC prefix is complete. Takes the length of the message from it, or answers with an
- * error.
- */
+/* The gRPC prefix is complete. Takes the length of the message from it, or answers with an error. */
 static int stream_prefix_end(struct stream *s) {
     size_t len = grpc_prefix_len(s->prefix);
     if (s->prefix[0] == 1)
@@ -3306,10 +3275,7 @@ static int conn_flush(struct conn *c) {
     return resumed;
 }
 
-/*
- * Reads at most s->share bytes, handles them, and sends the answers. Returns as conn_flush
- * does.
- */
+/* Reads at most s->share bytes, handles them, and sends the answers. Returns as conn_flush does. */
 static int conn_read(struct conn *c) {
     struct server *s = c->server;
     ssize_t n = read(c->source.fd, s->in, s->share);
@@ -3334,10 +3300,7 @@ static int conn_goaway(struct conn *c) {
     return conn_flush(c);
 }
 
-/*
- * Takes over a descriptor and adds a connection to the server. If that fails, the descriptor
- * is closed.
- */
+/* Takes over a descriptor and adds a connection to the server. If that fails, the descriptor is closed. */
 static void conn_new(struct server *s, int fd, const struct ucred *peer, struct user *user) {
     struct conn *c = calloc(1, sizeof *c);
     if (!c) {
@@ -3373,23 +3336,23 @@ static void server_reap(struct server *s) {
 }
 
 /*
- * Of a user's connections without an open stream, the one that has been idle longest; NULL if
- * there is none.
+ * The connection of a user that has been idle longest, or NULL. A connection with an open
+ * stream is not idle.
  */
 static struct conn *server_idlest(const struct server *s, const struct user *user) {
     struct conn *idlest = NULL;
     for (struct conn *c = s->conns; c; c = c->next)
         if (!c->closed && !c->streams && c->user == user &&
-            (!idlest || c->idle_since_ms <= idlest->idle_since_ms)) /* the newest is first in the list */
+            (!idlest || c->idle_since_ms <= idlest->idle_since_ms)) /* in a tie the older, which is later in the list */
             idlest = c;
     return idlest;
 }
 
 /*
- * Closes one connection to make room for a new one. The user with most connections loses it;
- * the new connection counts for `newcomer`, or for nobody if that is NULL. Of this user's
- * connections the one that has been idle longest is closed, or the one that holds most memory
- * if none is idle. Returns false if there is no connection to close.
+ * Closes one connection to make room for a new one. It belongs to the user with most
+ * connections, where the new connection already counts for `newcomer` (NULL: for nobody). It is
+ * the connection that has been idle longest or, if none is idle, the one that holds most
+ * memory. Returns false if there is no connection to close.
  */
 static bool server_make_way(struct server *s, const struct user *newcomer) {
     struct user *user = server_heaviest_user(s, CONNECTIONS, newcomer, 1);
@@ -3417,10 +3380,7 @@ static bool server_make_way(struct server *s, const struct user *newcomer) {
  * Nothing here accepts connections or knows who may connect: section Event loop does.
  */
 
-/*
- * Parses an endpoint into a socket address. Returns NULL, or a sentence that says why the
- * endpoint is wrong.
- */
+/* Parses an endpoint into a socket address. Returns NULL, or a sentence that says why the endpoint is wrong. */
 static const char *endpoint_parse(const char *endpoint, struct sockaddr_un *address, socklen_t *address_len) {
     static const char scheme[] = "unix://";
     memset(address, 0, sizeof *address);
@@ -3627,8 +3587,8 @@ struct listen_step {
 
 /*
  * Binds and listens. The socket's file never has a wider mode than --mode: it is made with
- * mode 0, then gets its group, then its mode, and only then listens. Returns NULL, or with
- * errno the step that failed.
+ * mode 0, then gets its group, then its mode, and only then listens. Returns NULL, or the
+ * step that failed, with errno set.
  */
 static const struct listen_step *listener_open(struct listener *l, const struct serve_options *options) {
     static const struct listen_step bind_file = {"bind", "our user has to be able to write to the socket's directory"},
@@ -3791,7 +3751,7 @@ static void notify(int fd, const char *state) {
  *
  * A timer descriptor wakes the loop for the next deadline, and stays set from turn to turn. A
  * timeout of epoll_wait would be set up and removed in every turn. This would cost 2 of the
- * some 20 microseconds that a client waits for an answer.
+ * 20 or so microseconds that a client waits for an answer.
  *
  * The loop does not know HTTP/2 or the KMS APIs; it calls the sections above.
  */
@@ -3822,7 +3782,7 @@ static struct user *server_user(struct server *s, uid_t uid) {
     return NULL;
 }
 
-/* Logs refused peers: the first at once, then one line a second with their number; at the `end` the rest. */
+/* Logs refused peers: the first at once, then their number once a second. If `end` is set, logs the rest. */
 static void server_log_refused(struct server *s, bool end) {
     if (s->refused_unlogged == 0)
         return;
@@ -3845,9 +3805,9 @@ static void server_accept_from(struct server *s, bool on) {
 }
 
 /*
- * Handles an error of accept. If our own descriptors are used up, a connection is closed for
- * the new peer. If there is none, or if the error is another (the machine may lack
- * descriptors or memory), the listeners pause for ACCEPT_PAUSE_MS.
+ * Handles an error of accept. If this process has used up its descriptors, a connection is
+ * closed for the new peer. If no connection can be closed, or if the error is another one (the
+ * machine may lack descriptors or memory), the listeners pause for ACCEPT_PAUSE_MS.
  */
 static void server_accept_failed(struct server *s, int error) {
     if (error == EMFILE && server_make_way(s, NULL))
@@ -3889,7 +3849,7 @@ static void listener_ready(struct server *s, struct listener *l) {
             epoll_ctl(s->epoll, EPOLL_CTL_DEL, l->source.fd, NULL);
             return;
         } else if (errno != EINTR && errno != ECONNABORTED) {
-            if (i == 0) /* after the first, the queue may be empty: accept4 takes a descriptor before it looks */
+            if (i == 0) /* i > 0: perhaps no peer is left, as accept4 takes a descriptor before it looks */
                 server_accept_failed(s, errno);
             return;
         }
@@ -4094,7 +4054,7 @@ static void on_early_signal(int signal) {
 
 /*
  * Blocks all signals until signals_open, except SIGTERM, SIGINT, and the three that stop a
- * job of a terminal (SIGTSTP, SIGTTIN, SIGTTOU).
+ * job of a terminal (SIGTSTP, SIGTTIN, SIGTTOU). Resets the actions for SIGCHLD and SIGALRM.
  */
 static void signals_hold(void) {
     sigset_t set;
@@ -4107,14 +4067,14 @@ static void signals_hold(void) {
     if (sigprocmask(SIG_SETMASK, &set, NULL) < 0 || sigaction(SIGTERM, &end, NULL) < 0 || sigaction(SIGINT, &end, NULL) < 0)
         die("sigprocmask, sigaction: %s", strerror(errno));
     syscall(SYS_rt_sigprocmask, SIG_BLOCK, &threads, NULL, sizeof threads);
-    sigaction(SIGCHLD, &usual, NULL); /* whoever ignores these leaves that to his children: no waitpid, no alarm */
+    sigaction(SIGCHLD, &usual, NULL); /* a parent may have ignored these: waitpid and alarm fail then */
     sigaction(SIGALRM, &usual, NULL);
 }
 
 /*
  * Makes a descriptor that reports SIGTERM, SIGINT and SIGHUP. It must exist before the first
  * socket file, because on_early_signal would leave the file behind. All other signals that
- * can be blocked stay blocked, except those three of a terminal.
+ * can be blocked stay blocked, except the three that stop a job of a terminal.
  */
 static int signals_open(void) {
     sigset_t set;
@@ -4196,8 +4156,8 @@ static void server_free(struct server *s) {
  *
  *     calls that a turn needs      are allowed
  *     calls useful to an attacker  kill the process: they start a program or a process, open a
- *                                  socket or a file, make memory executable, or belong to
- *                                  another architecture
+ *                                  socket or a file, make memory executable, change the user
+ *                                  or the kernel, or belong to another architecture
  *     any other call               fails with ENOSYS, the error of a kernel without the call
  *
  * A call of the last kind gives an attacker nothing, and a libc that tries it can do without.
@@ -4376,14 +4336,14 @@ static void filter_kill(struct filter *f, uint32_t deadly) {
 #ifdef SYS_userfaultfd
         SYS_userfaultfd,
 #endif
-        /* another user */
+        /* changes of user, group and capabilities */
         SYS_setuid, SYS_setgid, SYS_setreuid, SYS_setregid, SYS_setresuid, SYS_setresgid, SYS_setgroups, SYS_setfsuid,
         SYS_setfsgid, SYS_capset,
 #ifdef SYS_setuid32
         SYS_setuid32, SYS_setgid32, SYS_setreuid32, SYS_setregid32, SYS_setresuid32, SYS_setresgid32, SYS_setgroups32,
         SYS_setfsuid32, SYS_setfsgid32,
 #endif
-        /* the kernel's own */
+        /* the kernel itself */
         SYS_bpf, SYS_perf_event_open, SYS_add_key, SYS_request_key, SYS_keyctl, SYS_init_module, SYS_finit_module,
         SYS_delete_module, SYS_kexec_load, SYS_reboot,
 #ifdef SYS_kexec_file_load
@@ -4440,10 +4400,7 @@ static int capabilities_drop(void) {
     return (int)syscall(SYS_capset, &header, none);
 }
 
-/*
- * Keeps this process and its children from gaining privileges by execve. Returns 0, or -1
- * with errno.
- */
+/* Keeps this process and its children from gaining privileges by execve. Returns 0, or -1 with errno. */
 static int privileges_freeze(void) {
     return prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0);
 }
@@ -4454,8 +4411,8 @@ static int seccomp_enforce(void) {
 }
 
 /*
- * Confines the process, without seccomp if `filtered` is false. Returns NULL, or with errno
- * the feature that --sandbox require demands and this machine lacks.
+ * Confines the process, without seccomp if `filtered` is false. Returns NULL, or the feature
+ * that --sandbox require demands and this machine lacks, with errno set.
  */
 static const char *confine(enum sandbox sandbox, bool filtered) {
     static const struct {
@@ -4528,10 +4485,7 @@ static int client_fail(struct client *c, const char *format, ...) {
     return -1;
 }
 
-/*
- * nghttp2's callback for the body of the request. Copies the next piece to `buf`, and returns
- * its length.
- */
+/* nghttp2's callback for the body of the request. Copies the next piece to `buf`, and returns its length. */
 static ssize_t client_read_request(nghttp2_session *session, int32_t id, uint8_t *buf, size_t len, uint32_t *flags,
                                    nghttp2_data_source *source, void *client) {
     (void)session;
@@ -4946,7 +4900,7 @@ static void server_warm_up(struct server *s) {
     must("getsockopt", getsockopt(s->listeners[0].source.fd, SOL_SOCKET, SO_TYPE, &type, &len));
     struct stat st;
     must("lstat", lstat("/", &st));
-    file_remove("/", &st); /* as with a socket; without a flag unlinkat removes no directory */
+    file_remove("/", &st); /* as for a socket; "/" stays, because unlinkat without a flag does not remove a directory */
     must("unlinkat", errno == ENOSYS ? -1 : 0);
     clocks_check();
     s->refused_unlogged = 1;
@@ -5042,7 +4996,7 @@ static void child_begin(pid_t parent, int words, int listener) {
             close(fd);
 }
 
-/* fork(2), with a little patience where other processes have used up the number of them that is allowed. */
+/* Like fork(2), but tries again for a second if the limit on processes is reached (EAGAIN). */
 static pid_t child_new(void) {
     enum { TRIES = 10 };
     const struct timespec pause = {.tv_nsec = ACCEPT_PAUSE_MS * 1000000L};
@@ -5062,7 +5016,7 @@ static enum rehearsal rehearsal_ruined(const char *call, char *why, size_t cap) 
 
 /*
  * Opens a listening socket with an abstract name that the kernel chooses, and a pipe. Returns
- * NULL, or with errno the call that failed.
+ * NULL, or the call that failed, with errno set.
  */
 static const char *rehearsal_open(int listener, struct sockaddr_un *address, socklen_t *len, int words[2]) {
     *address = (struct sockaddr_un){.sun_family = AF_UNIX};
@@ -5116,7 +5070,7 @@ static enum rehearsal rehearse(const struct serve_options *options, bool filtere
     close(words[0]);
     if (went != WELL || (probed == 0 && served == 0))
         return went;
-    if (monotonic_us() - begin_us > REHEARSAL_PROBE_MS * 1000LL) { /* that says something of the machine's load, and no more */
+    if (monotonic_us() - begin_us > REHEARSAL_PROBE_MS * 1000LL) { /* slow: this tells only the machine's load */
         errno = ETIMEDOUT;
         return rehearsal_ruined("probe", why, cap);
     }
@@ -5132,8 +5086,10 @@ static enum rehearsal rehearse(const struct serve_options *options, bool filtere
 }
 
 /*
- * Whether the server can work here with the filter. If it cannot, --sandbox require makes
- * this function die. It also dies if the server cannot work even without the filter.
+ * Whether the server can work here with the filter. Holds up to three rehearsals: with the
+ * filter for serving; with one that traps each unknown call, so that the reason names the
+ * call; and without a filter. Dies if --sandbox require asks for a filter that does not work
+ * here, or if the server cannot work even without the filter.
  */
 static bool serve_rehearse(const struct serve_options *options, const struct ring *ring) {
     char why[LOG_LINE_MAX] = "madvise knows no MADV_DONTFORK: a rehearsal would have the KEKs", other[LOG_LINE_MAX];
@@ -5335,7 +5291,8 @@ static const char *alphabet_name(const uint8_t *bytes, size_t len) {
 /*
  * Whether the bytes may be the beginning of a RangeResponse. Looks at the header, which has
  * only varints with the field numbers 1 to 4, and at the first byte of the first entry. `more`
- * and `count` may come before that entry. The header must be within the bytes.
+ * and `count` may come before that entry. The header must be within the bytes. A second header
+ * begins another response, and is enough.
  */
 static bool response_starts(const uint8_t *bytes, size_t len) {
     const uint8_t *at = bytes, *end = bytes + len;
@@ -5359,7 +5316,7 @@ static bool response_starts(const uint8_t *bytes, size_t len) {
 
 /* Judges an input that form_find does not know. The kind is INPUT_RESPONSE or INPUT_OTHER. */
 static struct input input_judge_whole(const uint8_t *bytes, size_t len) {
-    static const uint8_t bolt_magic[] = {0xed, 0xda, 0x0c, 0xed}; /* of a bbolt page: https://github.com/etcd-io/bbolt */
+    static const uint8_t bolt_magic[] = {0xed, 0xda, 0x0c, 0xed}; /* page of bbolt: https://github.com/etcd-io/bbolt */
     enum { BOLT_MAGIC_AT = 16 };
     struct field o[FIELDS + 1], first;
     const uint8_t *at = bytes;
@@ -5452,8 +5409,8 @@ static void value_wipe(struct value *v) {
 }
 
 /*
- * Opens an object, that is nonce[12], ciphertext and tag[16], under the AES key of a DEK. Sets
- * the state of the value, and its object if the tag is right.
+ * Opens an object (nonce[12], ciphertext, tag[16]) under an AES key. Sets the state of the
+ * value, and its object if the tag is right.
  */
 static void value_open_object(struct value *v, const struct ring *ring, const struct field *etcd_key,
                               const uint8_t *aes_key, size_t aes_len, const uint8_t *data, size_t len) {
@@ -5543,10 +5500,10 @@ static void value_open_v1(struct value *v, const struct ring *ring, const struct
 }
 
 /*
- * Whether an EncryptedObject is kmsplugin's and not another plugin's. It is if its keyID has
- * the form of kmsplugin's key_ids. It is also if the keyID is empty, because no plugin has an
- * empty keyID. It is, too, if the DEK is sealed under `kek`, a KEK of the ring or NULL: the
- * keyID is damaged then.
+ * Whether an EncryptedObject is kmsplugin's and not another plugin's. One of three conditions
+ * is enough. The keyID has the form of kmsplugin's key_ids. The keyID is empty, which is damage,
+ * as no plugin has an empty one. `kek` is not NULL: it is the KEK of the ring under which the
+ * DEK is sealed, and the keyID is damaged if it has another form.
  */
 static bool object_is_ours(const struct field *key_id, const struct kek *kek) {
     bool ours = key_id->len == KEY_ID_LEN;
@@ -6140,7 +6097,7 @@ static int audit(const struct ring *ring, bool strict, bool list) {
 /* The parsed command line. Strings are those of argv. */
 struct options {
     struct serve_options serve;
-    const char *argument, *expected_key_id, *all; /* of probe and unseal; of probe; of unseal */
+    const char *argument, *expected_key_id, *all; /* of probe or unseal; --expect-key-id; --all */
     int64_t timeout_ms;
     bool strict, list; /* of audit */
 };
@@ -6365,10 +6322,7 @@ static const struct {
     [KEYID] = {"keyid", false}, [UNSEAL] = {"unseal", true}, [AUDIT] = {"audit", false},
 };
 
-/*
- * The options of serve, probe, unseal and audit, in this order. An option without a value
- * ignores `value`.
- */
+/* The options of serve, probe, unseal and audit, in this order. An option without a value ignores `value`. */
 static void set_listen(struct options *o, const char *value) {
     struct sockaddr_un address;
     socklen_t address_len;
@@ -6533,8 +6487,8 @@ static enum verb options_parse(struct options *o, int argc, char **argv) {
 
 /*
  * Opens /dev/null for each standard descriptor that is closed. Otherwise the next file or
- * socket would become standard input or output. The direction is the wrong one on purpose: to
- * use the descriptor is still an error, and is reported.
+ * socket would become standard input or output. Each is opened in the wrong direction on
+ * purpose: any use of it still fails, and is reported.
  */
 static void descriptors_open(void) {
     for (int fd = STDIN_FILENO; fd <= STDERR_FILENO; fd++)
@@ -6543,8 +6497,8 @@ static void descriptors_open(void) {
 }
 
 /*
- * Makes data read-only that only the start of the program writes (GNU_RELRO in the program
- * headers). Dynamic linkers do this; musl's start code of a static-pie does not.
+ * Makes the data read-only that is written only while the program starts (GNU_RELRO in the
+ * program headers). Dynamic linkers do this; musl's start code of a static-pie does not.
  * dl_iterate_phdr calls this function for the program first, and the result 1 ends its loop.
  */
 static int relro_protect(struct dl_phdr_info *program, size_t size, void *unused) {
@@ -6562,9 +6516,9 @@ static int relro_protect(struct dl_phdr_info *program, size_t size, void *unused
 }
 
 /*
- * assert in a library calls this function when it fails. musl's own version would add stdio (8
- * KB) to the static binary, and its messages 7 KB of text. With glibc stdio is in memory anyway,
- * and the declaration is another.
+ * A failed assert in a library calls this function. musl's own version would add stdio (8 KB)
+ * and its messages (7 KB) to the static binary. glibc has stdio in memory anyway, and declares
+ * the function differently.
  */
 #ifndef __GLIBC__
 _Noreturn void __assert_fail(const char *assertion, const char *file, int line, const char *function);
@@ -6574,9 +6528,9 @@ _Noreturn void __assert_fail(const char *assertion, const char *file, int line, 
 }
 
 /*
- * nghttp2 calls this function to word errors, for a callback that is not set here. musl's own
- * version is 12 KB. This one knows the conversions of text_vadd, and returns the length of the
- * part that fits.
+ * nghttp2 calls this function to format error texts, which it passes to a callback that is not
+ * set here. musl's own version is 12 KB. This one knows the conversions of text_vadd, and
+ * returns the length of the part that fits.
  */
 int vsnprintf(char *restrict out, size_t cap, const char *restrict format, va_list args);
 int vsnprintf(char *restrict out, size_t cap, const char *restrict format, va_list args) {
