@@ -86,6 +86,7 @@ STATIC_FLAGS = $(if $(filter x86_64,$(ARCH)),-O2,-Os) -flto -fPIE -fno-asynchron
 STATIC_LD = -static-pie -flto-partition=one -Wl,--gc-sections -Wl,--exclude-libs,ALL -Wl,-z,relro,-z,now -Wl,-z,noexecstack \
 	-Wl,-z,noseparate-code $(STATIC_LD_$(ARCH)) -Wl,--build-id=none -s
 STATIC_LD_x86_64 = -Wl,-z,pack-relative-relocs
+STATIC_LD_armhf = -Wl,-static,--no-dynamic-linker,-z,text# gcc's own words for ARM do not know -static-pie
 # memcpy and the like on x86_64 that are not musl's; release/string.c says why.
 STATIC_STRING = $(if $(filter x86_64,$(ARCH)),build/static/$(ARCH)/string.o)
 STATIC_NEEDS = build/static/$(ARCH)/SHA256SUMS $(STATIC_STRING)
