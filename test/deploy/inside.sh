@@ -103,8 +103,10 @@ X
 cat >/usr/local/bin/crictl <<'X'
 #!/bin/sh
 # a container that ends is started again by the kubelet
+case "$*" in *'^etcd$'*) echo etcd-container; exit ;; esac
 case $1 in
 ps)   echo kmsplugin-container ;;
+exec) shift 3; exec "$@" ;; # exec -i CONTAINER
 stop) [ "$2" = kmsplugin-container ] && systemctl restart pod.service ;;
 esac
 X
@@ -510,6 +512,36 @@ pod_as() {
     systemctl daemon-reload
     systemctl restart pod.service
 }
+
+# ---- etcdctl on kubeadm: in etcd's container, with its certificates
+mkdir -p /etc/kubernetes/pki/etcd
+python3 - <<'X'
+import datetime, ipaddress
+from cryptography import x509
+from cryptography.hazmat.backends import default_backend
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+key = ec.generate_private_key(ec.SECP256R1(), default_backend())
+name, now = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, 'etcd')]), datetime.datetime.utcnow()
+cert = (x509.CertificateBuilder().subject_name(name).issuer_name(name).public_key(key.public_key()).serial_number(1)
+        .not_valid_before(now - datetime.timedelta(1)).not_valid_after(now + datetime.timedelta(1))
+        .add_extension(x509.BasicConstraints(True, None), True)
+        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address('127.0.0.1'))]), False)
+        .sign(key, hashes.SHA256(), default_backend()).public_bytes(serialization.Encoding.PEM))
+for file, data in ('ca.crt', cert), ('server.crt', cert), ('server.key', key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.TraditionalOpenSSL, serialization.NoEncryption())):
+    open('/etc/kubernetes/pki/etcd/' + file, 'wb').write(data)
+X
+systemctl stop etcd-test
+pki=/etc/kubernetes/pki/etcd
+systemd-run --quiet --unit=etcd-tls etcd --data-dir /var/lib/etcd-test --listen-client-urls https://127.0.0.1:2379 \
+    --advertise-client-urls https://127.0.0.1:2379 --client-cert-auth --trusted-ca-file=$pki/ca.crt --cert-file=$pki/server.crt --key-file=$pki/server.key
+echo 'ran etcdctl'
+in_etcd() { sh -euc '. /test/doc/etcdctl; etcdctl "$@"' sh "$@"; }
+check 'guide, etcdctl: reaches etcd' soon in_etcd get /
+check 'guide, etcdctl: not without the certificates' not etcdctl get /
+check 'guide, etcdctl: audit' eval 'in_etcd get --prefix /registry/secrets -w protobuf | kmsplugin-ring run audit'
+
 mkdir /etc/systemd/system/pod.service.d
 check 'pod: runAsGroup' pod_as ''
 check 'pod: lets in who is of the group' setpriv --reuid=kube-apiserver --regid=kube-apiserver --clear-groups kmsplugin probe
