@@ -83,10 +83,11 @@ STATIC_FLAGS = $(if $(filter x86_64,$(ARCH)),-O2,-Os) -flto -fPIE -fno-asynchron
 # gc-sections: without what musl has more. exclude-libs: s390x' linker else leaves relocations by name, which a static-pie's
 # start does not do. noseparate-code, the default but on x86: 4 to 8 KB less of padding between pages. pack-relative-relocs,
 # which Debian 12's linker has for x86 alone: 8 KB less.
-STATIC_LD = -static-pie -flto-partition=one -Wl,--gc-sections -Wl,--exclude-libs,ALL -Wl,-z,relro,-z,now -Wl,-z,noexecstack \
-	-Wl,-z,noseparate-code $(STATIC_LD_$(ARCH)) -Wl,--build-id=none -s
+# -static-pie is not known to gcc 12's specs for ARM and RISC-V: so -static, no-dynamic-linker and text say what it means.
+STATIC_LD = -static-pie -Wl,-static,--no-dynamic-linker,-z,text -flto-partition=one -Wl,--gc-sections \
+	-Wl,--exclude-libs,ALL -Wl,-z,relro,-z,now -Wl,-z,noexecstack -Wl,-z,noseparate-code $(STATIC_LD_$(ARCH)) \
+	-Wl,--build-id=none -s
 STATIC_LD_x86_64 = -Wl,-z,pack-relative-relocs
-STATIC_LD_armhf = -Wl,-static,--no-dynamic-linker,-z,text# gcc's own words for ARM do not know -static-pie
 # memcpy and the like on x86_64 that are not musl's; release/string.c says why.
 STATIC_STRING = $(if $(filter x86_64,$(ARCH)),build/static/$(ARCH)/string.o)
 STATIC_NEEDS = build/static/$(ARCH)/SHA256SUMS $(STATIC_STRING)
