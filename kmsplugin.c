@@ -4877,9 +4877,9 @@ static void must(const char *call, int result) {
 
 /* Does everything that a server may have to do and that a probe does not cause. */
 static void server_warm_up(struct server *s) {
-    enum { BLOCKS = 16 };
+    enum { BLOCKS = 8 };
     void *blocks[BLOCKS];
-    for (size_t size = HEAP_CLASS0_BYTES; size <= BUFFERED_MAX; size *= 4) { /* malloc's system calls */
+    for (size_t size = HEAP_CLASS0_BYTES; size <= 4 * MESSAGE_MAX; size *= 4) { /* malloc's system calls */
         for (size_t i = 0; i < BLOCKS; i++)
             blocks[i] = malloc(size);
         for (size_t i = 0; i < BLOCKS; i++)
