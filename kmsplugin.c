@@ -5746,16 +5746,16 @@ static bool text_replaced(const uint8_t *bytes, size_t len) {
 static void raw_open(struct value *v, const struct ring *ring, const struct field *etcd_key, uint8_t *bytes, size_t len) {
     struct value undone = {.state = VALUE_BROKEN};
     value_open_line(v, ring, etcd_key, bytes, len);
-    if (v->state == VALUE_OPENED || v->state == VALUE_UNKNOWN_KEY)
-        return;
+    if (v->state == VALUE_OPENED)
+        return; /* an unknown key could be one whose fingerprint has a \n */
     size_t left = crlf_undo(bytes, 0, len);
     if (left < len)
         value_open_line(&undone, ring, etcd_key, bytes, left);
     if (undone.state == VALUE_OPENED)
         note("unseal: the value came through a terminal: each \\r\\n is taken for the newline that it was");
-    if (undone.state == VALUE_OPENED || undone.state == VALUE_UNKNOWN_KEY) {
+    if (undone.state == VALUE_OPENED || (undone.state == VALUE_UNKNOWN_KEY && v->state != VALUE_UNKNOWN_KEY)) {
         *v = undone;
-    } else if (text_replaced(bytes, left)) {
+    } else if (v->state != VALUE_UNKNOWN_KEY && text_replaced(bytes, left)) {
         value_fail(v, VALUE_BROKEN, "went through a program that took it for text: octets are lost, fetch it anew");
     }
 }

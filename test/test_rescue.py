@@ -358,6 +358,15 @@ def inputs():
 
 
 class Inputs(Case):
+    def test_a_terminal_and_a_newline_in_the_fingerprint(self):
+        """What came through a terminal then names a KEK that nobody has."""
+        kek = next(k for k in iter(fresh_kek, None) if b'\n' in bytes.fromhex(key_id(k)))
+        for make in (sealed.etcd_v1, sealed.etcd_v2):
+            value = terminal(make(kek, ETCD_KEY, OBJECT) + b'\n')
+            done = run('unseal', ETCD_KEY.decode(), kek=kek, stdin=value)
+            self.assertEqual((done.returncode, done.stdout), (0, OBJECT), done.stderr)
+            self.assertIn(CAME, done.stderr)
+
     def test_table(self):
         """What every input is called; nothing on stdout but an object whose tag was right."""
         self.assertGreater(len(ANYWHERE) + len(ONLY), 100)

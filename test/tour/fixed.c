@@ -11,9 +11,10 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
-static long syscall_fixed(long number, void *out, uintptr_t len, unsigned flags);
-#define syscall(...) SYSCALL(__VA_ARGS__, 0, 0)
-#define SYSCALL(number, out, len, flags, ...) syscall_fixed(number, out, (uintptr_t)(len), flags)
+static long syscall_fixed(long number, uintptr_t a, uintptr_t b, uintptr_t c, uintptr_t d);
+#define syscall(...) SYSCALL(__VA_ARGS__, 0, 0, 0)
+#define SYSCALL(number, a, b, c, d, ...) \
+    syscall_fixed(number, (uintptr_t)(a), (uintptr_t)(b), (uintptr_t)(c), (uintptr_t)(d))
 int kmsplugin_main(int argc, char **argv);
 #define main kmsplugin_main
 #include "../../kmsplugin.c"
@@ -23,12 +24,12 @@ int kmsplugin_main(int argc, char **argv);
 #define UNSEEN __attribute__((no_instrument_function))
 enum { FIRST_OCTET = 0xa0, CALLS_MAX = 4096 };
 
-static long syscall_fixed(long number, void *out, uintptr_t len, unsigned flags) {
+static long syscall_fixed(long number, uintptr_t a, uintptr_t b, uintptr_t c, uintptr_t d) {
     if (number != SYS_getrandom)
-        return syscall(number, out, len, flags);
-    for (uintptr_t i = 0; i < len; i++)
-        ((uint8_t *)out)[i] = (uint8_t)(FIRST_OCTET + i);
-    return (long)len;
+        return syscall(number, a, b, c, d);
+    for (uintptr_t i = 0; i < b; i++)
+        ((uint8_t *)a)[i] = (uint8_t)(FIRST_OCTET + i);
+    return (long)b;
 }
 
 /* The calls of one turn, from conn_ready on. */
