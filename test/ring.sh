@@ -205,14 +205,9 @@ values() {
     env PYTHONPATH=test /usr/bin/python3 - "$tmp/kek" >"$tmp/values" <<'END'
 import base64, sys
 import sealed
-def field(n, data):
-    size, out = len(data), b''
-    while size > 127:
-        out, size = out + bytes([size & 127 | 128]), size >> 7
-    return bytes([n << 3 | 2]) + out + bytes([size]) + data
 key = b'/registry/secrets/default/a'
 value = sealed.etcd_v2(base64.b64decode(open(sys.argv[1]).read()), key, b'k8s\0object')
-sys.stdout.buffer.write(field(2, field(1, key) + field(5, value)) + b'\x20\1')
+sys.stdout.buffer.write(sealed.range_response((key, value)))
 END
 }
 
