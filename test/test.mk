@@ -28,7 +28,10 @@ help::
 	@echo 'make bench-memory   bytes, memory and start time'
 	@echo 'make bench-doc      what make bench found, into doc/'
 
-SANITIZE = -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer
+# Without noreturn, as an attribute or found out by the compiler: AddressSanitizer makes the stack readable before a call
+# that does not return, and sees no over-read in the arguments of die(). test/unit.c: die_over_read_is_seen.
+SANITIZE = -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer \
+	-Dnoreturn= -fno-ipa-pure-const -Wno-return-type -Wno-maybe-uninitialized
 TESTED = $(SOURCES) $(HEADERS) test/test.mk
 
 # Unit tests include kmsplugin.c, so they are built as it is.
