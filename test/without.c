@@ -50,6 +50,6 @@ int main(int argc, char **argv) {
     listing = !number;
     if (listing)
         return seccomp_install() < 0 || fflush(stdout) != 0;
-    left_out = decimal(number, INT_MAX);
+    left_out = decimal(number, strlen(number), INT_MAX);
     return kmsplugin_main(argc, argv);
 }
