@@ -518,83 +518,6 @@ TEST(base64_decode_keeps_to_cap) {
     }
 }
 
-TEST(varint_next_rows) {
-    static const struct {
-        const char *hex;
-        int rv;
-        uint64_t value;
-    } rows[] = {
-        {"00", 0, 0}, {"01", 0, 1}, {"7f", 0, 127}, {"8001", 0, 128}, {"ac02", 0, 300}, {"ffffffff0f", 0, UINT32_MAX},
-        {"ffffffffffffffffff01", 0, UINT64_MAX}, {"8000", 0, 0}, {"80808080808080808000", 0, 0}, /* longer than it need be */
-        {"", -1, 0}, {"80", -1, 0}, {"ffffffffffffffffff", -1, 0}, {"8080808080808080808000", -1, 0}, /* eleven bytes */
-        {"ffffffffffffffffffffff01", -1, 0},
-    };
-    for (size_t i = 0; i < LEN(rows); i++) {
-        uint8_t bytes[16];
-        size_t len = unhex(rows[i].hex, bytes);
-        uint8_t *exact = copy_of(bytes, len);
-        const uint8_t *at = exact;
-        uint64_t value;
-        int rv = varint_next(&at, exact + len, &value);
-        row("%s", rows[i].hex);
-        CHECK(rv == rows[i].rv && at <= exact + len);
-        if (rv == 0)
-            CHECK(value == rows[i].value && at == exact + len);
-        free(exact);
-    }
-}
-
-TEST(field_next_rows) {
-    static const struct {
-        const char *hex;
-        int rv;
-        uint32_t number;
-        unsigned wire_type;
-        size_t len; /* of its contents */
-    } rows[] = {
-        {"", 0, 0, 0, 0},
-        {"0800", 1, 1, 0, 1},
-        {"08ac02", 1, 1, 0, 2},
-        {"0a00", 1, 1, 2, 0},
-        {"0a03616263", 1, 1, 2, 3},
-        {"090102030405060708", 1, 1, 1, 8},
-        {"0d01020304", 1, 1, 5, 4},
-        {"faffffff0f00", 1, 0x1fffffff, 2, 0}, /* the largest field number */
-    };
-    static const char *const bad[] = {
-        "00", "0200", /* number 0 */ "80", "08", "0880", /* cut short: in a tag, in a varint */
-        "08ffffffffffffffffffff01", /* a varint of eleven bytes */ "0901020304050607", "0d010203", "0a", "0a80", "0a036162",
-        "0affffffff0f61", /* 4 GiB */ "0affffffffffffffffff0161", /* 2^64 - 1: no pointer may wrap */
-        "0affffffffffffffff7f61", "0b", "0c", "0b0c", /* groups */ "0e00", "0f00", /* types 6 and 7 do not exist */
-        "828080801000", /* number 2^29 */ "ffffffffffffffffff0100",
-    };
-    for (size_t i = 0; i < LEN(bad); i++) {
-        uint8_t bytes[32], *exact;
-        size_t len = unhex(bad[i], bytes);
-        const uint8_t *at = exact = copy_of(bytes, len);
-        struct field f;
-        row("%s", bad[i]);
-        CHECK(field_next(&at, exact + len, &f) == -1);
-        free(exact);
-    }
-    for (size_t i = 0; i < LEN(rows); i++) {
-        uint8_t bytes[32];
-        size_t len = unhex(rows[i].hex, bytes);
-        uint8_t *exact = copy_of(bytes, len);
-        const uint8_t *at = exact;
-        struct field f;
-        row("%s", rows[i].hex);
-        int rv = field_next(&at, exact + len, &f);
-        CHECK(rv == rows[i].rv);
-        if (rv > 0) {
-            CHECK(f.number == rows[i].number && f.wire_type == rows[i].wire_type && f.len == rows[i].len);
-            CHECK(f.bytes + f.len == exact + len && at == exact + len);
-            CHECK(field_next(&at, exact + len, &f) == 0);
-        }
-        free(exact);
-    }
-}
-
 /* What release/string.c has in place of the C library's, in the release build. */
 TEST(memcpy_and_others) {
     enum { SIZE_MAX_TRIED = 300, OFFSETS = 17, ROOM = SIZE_MAX_TRIED + 3 * OFFSETS };
@@ -1721,8 +1644,10 @@ TEST(metrics_write_lines) {
         "key_id=\"0123456789abcdef0123456789abcdef\"",
         "version=\"" VERSION "\"",
     };
-    for (size_t i = 0; i < LEN(calls); i++)
-        metrics_count(&m, calls[i].rpc, calls[i].code, calls[i].us);
+    for (size_t i = 0; i < LEN(calls); i++) {
+        m.requests[calls[i].rpc][calls[i].code]++;
+        m.microseconds[calls[i].rpc] += calls[i].us;
+    }
     for (size_t i = 0; i < LEN(want); i++) {
         row("%s", want[i]);
         CHECK(strstr(metrics_text(&m), want[i]));
@@ -2841,7 +2766,7 @@ static const struct {
 static enum value_state value_of(struct value *v, const struct ring *ring, const char *etcd_key, const uint8_t *bytes,
                                  size_t len) {
     uint8_t *key = copy_of(etcd_key, strlen(etcd_key)), *value = copy_of(bytes, len);
-    value_open(v, ring, &(struct field){.bytes = key, .len = strlen(etcd_key)}, value, len);
+    value_open(v, ring, binary(key, strlen(etcd_key)), value, len);
     free(key);
     free(value);
     CHECK((v->state == VALUE_OPENED) == (v->object != NULL));
@@ -2933,28 +2858,6 @@ TEST(input_name_rows) {
     }
 }
 
-/* Fields in any order; the last of a number counts; one with a wrong wire type makes it no message. */
-TEST(fields_find_rows) {
-    static const struct {
-        const char *hex;
-        int rv;
-        size_t key_len, value_len;
-    } rows[] = {
-        {"", 0, 0, 0}, {"0a0161" "2a026263", 0, 1, 2}, {"2a026263" "0a0161", 0, 1, 2}, {"0a0161" "0a026162", 0, 2, 0},
-        {"0a0161" "7a0161", 0, 1, 0}, {"0801", -1, 0, 0}, {"0a0161" "2a05", -1, 0, 0}, {"2801", -1, 0, 0},
-    };
-    for (size_t i = 0; i < LEN(rows); i++) {
-        uint8_t bytes[32];
-        struct field f[FIELD_NUMBER_MAX + 1];
-        size_t len = unhex(rows[i].hex, bytes);
-        uint8_t *exact = copy_of(bytes, len);
-        row("%s", rows[i].hex);
-        CHECK(fields_find(f, key_value, exact, len) == rows[i].rv);
-        CHECK(rows[i].rv < 0 || (f[KV_KEY].len == rows[i].key_len && f[KV_VALUE].len == rows[i].value_len));
-        free(exact);
-    }
-}
-
 /* Names of v1's providers that hold colons: the tag tells where they end. Of v2's, none does. */
 TEST(value_open_v1_names) {
     static const char *const names[] = {"vault", ":", "a:b", "::::",
@@ -3023,15 +2926,29 @@ TEST(value_open_damaged) {
 
 static void body_range(const void *entries) {
     static struct reader r;
-    struct field entry[FIELD_NUMBER_MAX + 1];
+    V2__Etcd__KeyValue *entry;
     int fd = open(unit_path("response"), O_RDONLY);
     uint64_t n = 0;
     dup2(fd, STDIN_FILENO);
     range_begin(&r);
-    while (range_next(&r, entry))
-        n++;
+    for (; (entry = range_next(&r)); n++)
+        protobuf_c_message_free_unpacked(&entry->base, NULL);
     if (n != *(const uint64_t *)entries)
         abort();
+}
+
+TEST(is_of_terminal_rows) {
+    static const struct {
+        const char *text;
+        bool is;
+    } rows[] = {{"", false}, {"\r", false}, {"\n", false}, {"\r\n", true}, {"a\r\nb\r\n", true}, {"a\r\nb\n", false},
+                {"\n\r\n", false}};
+    for (size_t i = 0; i < LEN(rows); i++) {
+        uint8_t *exact = copy_of(rows[i].text, strlen(rows[i].text));
+        row("row %zu", i);
+        CHECK(is_of_terminal(exact, strlen(rows[i].text)) == rows[i].is);
+        free(exact);
+    }
 }
 
 /* A response of two entries, as etcd writes it; no beginning of it is taken for one: the header alone is a response of none. */
