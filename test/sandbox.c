@@ -19,7 +19,7 @@ enum { CALLS_MAX = 1024, X32 = 0x40000000, URETPROBE = 335, UPROBE = 336, CHILD_
 /* What a turn, a log line and the exit are made of. */
 static const int allowed[] = {
     SYS_epoll_pwait, SYS_epoll_ctl, SYS_accept4, SYS_getsockopt, SYS_read, SYS_write, SYS_close, SYS_getrandom,
-    SYS_brk, SYS_munmap, SYS_madvise, SYS_MMAP, SYS_mprotect, SYS_unlinkat, SYS_setitimer, SYS_rt_sigreturn,
+    SYS_brk, SYS_munmap, SYS_madvise, SYS_mmap2, SYS_mprotect, SYS_unlinkat, SYS_setitimer, SYS_rt_sigreturn,
     SYS_exit_group, SYS_exit,
 #ifdef SYS_sigreturn
     SYS_sigreturn,
@@ -120,8 +120,8 @@ static void calls_that_would_work(void) {
         {"ptrace", true, {.call = SYS_ptrace}},
         {"socket", true, {.call = SYS_socket, .a = AF_INET, .b = SOCK_STREAM}},
         {"connect", true, {.call = SYS_connect}},
-        {"an executable mmap", true, {.call = SYS_MMAP, .b = 4096, .c = PROT_READ | PROT_EXEC, .d = anonymous, .e = -1}},
-        {"a writable and executable mmap", true, {.call = SYS_MMAP, .b = 4096, .c = 7, .d = anonymous, .e = -1}},
+        {"an executable mmap", true, {.call = SYS_mmap2, .b = 4096, .c = PROT_READ | PROT_EXEC, .d = anonymous, .e = -1}},
+        {"a writable and executable mmap", true, {.call = SYS_mmap2, .b = 4096, .c = 7, .d = anonymous, .e = -1}},
         {"an executable mprotect", true, {.call = SYS_mprotect, .a = aligned, .b = 4096, .c = PROT_READ | PROT_EXEC}},
         {"openat", false, {.call = SYS_openat, .a = AT_FDCWD, .b = p}},
         {"clone", false, {.call = SYS_clone, .a = SIGCHLD}},
@@ -166,7 +166,7 @@ static void the_list_is_let_through(void) {
         struct attempt t = {.call = allowed[i], .a = -1, .c = -1}; /* ppoll would wait for good */
         if (allowed[i] == SYS_exit_group || allowed[i] == SYS_exit)
             t.a = NOT_ENOSYS;
-        if (allowed[i] == SYS_MMAP || allowed[i] == SYS_mprotect)
+        if (allowed[i] == SYS_mmap2 || allowed[i] == SYS_mprotect)
             t.c = PROT_READ;
         int status = confined(&t, NULL);
         if (killed(status) || ended(status, 0)) /* sigreturn, without a signal, ends in another one */
@@ -187,7 +187,7 @@ static void work(void) {
     }
     for (size_t i = 0; i < 64; i++)
         free(blocks[i]);
-    if (random_fill(nonce, sizeof nonce) < 0 || monotonic_us() <= 0)
+    if (random_fill(nonce, sizeof nonce, 0) < 0 || monotonic_us() <= 0)
         abort();
     log_line(LOG_INFO, "msg=\"work is done\"");
 }
