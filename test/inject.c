@@ -154,6 +154,6 @@ long __real_syscall(long number, long a, long b, long c);
 long __wrap_syscall(long number, long a, long b, long c);
 long __wrap_syscall(long number, long a, long b, long c) {
     if (number == SYS_getrandom)
-        return interrupted() || fails("getrandom") ? -1 : __real_syscall(number, a, (long)size_of_io((size_t)b), c);
+        return interrupted() || fails("getrandom") ? -1 : __real_syscall(number, a, b, c);
     return number == SYS_capset && fails("capset") ? -1 : __real_syscall(number, a, b, c);
 }

@@ -125,15 +125,12 @@ static bool all_zero(const uint8_t *bytes, size_t len) {
     return true;
 }
 
-/*
- * What kmsplugin.c calls to exit, as by die(): the end of a child, or a failure of the test that called it. LeakSanitizer
- * has no say.
- */
 static const char *test_name; /* NULL in a child */
 
+/* What kmsplugin.c calls to exit, as by die(): the end of a child, or a failure of the test. LeakSanitizer has no say. */
 void unit_exit(int code) {
     if (test_name)
-        printf("not ok %s: it ended the program, exit status %d\n", test_name, code);
+        test_fail(__LINE__, "it ended the program");
     fflush(stdout);
     _exit(code);
 }
@@ -370,29 +367,10 @@ TEST(log_line_cannot_be_forged) {
 }
 
 
-static void body_log_info(const void *level) {
-    logging.level = *(const enum log_level *)level;
-    log_line(LOG_ERROR, "msg=error");
-    log_line(LOG_INFO, "msg=info");
-    log_line(LOG_DEBUG, "msg=debug");
-}
-
-TEST(log_line_levels) {
-    static const struct {
-        enum log_level level;
-        size_t lines;
-    } rows[] = {{LOG_ERROR, 1}, {LOG_INFO, 2}, {LOG_DEBUG, 3}};
-    for (size_t i = 0; i < LEN(rows); i++) {
-        row("level %d", (int)rows[i].level);
-        CHECK(lines_of(child_run(body_log_info, &rows[i].level)->err) == rows[i].lines);
-    }
-}
-
 #ifdef __SANITIZE_ADDRESS__
 static void body_die_over(const void *unused) {
     char name[4];
     memset(name, 'x', sizeof name);
-    (void)unused;
     die("%s", name);
 }
 
@@ -409,19 +387,12 @@ TEST(die_over_read_is_seen) {
 /* ------------------------------------------------------------------- Bytes */
 
 TEST(hex_encode_every_byte) {
-    char out[2 * 256 + 1];
-    uint8_t bytes[256];
-    for (unsigned i = 0; i < 256; i++)
-        bytes[i] = (uint8_t)i;
-    hex_encode(bytes, 256, out);
-    CHECK(strlen(out) == 512);
     for (unsigned i = 0; i < 256; i++) {
-        char want[3];
+        char out[3], want[3];
+        hex_encode(&(uint8_t){(uint8_t)i}, 1, out);
         snprintf(want, sizeof want, "%02x", i);
-        CHECK(memcmp(out + 2 * i, want, 2) == 0);
+        CHECK(strcmp(out, want) == 0);
     }
-    hex_encode(bytes, 0, out);
-    CHECK(out[0] == '\0');
 }
 
 /* All small numbers, and those around 256. */
@@ -520,45 +491,31 @@ TEST(base64_decode_keeps_to_cap) {
 
 /* What release/string.c has in place of the C library's, in the release build. */
 TEST(memcpy_and_others) {
-    enum { SIZE_MAX_TRIED = 300, OFFSETS = 17, ROOM = SIZE_MAX_TRIED + 3 * OFFSETS };
+    enum { LENGTHS = 300, OFFSETS = 17, ROOM = LENGTHS + 2 * OFFSETS };
     void *(*volatile set)(void *, int, size_t) = memset;
     void *(*volatile copy)(void *restrict, const void *restrict, size_t) = memcpy;
     void *(*volatile move)(void *, const void *, size_t) = memmove;
     int (*volatile compare)(const void *, const void *, size_t) = memcmp;
-    uint8_t from[ROOM], to[ROOM], expected[ROOM];
-    for (size_t i = 0; i < ROOM; i++)
-        from[i] = (uint8_t)(i * 7 + 1);
-    for (size_t n = 0; n <= SIZE_MAX_TRIED; n++) {
-        for (size_t at = 0; at < OFFSETS; at++) {
-            row("%zu bytes at %zu", n, at);
-            for (size_t i = 0; i < ROOM; i++)
-                to[i] = expected[i] = (uint8_t)i;
-            for (size_t i = 0; i < n; i++)
-                expected[at + i] = 0xa5;
-            bool right = set(to + at, 0xa5, n) == to + at;
-            for (size_t i = 0; i < ROOM; i++)
-                right = right && to[i] == expected[i];
-            for (size_t i = 0; i < n; i++)
-                expected[at + i] = from[OFFSETS - at + i];
-            right = right && copy(to + at, from + OFFSETS - at, n) == to + at;
-            for (size_t i = 0; i < ROOM; i++)
-                right = right && to[i] == expected[i];
-            CHECK(right && compare(to + at, from + OFFSETS - at, n) == 0);
-            for (size_t shift = 0; shift <= 2 * OFFSETS; shift += 2) { /* to lower and to higher addresses */
-                for (size_t i = 0; i < ROOM; i++)
-                    to[i] = expected[i] = (uint8_t)(i * 11);
-                for (size_t i = 0; i < n; i++)
-                    expected[shift + i] = (uint8_t)((at + i) * 11);
-                right = right && move(to + shift, to + at, n) == to + shift;
-                for (size_t i = 0; i < ROOM; i++)
-                    right = right && to[i] == expected[i];
+    uint8_t from[ROOM], moved[ROOM], copied[ROOM], filled[ROOM];
+    for (size_t n = 0; n < LENGTHS; n++) {
+        for (size_t i = 0; i < OFFSETS * OFFSETS; i++) {
+            size_t at = i / OFFSETS, to = 2 * (i % OFFSETS); /* to lower and to higher addresses */
+            for (size_t k = 0; k < ROOM; k++)
+                from[k] = moved[k] = copied[k] = filled[k] = (uint8_t)(k * 11);
+            bool right = move(moved + to, moved + at, n) == moved + to && copy(copied + to, from + at, n) == copied + to &&
+                         set(filled + to, 0xa5, n) == filled + to && compare(moved + to, from + at, n) == 0;
+            for (size_t k = 0; k < ROOM; k++) {
+                uint8_t want = k >= to && k < to + n ? from[k - to + at] : from[k];
+                right = right && moved[k] == want && copied[k] == want;
+                right = right && filled[k] == (k >= to && k < to + n ? 0xa5 : from[k]);
             }
+            row("%zu bytes from %zu to %zu", n, at, to);
             CHECK(right);
         }
         for (size_t i = 0; i < n; i++) {
-            copy(to, from, n);
-            to[i] ^= 0x80;
-            CHECK((compare(to, from, n) < 0) == (to[i] < from[i]) && compare(to, from, n) != 0);
+            copy(copied, from, n);
+            copied[i] ^= 0x80;
+            CHECK((compare(copied, from, n) < 0) == (copied[i] < from[i]) && compare(copied, from, n) != 0);
         }
     }
 }
@@ -591,10 +548,8 @@ TEST(arena_new_until_full) {
         memset(p, 0xaa, 1000);
     row("full");
     CHECK(count == ARENA_BYTES / 1008 && a.exhausted && a.used <= ARENA_BYTES);
-    arena_free(&a, a.base); /* nothing: the reset frees all */
     arena_reset(&a);
     CHECK(!a.exhausted && a.used == 0 && all_zero(a.base, ARENA_BYTES));
-    CHECK(arena_new(&a, ARENA_BYTES) == a.base && arena_new(&a, 1) == NULL);
     munmap(a.base, ARENA_BYTES);
 }
 
@@ -914,13 +869,10 @@ TEST(open_sealed_tampered) {
               (len < SEALED_OVERHEAD ? OPEN_MALFORMED : len < SEALED ? OPEN_FORGED : OPENED));
         free(exact);
     }
-    row("a byte more");
+    row("a byte more, the other API, another ring, another KEK's fingerprint");
     CHECK(open_with(ring, API_V2, sealed, SEALED + 1, out) == OPEN_FORGED);
-    row("the other API");
     CHECK(open_with(ring, API_V1, sealed, SEALED, out) == OPEN_FORGED && all_zero(out, PLAIN));
-    row("another ring");
     CHECK(open_with(other, API_V2, sealed, SEALED, out) == OPEN_UNKNOWN_KEY);
-    row("another key's fingerprint");
     memcpy(sealed + 1, ring->keks[1].fingerprint, FINGERPRINT_BYTES);
     CHECK(open_with(ring, API_V2, sealed, SEALED, out) == OPEN_FORGED);
     ring_free(ring);
@@ -930,13 +882,8 @@ TEST(open_sealed_tampered) {
 /* The order rule of rotation: the first seals, all open. */
 TEST(ring_find_rotation) {
     struct ring *rings[] = {ring_of(0, 1), ring_of(1, 1), ring_new(), ring_new()};
-    char text[128];
-    snprintf(text, sizeof text, "%s,", test_key_text(0));
-    strcat(text, test_key_text(1));
-    ring_parse(rings[2], "old,new", text, strlen(text));
-    snprintf(text, sizeof text, "%s,", test_key_text(1));
-    strcat(text, test_key_text(0));
-    ring_parse(rings[3], "new,old", text, strlen(text));
+    CHECK(!ring_add(rings[2], test_key_text(0), 44) && !ring_add(rings[2], test_key_text(1), 44)); /* old, new */
+    CHECK(!ring_add(rings[3], test_key_text(1), 44) && !ring_add(rings[3], test_key_text(0), 44)); /* new, old */
     static const struct {
         size_t sealer, opener;
         enum opened want;
@@ -1065,38 +1012,35 @@ TEST(ring_parse_forms) {
 
 TEST(ring_parse_16_keys) {
     char text[KEK_TEXT_MAX] = "";
+    struct ring *ring = ring_new();
     for (unsigned n = 0; n < 17; n++) {
+        if (n == 16)
+            ring_parse(ring, "SOURCE", text, strlen(text));
         strcat(text, n ? ",\n" : "");
         strcat(text, test_key_text(n));
-        row("%u keys", n + 1);
-        if (n < 16) {
-            struct ring *ring = ring_new();
-            ring_parse(ring, "SOURCE", text, strlen(text));
-            CHECK(ring->count == n + 1);
-            for (unsigned k = 0; k <= n; k++)
-                CHECK(ring_find(ring, ring->keks[k].fingerprint) == &ring->keks[k]);
-            CHECK(ring_find(ring, (const uint8_t *)"no such KEK here") == NULL);
-            ring_free(ring);
-        } else {
-            const struct child *c = child_run(body_ring_parse, text);
-            CHECK(child_died(c) && strstr(c->err, "key 17 ") && !echoes(c->err, text));
-        }
     }
+    CHECK(ring->count == 16);
+    for (unsigned k = 0; k < 16; k++)
+        CHECK(ring_find(ring, ring->keks[k].fingerprint) == &ring->keks[k]);
+    CHECK(ring_find(ring, (const uint8_t *)"no such KEK here") == NULL);
+    const struct child *c = child_run(body_ring_parse, text);
+    CHECK(child_died(c) && strstr(c->err, "key 17 ") && !echoes(c->err, text));
+    ring_free(ring);
 }
 
 /* A refused key leaves the ring as it was. */
 TEST(ring_add_refusals) {
-    static const char *const rows[] = {"", "x", KEY_ZEROS, KEY_PASSWORD, KEY_GOOD, "AAECAwQFBgcICQoLDA0ODw=="};
+    static const struct {
+        const char *text;
+        size_t len;
+    } rows[] = {{"", 0}, {"x", 1}, {KEY_ZEROS, 44}, {KEY_PASSWORD, 44}, {KEY_GOOD, 44}, {KEY_OTHER "\0", 45}};
     struct ring *ring = ring_new();
-    CHECK(ring_add(ring, KEY_GOOD, strlen(KEY_GOOD)) == NULL && ring->count == 1);
+    CHECK(ring_add(ring, KEY_GOOD, 44) == NULL && ring->count == 1);
     for (size_t i = 0; i < LEN(rows); i++) {
-        const char *wrong = ring_add(ring, rows[i], strlen(rows[i]));
-        row("%s", rows[i]);
-        CHECK(wrong && wrong[0] && ring->count == 1 && !echoes(wrong, rows[i]));
+        row("%s", rows[i].text);
+        CHECK(ring_add(ring, rows[i].text, rows[i].len) && ring->count == 1);
     }
-    CHECK(ring_add(ring, KEY_OTHER, strlen(KEY_OTHER)) == NULL && ring->count == 2);
-    row("a NUL in the text");
-    CHECK(strstr(ring_add(ring, KEY_GOOD "\0", strlen(KEY_GOOD) + 1), "UTF-16"));
+    CHECK(ring_add(ring, KEY_OTHER, 44) == NULL && ring->count == 2);
     ring_free(ring);
 }
 
@@ -1178,26 +1122,22 @@ TEST(key_file_read_kinds) {
 TEST(environment_take_wipes) {
     static const char *const before[] = {"A=1", "KMS_KEK=first", "KMS_KEK_FILE=/run/kek", "KMS_KEK=second and long",
                                          "XKMS_KEK=x", "KMS_KEK=", "KMS_KE=K", "KMS_KEK"};
-    for (unsigned round = 0; round < 3; round++) {
+    for (unsigned round = 0; round < 4; round++) {
         char copies[LEN(before)][32] = {{0}}, *mine[LEN(before) + 1] = {NULL}, **outer = environ, text[16] = "untouched";
-        size_t count = 0, first = round == 2 ? 2 : 0; /* in round 2, the first is one that does not fit */
+        size_t count = 0, first = round < 2 ? 0 : round == 2 ? 2 : 6; /* round 2: the first does not fit; 3: none is there */
         for (size_t i = first; i < LEN(before); i++, count++)
             mine[count] = strcpy(copies[count], before[i]);
         environ = mine;
         bool found = environment_take(round ? text : NULL, round ? sizeof text : 0);
         environ = outer;
         row("round %u: %s", round, text);
-        CHECK(found && strcmp(text, round == 0 ? "untouched" : round == 1 ? "first" : "second and long") == 0);
+        static const char *const texts[] = {"untouched", "first", "second and long", "untouched"};
+        CHECK(found == (round < 3) && strcmp(text, texts[round]) == 0);
         for (size_t i = 0; i < count; i++) {
             bool ours = strncmp(before[first + i], "KMS_KEK=", 8) == 0;
             CHECK(ours ? all_zero((uint8_t *)copies[i] + 8, 24) : strcmp(copies[i], before[first + i]) == 0);
         }
     }
-    char *none[] = {NULL}, **outer = environ, text[16];
-    environ = none;
-    bool found = environment_take(text, sizeof text);
-    environ = outer;
-    CHECK(!found);
 }
 
 struct load_case {
@@ -1257,7 +1197,7 @@ struct service {
     struct kms kms;
     struct answer a;
     void *response; /* if the last call was answered with one */
-    enum rpc rpc;
+    size_t request_len;
 };
 
 static struct service *service_new(struct ring *ring) {
@@ -1285,7 +1225,7 @@ static void service_free(struct service *s) {
 static enum grpc_code service_call_bytes(struct service *s, enum rpc rpc, const uint8_t *bytes, size_t len) {
     uint8_t *exact = copy_of(bytes, len);
     service_done(s);
-    s->rpc = rpc;
+    s->request_len = len;
     kms_call(&s->kms, rpc, exact, len, &s->a);
     memset(exact, 0xdd, len); /* no answer borrows from the request's bytes */
     free(exact);
@@ -1346,41 +1286,21 @@ static enum grpc_code v1_decrypt_of(struct service *s, const char *version, cons
 }
 
 TEST(v1_version_right_rows) {
+    static const char *const versions[] = {"v1beta1", "", "v1", "v2", "v1beta1 ", "V1BETA1", "v1beta", "v1beta10"};
     struct service *s = service_new(ring_of(0, 2));
-    V2__StatusRequest status = V2__STATUS_REQUEST__INIT;
-    for (int i = 0; i < 3; i++) {
-        CHECK(service_call(s, V2_STATUS, &status) == GRPC_OK);
-        const V2__StatusResponse *r = s->response;
-        CHECK(strcmp(r->version, "v2") == 0 && strcmp(r->healthz, "ok") == 0);
-        CHECK(strcmp(r->key_id, s->kms.ring->keks[0].key_id) == 0);
-    }
-    static const struct {
-        const char *version;
-        enum grpc_code code;
-    } rows[] = {
-        {"v1beta1", GRPC_OK}, {"", GRPC_INVALID_ARGUMENT}, {"v1", GRPC_INVALID_ARGUMENT},
-        {"v2", GRPC_INVALID_ARGUMENT}, {"v1beta1 ", GRPC_INVALID_ARGUMENT}, {"V1BETA1", GRPC_INVALID_ARGUMENT},
-        {"v1beta", GRPC_INVALID_ARGUMENT}, {"v1beta10", GRPC_INVALID_ARGUMENT},
-    };
-    for (size_t i = 0; i < LEN(rows); i++) {
+    uint8_t sealed[4 + SEALED_OVERHEAD];
+    CHECK(seal(s->kms.ring, API_V1, (const uint8_t *)"ping", 4, sealed) == 0);
+    for (size_t i = 0; i < LEN(versions); i++) {
+        enum grpc_code want = i == 0 ? GRPC_OK : GRPC_INVALID_ARGUMENT;
         V2__V1beta1__VersionRequest version = V2__V1BETA1__VERSION_REQUEST__INIT;
-        version.version = text_of(rows[i].version);
-        row("version '%s'", rows[i].version);
-        CHECK(service_call(s, V1_VERSION, &version) == rows[i].code);
-        if (rows[i].code == GRPC_OK) {
-            const V2__V1beta1__VersionResponse *r = s->response;
-            CHECK(strcmp(r->version, "v1beta1") == 0 && strcmp(r->runtime_name, "kmsplugin") == 0);
-            CHECK(strcmp(r->runtime_version, VERSION) == 0);
-        }
-        CHECK(v1_encrypt_of(s, rows[i].version, "ping", 4) == rows[i].code);
-        if (rows[i].code == GRPC_OK) {
-            const V2__V1beta1__EncryptResponse *r = s->response;
-            uint8_t *sealed = copy_of(r->cipher.data, r->cipher.len);
-            size_t len = r->cipher.len;
-            for (size_t k = 0; k < LEN(rows); k++)
-                CHECK(v1_decrypt_of(s, rows[k].version, sealed, len) == rows[k].code);
-            free(sealed);
-        }
+        version.version = text_of(versions[i]);
+        row("version '%s'", versions[i]);
+        CHECK(v1_encrypt_of(s, versions[i], "ping", 4) == want);
+        CHECK(v1_decrypt_of(s, versions[i], sealed, sizeof sealed) == want);
+        CHECK(service_call(s, V1_VERSION, &version) == want);
+        const V2__V1beta1__VersionResponse *r = s->response;
+        CHECK(!r || (strcmp(r->version, "v1beta1") == 0 && strcmp(r->runtime_name, "kmsplugin") == 0));
+        CHECK(!r || strcmp(r->runtime_version, VERSION) == 0);
     }
     service_free(s);
 }
@@ -1389,11 +1309,13 @@ TEST(v1_version_right_rows) {
 TEST(v2_status_tells_the_truth) {
     struct service *s = service_new(ring_of(0, 1));
     V2__StatusRequest status = V2__STATUS_REQUEST__INIT;
-    CHECK(service_call(s, V2_STATUS, &status) == GRPC_OK);
-    s->kms.ring->count = 0; /* what is sealed now, no KEK opens */
-    CHECK(service_call(s, V2_STATUS, &status) != GRPC_OK);
-    s->kms.ring->count = 1;
-    CHECK(service_call(s, V2_STATUS, &status) == GRPC_OK);
+    for (unsigned i = 0; i < 3; i++) {
+        s->kms.ring->count = i == 1 ? 0 : 1; /* with 0, no KEK opens what is sealed */
+        CHECK((service_call(s, V2_STATUS, &status) == GRPC_OK) == (i != 1));
+        const V2__StatusResponse *r = s->response;
+        CHECK(!r || (strcmp(r->version, "v2") == 0 && strcmp(r->healthz, "ok") == 0));
+        CHECK(!r || strcmp(r->key_id, s->kms.ring->keks[0].key_id) == 0);
+    }
     service_free(s);
 }
 
@@ -1440,11 +1362,7 @@ TEST(v1_encrypt_roundtrip) {
         size_t len = r->cipher.len;
         uint8_t *sealed = copy_of(r->cipher.data, len);
         CHECK(len == sizes[i] + SEALED_OVERHEAD);
-        V2__V1beta1__DecryptRequest request = V2__V1BETA1__DECRYPT_REQUEST__INIT;
-        request.version = text_of("v1beta1");
-        request.cipher = binary(sealed, len);
-        CHECK(protobuf_c_message_get_packed_size(&request.base) <= MESSAGE_MAX);
-        CHECK(service_call(s, V1_DECRYPT, &request) == GRPC_OK);
+        CHECK(v1_decrypt_of(s, "v1beta1", sealed, len) == GRPC_OK && s->request_len <= MESSAGE_MAX);
         const V2__V1beta1__DecryptResponse *d = s->response;
         CHECK(d->plain.len == sizes[i] && (sizes[i] == 0 || memcmp(d->plain.data, plain, sizes[i]) == 0));
         CHECK(v2_decrypt_of(s, sealed, len, s->kms.ring->keks[0].key_id) == GRPC_INVALID_ARGUMENT);
@@ -1509,28 +1427,26 @@ TEST(kms_shaped_lengths) {
     const char *key_id = s->kms.ring->keks[0].key_id;
     static const size_t lens[] = {0, 1, 16, 17, 41, 56, 57, 1024, 1025};
     static uint8_t plain[968], large[968 + SEALED_OVERHEAD];
+    char capitals[KEY_ID_LEN + 1];
     CHECK(seal(s->kms.ring, API_V2, plain, sizeof plain, large) == 0);
     for (size_t i = 0; i < LEN(lens); i++) {
         row("%zu bytes", lens[i]); /* the last is sealed well, but over 1,024 bytes */
         CHECK(v2_decrypt_of(s, large, lens[i], key_id) == GRPC_INVALID_ARGUMENT);
         CHECK(v1_decrypt_of(s, "v1beta1", large, lens[i]) == GRPC_INVALID_ARGUMENT);
     }
-    row("v1, unknown KEK");
-    struct ring *stranger = ring_of(7, 1);
-    CHECK(seal(stranger, API_V1, plain, 10, large) == 0);
-    CHECK(v1_decrypt_of(s, "v1beta1", large, 10 + SEALED_OVERHEAD) == GRPC_NOT_FOUND);
-    CHECK(strstr(s->a.error, stranger->keks[0].key_id));
-    ring_free(stranger);
     row("a key_id in capitals");
-    CHECK(v2_encrypt_of(s, "x", 1) == GRPC_OK);
-    uint8_t one[1 + SEALED_OVERHEAD];
-    memcpy(one, ((const V2__EncryptResponse *)s->response)->ciphertext.data, sizeof one);
-    char capitals[KEY_ID_LEN + 1];
+    CHECK(seal(s->kms.ring, API_V2, plain, 1, large) == 0);
     for (size_t i = 0; i <= KEY_ID_LEN; i++)
         capitals[i] = (char)toupper(key_id[i]);
-    CHECK(v2_decrypt_of(s, one, sizeof one, capitals) == GRPC_INVALID_ARGUMENT);
-    CHECK(v2_decrypt_of(s, one, sizeof one, "") == GRPC_INVALID_ARGUMENT);
-    CHECK(v2_decrypt_of(s, one, sizeof one, key_id) == GRPC_OK);
+    CHECK(v2_decrypt_of(s, large, 1 + SEALED_OVERHEAD, capitals) == GRPC_INVALID_ARGUMENT);
+    CHECK(v2_decrypt_of(s, large, 1 + SEALED_OVERHEAD, "") == GRPC_INVALID_ARGUMENT);
+    CHECK(v2_decrypt_of(s, large, 1 + SEALED_OVERHEAD, key_id) == GRPC_OK);
+    row("v1, unknown KEK");
+    CHECK(seal(s->kms.ring, API_V1, plain, 10, large) == 0);
+    large[1] ^= 1;
+    CHECK(v1_decrypt_of(s, "v1beta1", large, 10 + SEALED_OVERHEAD) == GRPC_NOT_FOUND);
+    hex_encode(large + FINGERPRINT_AT, FINGERPRINT_BYTES, capitals);
+    CHECK(strstr(s->a.error, capitals));
     service_free(s);
 }
 
@@ -1541,12 +1457,9 @@ TEST(kms_call_malformed) {
         const char *hex;
         enum grpc_code code;
     } rows[] = {
-        {"Status, nothing", V2_STATUS, "", GRPC_OK},
-        {"Status, an unknown field", V2_STATUS, "7a0161", GRPC_OK},
-        {"Status, garbage", V2_STATUS, "ffffff", GRPC_INTERNAL},
-        {"Status, a group", V2_STATUS, "0b0c", GRPC_INTERNAL},
-        {"Encrypt, nothing", V2_ENCRYPT, "", GRPC_OK},
-        {"Encrypt, cut short", V2_ENCRYPT, "0a05616263", GRPC_INTERNAL},
+        {"Status, nothing", V2_STATUS, "", GRPC_OK}, {"Status, an unknown field", V2_STATUS, "7a0161", GRPC_OK},
+        {"Status, garbage", V2_STATUS, "ffffff", GRPC_INTERNAL}, {"Status, a group", V2_STATUS, "0b0c", GRPC_INTERNAL},
+        {"Encrypt, nothing", V2_ENCRYPT, "", GRPC_OK}, {"Encrypt, cut short", V2_ENCRYPT, "0a05616263", GRPC_INTERNAL},
         {"Encrypt, field number 0", V2_ENCRYPT, "0001", GRPC_INTERNAL},
         {"Encrypt, huge length", V2_ENCRYPT, "0affffffff7f61", GRPC_INTERNAL},
         {"Encrypt, uid not UTF-8: nothing depends on it", V2_ENCRYPT, "0a01611201ff", GRPC_OK},
@@ -1663,17 +1576,7 @@ TEST(metrics_write_fits) {
     for (unsigned rpc = 0; rpc < RPCS; rpc++)
         for (unsigned code = 0; code < GRPC_CODES; code++)
             CHECK(strstr(text, grpc_code_name(code)) && strstr(text, rpcs[rpc].method));
-}
-
-TEST(grpc_code_name_rows) {
-    CHECK(strcmp(grpc_code_name(GRPC_OK), "OK") == 0);
-    CHECK(strcmp(grpc_code_name(GRPC_INVALID_ARGUMENT), "INVALID_ARGUMENT") == 0);
-    CHECK(strcmp(grpc_code_name(GRPC_DEADLINE_EXCEEDED), "DEADLINE_EXCEEDED") == 0);
-    CHECK(strcmp(grpc_code_name(GRPC_NOT_FOUND), "NOT_FOUND") == 0);
-    CHECK(strcmp(grpc_code_name(GRPC_RESOURCE_EXHAUSTED), "RESOURCE_EXHAUSTED") == 0);
-    CHECK(strcmp(grpc_code_name(GRPC_UNIMPLEMENTED), "UNIMPLEMENTED") == 0);
-    CHECK(strcmp(grpc_code_name(GRPC_INTERNAL), "INTERNAL") == 0);
-    CHECK(strcmp(grpc_code_name(16), "UNAUTHENTICATED") == 0);
+    CHECK(strcmp(grpc_code_name(GRPC_INTERNAL), "INTERNAL") == 0 && strcmp(grpc_code_name(16), "UNAUTHENTICATED") == 0);
 }
 
 /* -------------------------------------------------------------------- gRPC */
@@ -1892,26 +1795,17 @@ TEST(request_header_size) {
     static uint8_t value[HEADER_LIST_MAX];
     static const char *const head[] = {HEAD};
     memset(value, 'v', sizeof value);
-    size_t used = 0;
-    for (size_t k = 0; k < LEN(head); k++)
-        used += strlen(head[k]) - 2 + 32;
     for (int over = -1; over <= 1; over++) {
         struct request r;
         request_init(&r);
         for (size_t k = 0; k < LEN(head); k++)
             judge_field(&r, head[k]);
-        request_header(&r, (const uint8_t *)"x", 1, value, HEADER_LIST_MAX - used - 33 + (size_t)(over + 1) - 1);
-        request_head_end(&r);
         row("%d over the limit", over);
-        CHECK(!r.malformed);
-        CHECK((r.header_bytes > HEADER_LIST_MAX) == (over > 0) && (int)r.header_bytes - HEADER_LIST_MAX == over);
+        CHECK(r.header_bytes == 7 + 4 + 7 + 4 + 5 + strlen(STATUS_PATH) + 10 + 9 + LEN(head) * 32);
+        request_header(&r, (const uint8_t *)"x", 1, value, HEADER_LIST_MAX - r.header_bytes - 33 + (size_t)(over + 1) - 1);
+        request_head_end(&r);
+        CHECK(!r.malformed && (int)r.header_bytes - HEADER_LIST_MAX == over);
     }
-    struct request r;
-    request_init(&r);
-    for (int i = 0; i < 1000; i++)
-        judge_field(&r, "a: b");
-    row("a thousand small fields");
-    CHECK(r.header_bytes == 34000);
 }
 
 /* ------------------------------------------------------------------ Server
@@ -1948,9 +1842,9 @@ static struct conn *session_open(struct server *s, int *fd) {
     return s->conns;
 }
 
-/* Ends the connection, if it has not ended itself; then nothing of it is left. */
+/* Ends a connection, if it has not ended itself, and all others; then nothing of them is left. */
 static void session_close(struct server *s, struct conn *c, int fd) {
-    if (c)
+    for (; c; c = c->next)
         conn_close(c, "end of the test");
     server_reap(s);
     close(fd);
@@ -2023,12 +1917,9 @@ TEST(conn_has_room_sheds) {
     CHECK(conn_has_room(c[0], left) && !c[1]->closed && !c[2]->closed);
     CHECK(conn_has_room(c[0], left + 1) && !c[1]->closed && c[2]->closed);
     CHECK(!conn_has_room(c[0], HELD_MAX - 3 * MIB) && !c[1]->closed && !c[0]->closed); /* it would be the heaviest itself */
-    for (size_t i = 0; i < 3; i++) {
-        conn_close(c[i], "end of the test");
-        close(fds[i]);
-    }
-    server_reap(s);
-    CHECK(s->held == 0 && !s->conns);
+    session_close(s, s->conns, fds[2]);
+    close(fds[0]);
+    close(fds[1]);
     session_server_free(s);
 }
 
@@ -2137,8 +2028,6 @@ static void dialogue_init(struct server *s) {
 
 static ssize_t peer_read_body(nghttp2_session *session, int32_t id, uint8_t *buf, size_t cap, uint32_t *flags,
                               nghttp2_data_source *source, void *user) {
-    (void)session;
-    (void)user;
     struct exchange *x = source->ptr;
     size_t n = x->body_len - x->sent < cap ? x->body_len - x->sent : cap;
     bool apart = id / 2 % 3 == 1 && n > 0; /* every third stream ends with a frame of its own */
@@ -2154,32 +2043,22 @@ static struct exchange *peer_exchange(int32_t id) {
     return &dialogue[id / 2];
 }
 
-static bool is_text(const uint8_t *bytes, size_t len, const char *text) {
-    return len == strlen(text) && memcmp(bytes, text, len) == 0;
-}
-
 static int peer_on_header(nghttp2_session *session, const nghttp2_frame *frame, const uint8_t *name, size_t name_len,
                           const uint8_t *value, size_t len, uint8_t flags, void *user) {
-    (void)session;
-    (void)flags;
-    (void)user;
     struct exchange *x = peer_exchange(frame->hd.stream_id);
-    if (is_text(name, name_len, ":status"))
+    if (IS(name, name_len, ":status"))
         copy_text(x->http_status, sizeof x->http_status, value, len);
-    else if (is_text(name, name_len, "grpc-status"))
+    else if (IS(name, name_len, "grpc-status"))
         copy_text(x->grpc_status, sizeof x->grpc_status, value, len);
-    else if (is_text(name, name_len, "grpc-message"))
+    else if (IS(name, name_len, "grpc-message"))
         copy_text(x->message, sizeof x->message, value, len);
-    else if (is_text(name, name_len, "content-type"))
+    else if (IS(name, name_len, "content-type"))
         copy_text(x->type, sizeof x->type, value, len);
     return 0;
 }
 
 static int peer_on_data(nghttp2_session *session, uint8_t flags, int32_t id, const uint8_t *data, size_t len,
                         void *user) {
-    (void)session;
-    (void)flags;
-    (void)user;
     struct exchange *x = peer_exchange(id);
     CHECK(len <= sizeof x->reply - x->reply_len);
     memcpy(x->reply + x->reply_len, data, len);
@@ -2188,8 +2067,6 @@ static int peer_on_data(nghttp2_session *session, uint8_t flags, int32_t id, con
 }
 
 static int peer_on_close(nghttp2_session *session, int32_t id, uint32_t error, void *user) {
-    (void)session;
-    (void)user;
     struct exchange *x = peer_exchange(id);
     x->closed = true;
     x->error = error;
@@ -2514,17 +2391,10 @@ TEST(endpoint_require_takes) {
         const char *endpoint, *path; /* behind the NUL, if abstract */
         bool abstract;
     } rows[] = {
-        {"unix:///run/kmsplugin/kms.sock", "/run/kmsplugin/kms.sock", false},
-        {"unix:///kms.sock", "/kms.sock", false},
-        {"unix:///a b/with space", "/a b/with space", false},
-        {"unix:///run/@kms", "/run/@kms", false},
-        {"unix:///x:y=z,&+~!$'()*;[]", "/x:y=z,&+~!$'()*;[]", false},
-        {"unix:///caf\xc3\xa9", "/caf\xc3\xa9", false},
-        {"unix:///" X100 "123456", "/" X100 "123456", false}, /* 107 bytes */
-        {"unix:///@k", "k", true},
-        {"unix:///@kmsplugin.sock", "kmsplugin.sock", true},
-        {"unix:///@with/slash", "with/slash", true},
-        {"unix:///@@", "@", true},
+        {"unix:///run/kmsplugin/kms.sock", "/run/kmsplugin/kms.sock", false}, {"unix:///kms.sock", "/kms.sock", false},
+        {"unix:///a b/with space", "/a b/with space", false}, {"unix:///run/@kms", "/run/@kms", false},
+        {"unix:///caf\xc3\xa9", "/caf\xc3\xa9", false}, {"unix:///" X100 "123456", "/" X100 "123456", false}, /* 107 bytes */
+        {"unix:///@k", "k", true}, {"unix:///@with/slash", "with/slash", true}, {"unix:///@@", "@", true},
         {"unix:///@" X100 "1234567", X100 "1234567", true}, /* 107 bytes and the NUL before them */
     };
     for (size_t i = 0; i < LEN(rows); i++) {
@@ -2739,28 +2609,27 @@ static size_t stored_make(const struct stored *o, const struct ring *ring, uint8
 
 #define ETCD_KEY "/registry/secrets/default/db"
 
+#define OBJECT "the object"
 static const struct {
     const char *name;
     struct stored stored;
     enum value_state want;
 } stored_cases[] = {
-    {"v2, a seed", {API_V2, 1, 32, ETCD_KEY, NULL, false, "the object"}, VALUE_OPENED},
-    {"v2, a seed of 64 bytes", {API_V2, 1, 64, ETCD_KEY, NULL, false, "the object"}, VALUE_OPENED},
-    {"v2, a key", {API_V2, 0, 32, ETCD_KEY, NULL, false, "the object"}, VALUE_OPENED},
-    {"v2, a key of AES-128", {API_V2, 0, 16, ETCD_KEY, NULL, false, "the object"}, VALUE_OPENED},
+    {"v2, a seed", {API_V2, 1, 32, ETCD_KEY, NULL, false, OBJECT}, VALUE_OPENED},
+    {"v2, a seed of 64 bytes", {API_V2, 1, 64, ETCD_KEY, NULL, false, OBJECT}, VALUE_OPENED},
+    {"v2, a key", {API_V2, 0, 32, ETCD_KEY, NULL, false, OBJECT}, VALUE_OPENED},
+    {"v2, a key of AES-128", {API_V2, 0, 16, ETCD_KEY, NULL, false, OBJECT}, VALUE_OPENED},
     {"v2, an empty object", {API_V2, 1, 32, ETCD_KEY, NULL, false, ""}, VALUE_OPENED},
-    {"v1", {API_V1, 0, 32, ETCD_KEY, NULL, false, "the object"}, VALUE_OPENED},
+    {"v1", {API_V1, 0, 32, ETCD_KEY, NULL, false, OBJECT}, VALUE_OPENED},
     {"v1, an empty object", {API_V1, 0, 32, ETCD_KEY, NULL, false, ""}, VALUE_OPENED},
-    {"v2, of another etcd key", {API_V2, 1, 32, ETCD_KEY "2", NULL, false, "the object"}, VALUE_DAMAGED},
-    {"v1, of another etcd key", {API_V1, 0, 32, ETCD_KEY "2", NULL, false, "the object"}, VALUE_DAMAGED},
-    {"v2, an unknown kind of DEK", {API_V2, 2, 32, ETCD_KEY, NULL, false, "the object"}, VALUE_DAMAGED},
-    {"v2, a key that is no AES key", {API_V2, 0, 31, ETCD_KEY, NULL, false, "the object"}, VALUE_DAMAGED},
-    {"v1, an empty key", {API_V1, 0, 0, ETCD_KEY, NULL, false, "the object"}, VALUE_DAMAGED},
-    {"v2, another keyID of ours", {API_V2, 1, 32, ETCD_KEY, "0123456789abcdef0123456789abcdef", false, "the object"},
-     VALUE_DAMAGED},
-    {"v2, with an annotation", {API_V2, 1, 32, ETCD_KEY, NULL, true, "the object"}, VALUE_DAMAGED},
-    {"v2, a keyID unlike ours over a fingerprint of ours", {API_V2, 1, 32, ETCD_KEY, "projects/p/locations/l/keyRings/r",
-     false, "the object"}, VALUE_DAMAGED},
+    {"v2, of another etcd key", {API_V2, 1, 32, ETCD_KEY "2", NULL, false, OBJECT}, VALUE_DAMAGED},
+    {"v1, of another etcd key", {API_V1, 0, 32, ETCD_KEY "2", NULL, false, OBJECT}, VALUE_DAMAGED},
+    {"v2, an unknown kind of DEK", {API_V2, 2, 32, ETCD_KEY, NULL, false, OBJECT}, VALUE_DAMAGED},
+    {"v2, a key that is no AES key", {API_V2, 0, 31, ETCD_KEY, NULL, false, OBJECT}, VALUE_DAMAGED},
+    {"v1, an empty key", {API_V1, 0, 0, ETCD_KEY, NULL, false, OBJECT}, VALUE_DAMAGED},
+    {"v2, another keyID", {API_V2, 1, 32, ETCD_KEY, "0123456789abcdef0123456789abcdef", false, OBJECT}, VALUE_DAMAGED},
+    {"v2, with an annotation", {API_V2, 1, 32, ETCD_KEY, NULL, true, OBJECT}, VALUE_DAMAGED},
+    {"v2, a keyID unlike ours", {API_V2, 1, 32, ETCD_KEY, "projects/p/locations/l/keyRings/r", false, OBJECT}, VALUE_DAMAGED},
 };
 
 static enum value_state value_of(struct value *v, const struct ring *ring, const char *etcd_key, const uint8_t *bytes,
@@ -2862,7 +2731,7 @@ TEST(input_name_rows) {
 TEST(value_open_v1_names) {
     static const char *const names[] = {"vault", ":", "a:b", "::::",
                                         "arn:aws:kms:eu-west-1:111122223333:key/1234abcd-12ab-34cd-56ef-1234567890ab"};
-    static const struct stored stored = {API_V1, 0, 32, ETCD_KEY, NULL, false, "the object"};
+    static const struct stored stored = {API_V1, 0, 32, ETCD_KEY, NULL, false, OBJECT};
     enum { PREFIX_LEN = 15, NAME_LEN = 5 };
     struct ring *ring = ring_of(0, 1), *stranger = ring_of(7, 1);
     uint8_t made[1000], bytes[V1_NAME_MAX + 1000];
@@ -2893,9 +2762,9 @@ TEST(value_open_v1_names) {
 
 /* No part of a value opens, nor any value with a bit turned: but for the provider's name, which nothing seals. */
 TEST(value_open_damaged) {
-    static const struct stored kinds[] = {{API_V2, 1, 32, ETCD_KEY, NULL, false, "the object"},
-                                          {API_V2, 0, 32, ETCD_KEY, NULL, false, "the object"},
-                                          {API_V1, 0, 32, ETCD_KEY, NULL, false, "the object"}};
+    static const struct stored kinds[] = {{API_V2, 1, 32, ETCD_KEY, NULL, false, OBJECT},
+                                          {API_V2, 0, 32, ETCD_KEY, NULL, false, OBJECT},
+                                          {API_V1, 0, 32, ETCD_KEY, NULL, false, OBJECT}};
     enum { NAME_AT = 15, NAME_LEN = 5 };
     struct ring *ring = ring_of(0, 1);
     for (size_t i = 0; i < LEN(kinds); i++) {
@@ -3077,44 +2946,7 @@ TEST(id_parse_unknown_names) {
     }
 }
 
-TEST(options_parse_help) {
-    static const char *const rows[] = {"--help", "-h", "serve --help", "probe -h", "audit --strict --help"};
-    for (size_t i = 0; i < LEN(rows); i++) {
-        const struct child *c = child_run(body_options, rows[i]);
-        row("kmsplugin %s", rows[i]);
-        CHECK(c->code == 0 && c->err[0] == '\0' && strcmp(c->out, help) == 0);
-        for (size_t v = 0; v < VERBS; v++)
-            CHECK(strstr(c->out, verbs[v].name));
-    }
-    const struct child *c = child_run(body_options, "--version");
-    row("--version");
-    CHECK(c->code == 0 && c->err[0] == '\0' && strncmp(c->out, "kmsplugin " VERSION "\n", 11 + strlen(VERSION)) == 0);
-    CHECK(strstr(c->out, "nghttp2 ") && strstr(c->out, "protobuf-c ") && strstr(c->out, "BearSSL "));
-}
-
 /* -------------------------------------------------------------------- Main */
-
-static void body_main(const void *line) {
-    char *argv[ARGS];
-    unsetenv("KMS_KEK_FILE");
-    setenv("KMS_KEK", KEY_GOOD, 1);
-    unit_exit(kmsplugin_main(split_args(line, argv), argv));
-}
-
-TEST(main_verbs) {
-    uint8_t key[2][KEK_BYTES];
-    for (int i = 0; i < 2; i++) {
-        const struct child *c = child_run(body_main, "genkey");
-        CHECK(c->code == 0 && c->err[0] == '\0' && strlen(c->out) == 45 && c->out[44] == '\n');
-        CHECK(base64_decode(c->out, 44, key[i], KEK_BYTES) == KEK_BYTES);
-    }
-    CHECK(memcmp(key[0], key[1], KEK_BYTES) != 0);
-    const struct child *c = child_run(body_main, "keyid");
-    CHECK(c->code == 0 && strncmp(c->out, "14c740c2e9cfd299daba6c1dd0a86c1f sha256:34d519c98d6af272", 56) == 0);
-    c = child_run(body_main, "probe unix:///@kmsplugin-unit-nobody-there");
-    row("%s", c->err);
-    CHECK(child_died(c));
-}
 
 static void body_keyid(const void *keys) {
     struct ring *ring = ring_new(); /* here: a child has none of its parent's */
@@ -3158,13 +2990,15 @@ static void unit_dir_remove(void) {
     DIR *dir = opendir(unit_dir);
     for (const struct dirent *entry; dir && (entry = readdir(dir));)
         remove(unit_path(entry->d_name));
-    closedir(dir);
+    if (dir)
+        closedir(dir);
     rmdir(unit_dir);
 }
 
 int main(int argc, char **argv) {
     const char *prefix = argc > 1 ? argv[1] : "", *all = getenv("UNIT_LONG");
     size_t failed = 0;
+    bool ran = false;
     setvbuf(stdout, NULL, _IOLBF, 0); /* should a test crash, the lines before it are there */
     signal(SIGPIPE, SIG_IGN);
     if (!mkdtemp(unit_dir))
@@ -3178,8 +3012,9 @@ int main(int argc, char **argv) {
         bool ok = test_run(tests[i].run);
         printf(ok ? "ok %s\n" : "not ok %s: %s\n", tests[i].name, test_why);
         failed += !ok;
+        ran = true;
     }
     test_name = NULL;
     unit_dir_remove();
-    return failed > 0;
+    return failed > 0 || !ran;
 }
