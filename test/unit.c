@@ -1614,6 +1614,7 @@ TEST(grpc_prefix_roundtrip) {
 
 /* ----------------------------------------------------------- HTTP requests */
 
+#define REQUEST_NONE {.rpc = RPC_UNKNOWN, .content_length = -1, .timeout_ms = INT64_MAX}
 #define STATUS_PATH "/v2.KeyManagementService/Status"
 #define POST ":method: POST"
 #define HTTP ":scheme: http"
@@ -1664,8 +1665,7 @@ static const struct {
 
 TEST(request_head_end_rules) {
     for (size_t i = 0; i < LEN(heads); i++) {
-        struct request r;
-        request_init(&r);
+        struct request r = REQUEST_NONE;
         for (size_t k = 0; k < LEN(heads[i].fields) && heads[i].fields[k]; k++)
             judge_field(&r, heads[i].fields[k]);
         request_head_end(&r);
@@ -1694,8 +1694,7 @@ TEST(request_header_rules) {
     static const char *const head[] = {HEAD};
     for (size_t i = 0; i < LEN(good) + LEN(bad) + LEN(once); i++) {
         const char *field = i < LEN(good) ? good[i] : i < LEN(good) + LEN(bad) ? bad[i - LEN(good)] : once[i - LEN(good) - LEN(bad)];
-        struct request r;
-        request_init(&r);
+        struct request r = REQUEST_NONE;
         for (size_t k = 0; k < LEN(head); k++)
             judge_field(&r, head[k]);
         judge_field(&r, field);
@@ -1711,11 +1710,9 @@ TEST(request_header_rules) {
 TEST(request_header_bytes) {
     for (unsigned c = 0; c < 256; c++) {
         for (size_t at = 0; at < 3; at++) {
-            struct request in_name, in_value;
+            struct request in_name = REQUEST_NONE, in_value = REQUEST_NONE;
             uint8_t text[3] = {'a', 'b', 'c'};
             text[at] = (uint8_t)c;
-            request_init(&in_name);
-            request_init(&in_value);
             request_header(&in_name, text, 3, (const uint8_t *)"value", 5);
             request_header(&in_value, (const uint8_t *)"name", 4, text, 3);
             bool token = (c >= 'a' && c <= 'z') || (c >= '0' && c <= '9') || (c && strchr("!#$%&'*+-.^_`|~", (int)c));
@@ -1740,8 +1737,7 @@ TEST(request_path_rows) {
         "/V2.KeyManagementService/Status", "/metrics/", "/metric", "/", "*",
     };
     for (size_t i = 0; i < LEN(paths); i++) {
-        struct request r;
-        request_init(&r);
+        struct request r = REQUEST_NONE;
         uint8_t *exact = copy_of(paths[i], strlen(paths[i]));
         request_path(&r, exact, strlen(paths[i]));
         row("%s", paths[i]);
@@ -1776,8 +1772,7 @@ TEST(request_header_in_trailers) {
     };
     for (size_t i = 0; i < LEN(rows); i++) {
         static const char *const head[] = {HEAD, "content-type: application/grpc", "content-length: 5"};
-        struct request r;
-        request_init(&r);
+        struct request r = REQUEST_NONE;
         for (size_t k = 0; k < LEN(head); k++)
             judge_field(&r, head[k]);
         request_head_end(&r);
@@ -1796,8 +1791,7 @@ TEST(request_header_size) {
     static const char *const head[] = {HEAD};
     memset(value, 'v', sizeof value);
     for (int over = -1; over <= 1; over++) {
-        struct request r;
-        request_init(&r);
+        struct request r = REQUEST_NONE;
         for (size_t k = 0; k < LEN(head); k++)
             judge_field(&r, head[k]);
         row("%d over the limit", over);
@@ -1905,18 +1899,18 @@ static void session_feed(struct conn *c, int fd, const uint8_t *bytes, size_t le
 
 /* The connection that holds most gives way; never the one that asks. */
 TEST(conn_has_room_sheds) {
-    enum { MIB = 1024 * 1024 };
+    enum { TENTH = HELD_MAX / 10 };
     struct server *s = session_server();
     struct conn *c[3];
     int fds[3];
     for (size_t i = 0; i < 3; i++) {
         CHECK((c[i] = session_open(s, &fds[i])));
-        conn_count(c[i], (ptrdiff_t)(2 * i + 1) * MIB);
+        conn_count(c[i], (ptrdiff_t)(2 * i + 1) * TENTH);
     }
     size_t left = HELD_MAX - s->held;
     CHECK(conn_has_room(c[0], left) && !c[1]->closed && !c[2]->closed);
     CHECK(conn_has_room(c[0], left + 1) && !c[1]->closed && c[2]->closed);
-    CHECK(!conn_has_room(c[0], HELD_MAX - 3 * MIB) && !c[1]->closed && !c[0]->closed); /* it would be the heaviest itself */
+    CHECK(!conn_has_room(c[0], HELD_MAX - 3 * TENTH) && !c[1]->closed && !c[0]->closed); /* it would be the heaviest itself */
     session_close(s, s->conns, fds[2]);
     close(fds[0]);
     close(fds[1]);
