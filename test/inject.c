@@ -25,6 +25,7 @@
 #include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
+#include <sys/time.h>
 #include <sys/types.h>
 
 static struct {
@@ -44,6 +45,8 @@ static void inject_report(void) {
     }
 }
 
+int __real_atexit(void (*function)(void));
+
 __attribute__((constructor))
 static void inject_init(void) {
     const char *what = getenv("INJECT");
@@ -55,7 +58,7 @@ static void inject_init(void) {
     inject.interrupt = strcmp(what, "eintr") == 0;
     if (sscanf(what, "%15[a-z0-9_]:%lu:%d:%lu", inject.call, &inject.first, &inject.error, &count) >= 2)
         inject.last = inject.first + count - 1;
-    atexit(inject_report);
+    __real_atexit(inject_report);
     inject.here = !getenv("INJECT_CHILD");
 }
 
@@ -98,9 +101,11 @@ WRAP(void *, realloc, (void *p, size_t n), (p, n), NULL, fails("alloc"))
 WRAP(void *, mmap64, (void *p, size_t n, int prot, int flags, int fd, off_t at), (p, n, prot, flags, fd, at), MAP_FAILED,
      fails("mmap64"))
 WRAP(ssize_t, readlink, (const char *path, char *p, size_t n), (path, p, n), -1, fails("readlink"))
+CALL(atexit, (void (*function)(void)), (function))
 CALL(bind, (int fd, const struct sockaddr *a, socklen_t n), (fd, a, n))
 CALL(chmod, (const char *path, mode_t mode), (path, mode))
 CALL(connect, (int fd, const struct sockaddr *a, socklen_t n), (fd, a, n))
+CALL(dup2, (int from, int to), (from, to))
 CALL(epoll_create1, (int flags), (flags))
 CALL(epoll_ctl, (int fd, int op, int on, struct epoll_event *e), (fd, op, on, e))
 CALL(fcntl64, (int fd, int command, long argument), (fd, command, argument))
@@ -115,10 +120,13 @@ CALL(madvise, (void *p, size_t n, int advice), (p, n, advice))
 CALL(mlock, (const void *p, size_t n), (p, n))
 CALL(mprotect, (void *p, size_t n, int prot), (p, n, prot))
 CALL(open64, (const char *path, int flags, mode_t mode), (path, flags, mode))
+CALL(pipe2, (int *ends, int flags), (ends, flags))
 CALL(prctl, (int option, long a, long b, long c, long d), (option, a, b, c, d))
 CALL(prlimit64, (pid_t pid, int resource, const struct rlimit *new, struct rlimit *old), (pid, resource, new, old))
+CALL(setitimer, (int which, const struct itimerval *new, struct itimerval *old), (which, new, old))
 CALL(setsockopt, (int fd, int level, int name, const void *v, socklen_t n), (fd, level, name, v, n))
 CALL(shutdown, (int fd, int how), (fd, how))
+CALL(sigaction, (int signal, const struct sigaction *new, struct sigaction *old), (signal, new, old))
 CALL(signalfd, (int fd, const sigset_t *set, int flags), (fd, set, flags))
 CALL(sigprocmask, (int how, const sigset_t *set, sigset_t *old), (how, set, old))
 CALL(socket, (int family, int type, int protocol), (family, type, protocol))
@@ -135,7 +143,7 @@ WAITING(ssize_t, read, (int fd, void *p, size_t n), (fd, p, n == 128 ? n : size_
 WRAP(ssize_t, write, (int fd, const void *p, size_t n), (fd, p, fd == 2 ? n : size_of_io(n)), -1,
      (fd != 2 && (interrupted() || fails("write"))))
 WRAP(int, ppoll, (struct pollfd *p, nfds_t n, const struct timespec *wait, const sigset_t *set), (p, n, wait, set), -1,
-     (p && p->fd != 2 && (interrupted() || fails("ppoll"))))
+     (!(p && p->fd == 2) && (interrupted() || fails("ppoll"))))
 
 /* A child has the failures, or the process has them. */
 pid_t __real_fork(void);
