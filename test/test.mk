@@ -103,6 +103,7 @@ FUZZ_SECONDS ?= 60
 build/fuzz/%: test/fuzz/%.c test/fuzz/fuzz.h test/responses.h $(TESTED)
 	@mkdir -p build/fuzz
 	clang $(STD) $(WARN) -I. $(CPPFLAGS) -O1 -g -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all \
+		-Dnoreturn= -Wno-return-type \
 		-o $@ $< kms.pb-c.c $(LDFLAGS) $(LIBS)
 
 fuzz: $(FUZZERS:%=build/fuzz/%)
