@@ -161,7 +161,7 @@ class Raw:
         self.socket.connect(path)       # ahead of the time-out, which makes a full backlog an error
         self.socket.settimeout(WAIT)
         self.encoder, self.decoder = Encoder(), Decoder()
-        self.buffer = b''
+        self.buffer, self.frames = b'', collections.deque()
         self.answers = {}
         self.settings = None            # the server's
         self.goaways = []               # their error codes
@@ -187,33 +187,32 @@ class Raw:
 
     def drained(self):
         """Waits until the server has read all that was sent."""
-        def empty():
-            return fcntl.ioctl(self.socket, termios.TIOCOUTQ, bytes(4)) == bytes(4)
-        until(empty, 'everything read by the server')
+        until(lambda: fcntl.ioctl(self.socket, termios.TIOCOUTQ, bytes(4)) == bytes(4), 'everything read by the server')
 
     def receive(self):
-        """Adds to the buffer; False at the end of the connection."""
+        """Takes what the socket has; False at the end of the connection."""
         try:
             more = self.socket.recv(65536)
         except (ConnectionResetError, BrokenPipeError):
             more = b''
-        self.buffer += more
+        octets, at = self.buffer + more, 0
+        while len(octets) >= at + 9 and len(octets) >= (end := at + 9 + int.from_bytes(octets[at:at + 3], 'big')):
+            self.frames.append(Frame(*struct.unpack_from('>BBI', octets, at + 3), octets[at + 9:end]))
+            at = end
+        self.buffer = octets[at:]
         return bool(more)
 
-    def buffered(self):
-        """Takes a complete frame from the buffer; None if it has none."""
-        end = 9 + int.from_bytes(self.buffer[:3], 'big')
-        if len(self.buffer) < max(9, end):
-            return None
-        kind, flags, stream = struct.unpack('>BBI', self.buffer[3:9])
-        payload, self.buffer = self.buffer[9:end], self.buffer[end:]
-        return Frame(kind, flags, stream, payload)
+    def next_frame(self):
+        """The next frame as it is; None at the end of the connection."""
+        while not self.frames:
+            if not self.receive():
+                return None
+        return self.frames.popleft()
 
     def frame(self):
         """The next frame, acted upon; None at the end of the connection."""
-        while (got := self.buffered()) is None:
-            if not self.receive():
-                return None
+        if (got := self.next_frame()) is None:
+            return None
         try:
             self.act(got)
         except (BrokenPipeError, ConnectionResetError):
