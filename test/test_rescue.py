@@ -477,14 +477,15 @@ class Audit(Case):
         self.assertLess(len(counts), 250)
 
     def test_memory(self):
-        """Small unknown fields took 40 times their size once."""
+        """Small unknown fields took 40 times their size once: such a value is opened, or refused."""
         value = sealed.etcd_v2(KEK, b'/a', bytes(1 << 20)) + b'\x30\x01' * (1 << 20)
         entry = b'\x0a\2/a' + b'\x2a' + varint(len(value)) + value
         entry += b'\x30\1' * ((4 << 20) // 2 - len(entry) // 2)
         answer = b'\x12' + varint(len(entry)) + entry + b'\x20\1'
         for verb in ('audit', 'unseal'):
             done = run(verb, kek=KEK, stdin=answer, wrapper=() if SANITIZED else ('prlimit', f'--as={20 << 20}'))
-            self.assertEqual(done.returncode, 0, done.stderr)
+            self.assertIn(done.returncode, (0, 1))
+            self.assertNotRegex(done.stderr, '(?i)memory')
 
     def test_a_full_disk_is_an_error(self):
         done = run('audit', kek=KEK, stdin=sealed.range_response(*self.entries(3)),

@@ -13,7 +13,7 @@ import grpc
 from hyperframe.frame import DataFrame
 
 from plugin import (EMULATED, KEK, STRANGER, WAIT, Case, as_user, fresh_dir, fresh_name, kms,
-                    needs_root, public_binary, until)
+                    needs_root, public_binary, run, until)
 from raw import EMPTY, STATUS, Raw, request
 
 # Connects COUNT times to PATH and prints how many bytes came back each time.
@@ -241,7 +241,7 @@ class Files(Case):
             os.chmod(top + '/b', 0o1777)
             self.start(path=top + '/a/kms.sock').stop()
             os.lchown(top + '/b/hop', STRANGER, STRANGER)
-            self.assertRegex(self.dies('serve', '--listen', endpoint, kek=KEK), rf'hop: .*\b{STRANGER}\b')
+            self.assertRegex(self.dies('serve', '--listen', endpoint, kek=KEK), rf'hop: .*\b{STRANGER}\b|Permission denied')
         os.chmod(top + '/b', 0o755)
         os.unlink(top + '/b/hop')
         os.symlink('../a', top + '/b/hop')
@@ -314,8 +314,13 @@ class FailedStarts(Case):
             self.assertTrue(os.path.exists(path))
 
     def test_no_more_descriptors(self):
+        """Wherever they run out: after warnings, perhaps."""
         for most in range(6, 16):
-            self.assert_nothing_left('(?i)Too many open files|No file descriptors available', endpoints=12, wrapper=('prlimit', f'--nofile={most}'))
+            directory = fresh_dir()
+            listen = [word for i in range(12) for word in ('--listen', f'unix://{directory}/{i}.sock')]
+            done = run('serve', *listen, kek=KEK, wrapper=('prlimit', f'--nofile={most}'))
+            self.assertEqual((done.returncode, os.listdir(directory)), (1, []), done.stderr)
+            self.assertRegex(done.stderr.splitlines()[-1], 'kmsplugin: .*(Too many open files|No file descriptors available)')
 
     @needs_root
     def test_each_step_names_itself(self):
@@ -533,7 +538,7 @@ class Activation(Case):
             raw.socket.setblocking(False)
             with self.assertRaises(BlockingIOError):
                 raw.socket.recv(1)
-            self.assertRegex(server.wait_log('LISTEN_FDS')[0].string, rf'level=warn .*\b1\b.*\b{server.pid}\b')
+            self.assertRegex(server.wait_log('LISTEN_FDS')[0].string, rf'level=warn .*\b{server.pid}\b')
 
     def test_a_number_of_sockets_that_is_none(self):
         listener, _ = listening()
