@@ -14,14 +14,14 @@ import unittest
 from plugin import BINARY, EMULATED, KEK, SANITIZED, WAIT, Case, environment, fresh_dir, key_id, needs_root, run, text, until
 from raw import Raw
 
-# Becomes the program, with a filter of system calls: number NUMBER is answered with error ERROR. With the error 0 the call
+# Becomes the program, with a filter of system calls: those of NUMBERS are answered with error ERROR. With the error 0 the call
 # is getrandom as it is after boot: it waits, or fails with EAGAIN if it may not wait. (It waits for the listener of the
 # filter, which nobody reads.)
 DENY = r'''
 import ctypes, errno, os, struct, sys
-number, error = int(sys.argv[1]), int(sys.argv[2])
+numbers, error = [int(n) for n in sys.argv[1].split(",")], int(sys.argv[2])
 LOAD, EQUAL, BIT, RETURN, ERROR, ALLOW, NOTIFY = 0x20, 0x15, 0x45, 0x06, 0x50000, 0x7fff0000, 0x7fc00000
-code = [(LOAD, 0, 0, 0), (EQUAL, 1, 0, number), (RETURN, 0, 0, ALLOW)]
+code = [(LOAD, 0, 0, 0), *((EQUAL, len(numbers) - i, 0, n) for i, n in enumerate(numbers)), (RETURN, 0, 0, ALLOW)]
 code += [(RETURN, 0, 0, ERROR | error)] if error else [
     (LOAD, 0, 0, 32), (BIT, 0, 1, os.GRND_NONBLOCK), (RETURN, 0, 0, ERROR | errno.EAGAIN), (RETURN, 0, 0, NOTIFY)]
 lines = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *line) for line in code))
@@ -50,8 +50,8 @@ CALLS = {
 x86_64_only = unittest.skipUnless(platform.machine() == 'x86_64' and not EMULATED, 'the numbers are those of x86-64')
 
 
-def denied(name, error):
-    return (sys.executable, '-c', DENY, str(CALLS[name]), str(error))
+def denied(names, error):
+    return (sys.executable, '-c', DENY, ','.join(str(CALLS[name]) for name in names.split()), str(error))
 
 
 class Kernel(Case):
@@ -105,7 +105,7 @@ class Kernel(Case):
     def test_what_the_sandbox_lacks(self):
         """A warning before READY, and with `require` an end in one line; a rehearsal that cannot be held is no reason."""
         for name, error, says in (('prctl', errno.EPERM, 'seccomp|no_new_privs'), ('capset', errno.EPERM, 'capabilities'),
-                                  ('madvise', errno.EPERM, 'madvise'), ('mlock', errno.EPERM, 'locked'), ('clone', errno.EAGAIN, 'rehearsal')):
+                                  ('madvise', errno.EPERM, 'madvise'), ('mlock', errno.EPERM, 'locked'), ('clone fork', errno.EAGAIN, 'rehearsal')):
             with self.subTest(call=name):
                 lines, serves, _ = self.outcome(denied(name, error))
                 warnings = '\n'.join(line for line in lines[:1 + next(i for i, line in enumerate(lines) if 'msg=ready' in line)]
@@ -114,12 +114,12 @@ class Kernel(Case):
                 self.assertRegex(warnings, says)
                 self.assertIn(os.strerror(error), warnings)
                 lines, serves, status = self.outcome(denied(name, error), '--sandbox', 'require')
-                if name in ('mlock', 'clone'):
+                if name in ('mlock', 'clone fork'):
                     self.assertTrue(serves, lines)
                 else:
                     self.assertEqual((status, len(lines)), (1, 1), lines)
                     self.assertRegex(lines[0], rf'require.*({says}).*{os.strerror(error)}')
-        server = self.start('--sandbox', 'require', wrapper=denied('clone', errno.EAGAIN))
+        server = self.start('--sandbox', 'require', wrapper=denied('clone fork', errno.EAGAIN))
         self.assertIn(b'Seccomp_filters:\t2', server.proc('status'))
 
     @x86_64_only
