@@ -133,7 +133,7 @@ static size_t value_make(unsigned what, const uint8_t *object, size_t len, uint8
     } else {
         V2__Etcd__EncryptedObject o = V2__ETCD__ENCRYPTED_OBJECT__INIT;
         o.encrypted_data = (ProtobufCBinaryData){data_len, data};
-        o.key_id = ring->keks[0].key_id;
+        o.key_id = (ProtobufCBinaryData){KEY_ID_LEN, (uint8_t *)ring->keks[0].key_id};
         o.encrypted_dek_source = (ProtobufCBinaryData){sizeof sealed, sealed};
         o.encrypted_dek_source_type = seed ? V2__ETCD__DEKSOURCE_TYPE__HKDF_SHA256_XNONCE_AES_GCM_SEED : 0;
         memcpy(value, "k8s:enc:kms:v2:n:", 17);
