@@ -264,7 +264,7 @@ def rehearsals():
 SAFE = set("""__assert_fail __cxa_finalize __errno_location __libc_start_main __stack_chk_fail _exit close clock_gettime
     dl_iterate_phdr dprintf environ exit free getenv geteuid getgrnam getpagesize getpid getpwnam gmtime_r time strnlen
     malloc_usable_size memchr memcmp memcpy memmove memset munmap sigaddset sigdelset sigemptyset sigfillset signal
-    snprintf strchr strcmp strcspn strerror strlen strncasecmp strncmp strrchr strtoul strtoull umask vdprintf vsnprintf
+    snprintf strchr strcmp strcspn strerror strlen strncasecmp strncmp strrchr strtok strtoul strtoull umask vdprintf vsnprintf
     _GLOBAL_OFFSET_TABLE_""".split())
 
 
