@@ -156,7 +156,7 @@ def value_with(newline, make):
 
 def other_v2(identity, source):
     return b'k8s:enc:kms:v2:vault:' + kms.Etcd.EncryptedObject(
-        encrypted_data=os.urandom(90), key_id=identity, encrypted_dek_source=source).SerializeToString()
+        encrypted_data=os.urandom(90), key_id=identity.encode(), encrypted_dek_source=source).SerializeToString()
 
 
 V1, V2 = value_with(True, sealed.etcd_v1), value_with(True, sealed.etcd_v2)
