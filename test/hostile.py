@@ -383,7 +383,7 @@ def hpack_table(on):
     return on.flood(piece, on.unknown, conns=10)
 
 
-@attack(100, 'header values of 60,000 bytes announced on 250 connections, and held until they came')
+@attack(60, 'header values of 60,000 bytes announced on 250 connections, and held until they came')
 def long_values(on):
     with on.peers(CONNECTIONS - 6) as crowd:
         for peer in crowd:
@@ -401,13 +401,13 @@ def half_sent(on):
     return on.hold(CONNECTIONS - 6, 64, encrypt_v1(bytes(960)))
 
 
-@attack(1500, 'bodies of 1,025 bytes kept at once, beside 180 idle connections')
+@attack(1000, 'bodies of 1,025 bytes kept at once, beside 180 idle connections')
 def bodies_of_1025(on):
     with on.peers(180):
         return on.hold(20, STREAMS, encrypt_v1(bytes(1013)))
 
 
-@attack(90, 'bodies of 64 KiB kept at once, of 320 sent on 40 connections')
+@attack(60, 'bodies of 64 KiB kept at once, of 320 sent on 40 connections')
 def large_bodies(on):
     return on.hold(40, 8, encrypt_v1(bytes(65400)))
 
@@ -418,7 +418,7 @@ def sizes_in_turn(on):
     return sum(on.hold(16, STREAMS if size <= 1000 else 17, encrypt_v1(bytes(size))) for size in (60, 120, 250, 500, 1000, 14000))
 
 
-@attack(500, 'answers made on 250 connections that hold all they may: tables, bodies, answers')
+@attack(400, 'answers made on 250 connections that hold all they may: tables, bodies, answers')
 def all_at_once(on):
     with on.peers(CONNECTIONS - 6, SHUT) as crowd:
         for peer in crowd:
