@@ -50,11 +50,12 @@ blocks() {
         inside && first && $0 !~ /^# not run by the tests/ { print FILENAME ": no name, no mark: " $0; bad = 1 }
         inside { first = 0; if (name != "") print > (to name) }
         END { exit bad }' doc/operate.md doc/k3s.md doc/variants.md &&
-        sed -n '/^USE IT/,/^[A-Z][A-Z ]*$/s/^    //p' README | sed '/^make/d' >"$tmp/stage/test/doc/readme" &&
+        sed -n '/^USE IT/,/^Options:$/s/^    //p' README | sed '/^make/d' >"$tmp/stage/test/doc/readme" &&
         grep 'kmsplugin-ring new' "$tmp/stage/test/doc/readme"
 }
 
 # The page is one: its length, and that it destroys nothing.
+# shellcheck disable=SC2016 # fences
 page() {
     sed '/^# What else/,$d' doc/operate.md >"$tmp/page"
     awk 'END { print NR " lines"; exit NR > 125 }' "$tmp/page" && awk 'END { print NR " lines"; exit NR > 420 }' doc/operate.md &&

@@ -88,7 +88,7 @@ cat >/tmp/editor <<'X'
 sed -n '/^apiServer:/,$p' /usr/share/kmsplugin/kubeadm/cluster-configuration.yaml >>"$1"
 X
 chmod 755 /tmp/editor
-check 'etcd, an API server without flags, and Secrets' eval '/test/test/deploy/cluster.py etcd && soon kubectl get secrets && put example plain && put older plain'
+check 'etcd, an API server without flags, and Secrets' eval '/test/test/deploy/cluster.py etcd && soon kubectl get secrets && put default/example plain && put default/older plain'
 
 # ---- the page: one node, from nothing
 began=$(date +%s)
@@ -179,14 +179,14 @@ rm $kek
 wrong=$(kmsplugin genkey)
 wrong_id=$(KMS_KEK=$wrong kmsplugin keyid | cut -d ' ' -f 1)
 check 'a wrong KEK' eval 'echo "$wrong" | kmsplugin-ring init -'
-put newer v2
+put default/newer v2
 tool add "/mnt/kek-$key_id"
 tool seal-with "$key_id"
 check 'what is under the wrong KEK is rewritten' eval 'kubectl get secrets | kubectl replace -f -'
 old=$wrong_id
 doc retire
 restored 'after a wrong KEK'
-old=$(ls /mnt | sed -n "/$key_id/d; s/^kek-//p")
+old=$(find /mnt -name 'kek-*' ! -name "kek-$key_id" | sed 's/.*kek-//')
 tool add "/mnt/kek-$old"
 check 'a backup from before: both open, the new one seals' same "$(ids | tr '\n' ' ')" "$key_id $old "
 doc retire
@@ -195,8 +195,6 @@ umount /mnt
 mount /dev/sdY1 /mnt
 tool copy /mnt
 check 'another medium: all KEKs' eval 'ls "/mnt/kek-$key_id" "/mnt/kek-$old" "/mnt/kek-$wrong_id"'
-umount /mnt
-mount /dev/sdX1 /mnt
 
 # ---- sealed: no TPM is here
 refuses seal /mnt
@@ -219,7 +217,7 @@ check 'rescued as it was' cmp example.bin /tmp/object
 rm example.bin
 doc rescue-raw
 check 'rescued from the raw value' cmp example.bin /tmp/object
-put stranger stranger
+put default/stranger stranger
 doc rescue-all
 check 'what does not open is named, and gives no file' eval 'says "not opened: /registry/secrets/default/stranger" && [ ! -e objects/_registry_secrets_default_stranger ]'
 check 'all others are rescued' eval 'cmp objects/_registry_secrets_default_example /tmp/object && cmp objects/_registry_secrets_default_older /tmp/object'
@@ -335,10 +333,10 @@ doc k3s-config
 mkdir -p /var/lib/rancher/k3s/server/db
 blob() { PATH="$wrapper$PATH" etcdctl get --print-value-only "/registry/secrets/default/$1" | head -c -1 | od -An -v -tx1 | tr -d ' \n'; }
 row() { echo "INSERT INTO kine (name, created, deleted, value) VALUES ('/registry/secrets/default/$1', 1, $2, x'$3');"; }
-put older v1
-put stranger stranger
+put default/older v1
+put default/stranger stranger
 plain=$(od -An -v -tx1 /tmp/object | tr -d ' \n')
-put example v2
+put default/example v2
 {
     echo 'CREATE TABLE kine (id INTEGER PRIMARY KEY AUTOINCREMENT, name INTEGER, created INTEGER, deleted INTEGER,'
     echo '  create_revision INTEGER, prev_revision INTEGER, lease INTEGER, value BLOB, old_value BLOB);'
