@@ -20,9 +20,9 @@ CFLAGS ?= -O2 -g
 LIBS ?= -lnghttp2 -lprotobuf-c -lbearssl
 PROTOC_C ?= protoc-c
 
-# Flags of the project, kept apart from the user's CFLAGS and LDFLAGS.
+# Flags of the project, kept apart from the user's CFLAGS and LDFLAGS. (The libraries give callbacks more than each one needs.)
 STD = -std=c11 -DVERSION='"$(VERSION)"' -DBEARSSL_VERSION='"$(BEARSSL_VERSION)"'
-WARN = -Wall -Wextra -Wpedantic -Wshadow -Wpointer-arith -Wstrict-prototypes -Wmissing-prototypes -Wwrite-strings -Wvla
+WARN = -Wall -Wextra -Wpedantic -Wshadow -Wpointer-arith -Wstrict-prototypes -Wmissing-prototypes -Wwrite-strings -Wvla -Wno-unused-parameter
 HARDEN_CC = -fPIE \
 	-fstack-protector-strong \
 	-fstack-clash-protection \
