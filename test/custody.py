@@ -81,7 +81,7 @@ FAKES = {
 KILLER = r'''
 set -T
 killer() {
-    case $CHANGES:$1 in 1:mv* | 1:rm* | 1:sync* | 1:shred* | 1:systemctl* | 1:echo\ * | 1:part=* | 0:*) ;; *) return 0 ;; esac
+    case $CHANGES:$1 in 1:mv* | 1:rm* | 1:sync* | 1:shred* | 1:systemctl* | 1:echo*\>* | 0:*) ;; *) return 0 ;; esac
     read -r n <"$COUNT"
     echo $((n - 1)) >"$COUNT"
     [ "$n" -ne 0 ] || kill -KILL $$
@@ -250,7 +250,7 @@ class World:
         env, shell = machine.env, self.chance.choice(SHELLS).split()
         if kill:
             changes = self.chance.random() < 0.7
-            machine.write('count', str(self.chance.randrange(25 if changes else 400)) + '\n')
+            machine.write('count', str(self.chance.randrange(12 if changes else 400)) + '\n')
             shell = ['bash']
             env = {**env, 'BASH_ENV': self.bin + '/killer', 'COUNT': machine.root + '/count', 'CHANGES': str(int(changes))}
         before = self.look()
@@ -362,17 +362,18 @@ class World:
     # ---- anything
 
     def event(self):
-        chance, machine, medium = self.chance, self.chance.choice(self.machines), self.chance.choice(self.media)
+        chance = self.chance
+        machine, medium = chance.choice(self.machines), chance.choice(self.media[:1] + self.media)
         other = chance.choice(self.machines)
-        ids = list(keks(f'{machine.folder}/kek')) or list(machine.memory())
-        some = chance.choice([*ids, *self.known] or ['0' * 32])
+        ids = [i for path in machine.files() for i in keks(path)]
+        some = chance.choice([*ids, *ids, *self.known])
         copies = glob.glob(medium + '/kek-*') + glob.glob(machine.folder + '/*retired*')
         copy = chance.choice(copies or [medium + '/kek-none'])
         named = chance.choice([[], [copy[-32:] if re.search('[0-9a-f]{32}$', copy) else some]])
         happening = chance.choices(
             ['new', 'init', 'init -', 'add', 'add FILE', 'add -', 'seal-with', 'retire', 'copy', 'seal', 'unseal', 'show',
-             'rewrite', 'by hand', 'init by hand', 'spoil', 'spoil medium', 'tpm', 'reboot', 'clear up'],
-            [4, 6, 4, 6, 5, 4, 8, 8, 4, 8, 6, 2, 6, 1, 4, 3, 2, 3, 3, 2])[0]
+             'rewrite', 'by hand', 'spoil', 'spoil medium', 'tpm', 'reboot', 'clear up'],
+            [4, 6, 4, 9, 5, 4, 8, 8, 4, 8, 4, 2, 6, 6, 2, 1, 2, 3, 2])[0]
         self.trace.append(happening)
         if happening in ('new', 'add', 'copy'):
             self.verb(machine, happening, medium)
@@ -392,11 +393,17 @@ class World:
             self.verb(machine, happening)
         elif happening == 'rewrite' and machine.seals():
             self.secrets = {name: machine.seals() for name in self.secrets}
-        elif happening == 'by hand':
-            machine.plain_by_hand()
-        elif happening == 'init by hand':
-            machine.plain_by_hand()
-            self.verb(machine, 'init', copy, *named)
+        elif happening == 'by hand':    # the TPM fails at boot: back to plain with one copy, and sealed again later
+            mine = [path for path in glob.glob(medium + '/kek-*') if path[-32:] in ids]
+            if mine and machine.sealed():
+                if chance.random() < 0.5:
+                    self.verb(machine, 'add', medium, kill=False)
+                if chance.random() < 0.7:
+                    machine.systemctl('stop')
+                machine.plain_by_hand()
+                copy = chance.choice(mine)
+                self.verb(machine, 'init', copy, copy[-32:], kill=False)
+                self.verb(machine, 'seal', medium, '--with-key=host', kill=False)
         elif happening == 'spoil':
             spoil(chance, chance.choice(machine.files() or ['']))
         elif happening == 'spoil medium':
