@@ -142,6 +142,35 @@ class Documents(Case):
         for name in re.findall(r'^  ([A-Z_]{5,}) ', run('--help').stdout.decode(), re.M):
             self.assertRegex(page, rf'(?m)^\.It Ev {name}$')
 
+    def test_security_names_what_there_is(self):
+        """Each function and constant in its table is in kmsplugin.c, each test is one."""
+        program, rows = text_of('kmsplugin.c'), re.findall(r'^\| (.+?) \| (.+?) \| (.+?) \|$', text_of('doc/security.md'), re.M)
+        table = rows[:1 + next(i for i, row in enumerate(rows) if row[0] == 'given up')]
+        names = [(row, name) for row in table for name in re.findall('`([^`]+)`', row[1])]
+        self.assertGreater(len(names), 50)
+        for row, name in names:
+            with self.subTest(threat=row[0], by=name):
+                self.assertTrue(name.startswith('\\') or os.path.exists(os.path.join(ROOT, name)) or
+                                re.search(rf'(?m)^[a-z].*\b{name}\(.*{{$|^    {name} = ', program) or
+                                re.search(rf'(?ms)^static [^;{{}}]*\b{name}\([^;{{}}]*{{$', program))
+        shown = [(row, name) for row in table for name in re.findall('`([^`]+)`', row[2])]
+        self.assertGreater(len(shown), 50)
+        for row, name in shown:
+            with self.subTest(threat=row[0], shown=name):
+                kind, _, test = name.partition(' ')
+                if kind == 'unit':
+                    self.assertIn(f'\nTEST({test}) {{', text_of('test/unit.c'))
+                elif kind == 'hostile':
+                    self.assertRegex(text_of('test/hostile.py'), rf'(?m)^def {test}\(')
+                elif kind == 'make':
+                    self.assertRegex(text_of('test/test.mk'), rf'(?m)^{test}:')
+                elif kind == 'fuzz' or '/' in name:
+                    self.assertTrue(os.path.exists(os.path.join(ROOT, name if '/' in name else f'test/fuzz/{test}.c')))
+                else:
+                    file, *inner = name.split('.')
+                    for word in inner:
+                        self.assertRegex(text_of(f'test/{file}.py'), rf'(?m)^ *(class|def) {word}\(')
+
     def test_contributing_names_every_suite(self):
         targets = re.findall(r"^\t@echo 'make ([a-z-]+)", text_of('test/test.mk'), re.M)
         self.assertIn('test', targets)

@@ -10,7 +10,7 @@ import time
 import unittest
 
 from plugin import (EMULATED, KEK, STRANGER, WAIT, Case, RpcError, as_user, fresh_dir, fresh_name,
-                    needs_root, public_binary, run, until)
+                    needs_root, public_binary, until)
 from raw import EMPTY, GOAWAY, STATUS, Raw, data, request
 
 # Connects COUNT times to PATH and prints how many bytes came back each time.
@@ -309,15 +309,6 @@ class FailedStarts(Case):
                 with self.subTest(endpoint=endpoint):
                     self.assert_nothing_left('/no/such/dir|' + endpoint.split('/')[-1], '--listen', endpoint)
             self.assertTrue(os.path.exists(path))
-
-    def test_no_more_descriptors(self):
-        """Wherever they run out: after warnings, perhaps."""
-        for most in range(6, 16):
-            directory = fresh_dir()
-            listen = [word for i in range(12) for word in ('--listen', f'unix://{directory}/{i}.sock')]
-            done = run('serve', *listen, kek=KEK, wrapper=('prlimit', f'--nofile={most}'))
-            self.assertEqual((done.returncode, os.listdir(directory)), (1, []), done.stderr)
-            self.assertRegex(done.stderr.splitlines()[-1], 'kmsplugin: .*(Too many open files|No file descriptors available)')
 
     @needs_root
     def test_each_step_names_itself(self):
