@@ -97,7 +97,7 @@ part() {
 }
 
 readme() {
-    sed -n "s/^    \(apt-get update && .* && $1\)\$/\1/p" README
+    sed -e ':more' -e '/\\$/{N; s/\\\n *//; b more' -e '}' README | sed -n "s/^    \(apt-get update && .* && $1\)\$/\1/p"
 }
 
 release=kmsplugin-$(sed -n 's/^VERSION = //p' Makefile)
