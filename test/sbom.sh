@@ -67,7 +67,7 @@ musl, ours, where = names(sys.argv[1]), set(), None
 for line in open('build/static/kmsplugin.map').read().split('Linker script and memory map')[1].splitlines():
     if file := re.search(r' 0x[0-9a-f]+ +0x[0-9a-f]+ (\S+)$', line):
         where = file[1]
-    elif (name := re.fullmatch(r' +0x[0-9a-f]+ +(\w+)', line)) and name[1] in musl and 'libc.a(' not in where:
+    elif (name := re.fullmatch(r' +0x[0-9a-f]+ +(\w+)', line)) and name[1] in musl and not re.search(r'libc\.a\(|crt\w*\.o$', where):
         ours.add(name[1])
 for path in 'README', 'doc/security.md':
     told = re.search(r'its own ([\w, ]+) in musl.s place', ' '.join(open(path).read().split()))[1]
