@@ -67,13 +67,14 @@ blocks() {
 # What goes onto the machines: what `make install` does, with the release build, and the tests in /test. The Debian
 # package is for the release that it is built on.
 stage() {
-    "$MAKE" -s install DESTDIR="$tmp/stage" PREFIX=/usr/local &&
+    "$MAKE" -s install INSTALL_PROGRAM=build/static/kmsplugin DESTDIR="$tmp/stage" PREFIX=/usr/local &&
         cmp build/static/kmsplugin "$tmp/stage/usr/local/sbin/kmsplugin" &&
         mkdir -p "$tmp/stage/test/test" "$tmp/stage/test/deb" &&
         "$MAKE" -s deb >&2 && cp build/deb/kmsplugin_*.deb "$tmp/stage/test/deb/" &&
         sed -n 's/^VERSION_CODENAME=//p' /etc/os-release >"$tmp/stage/test/deb/codename" &&
         cp -R test/*.py test/deploy "$tmp/stage/test/test/" &&
-        cp -R deploy kms.proto "$tmp/stage/test/" || return 1
+        ln -s /usr/local/share/kmsplugin "$tmp/stage/test/deploy" && # what is copied from there is what was installed
+        cp kms.proto "$tmp/stage/test/" || return 1
 }
 
 root_of() {
@@ -113,10 +114,10 @@ echo '== files'
 require 'build' "$MAKE" -s kmsplugin static
 require 'make install' stage
 cp "$tmp/output" "$tmp/said"
-check 'make install: says which program' grep -qx 'installing build/static/kmsplugin' "$tmp/said"
+check 'make install: says which program' grep -q '^installed build/static/kmsplugin, ' "$tmp/said"
 check 'make install: not over a package' fails "$MAKE" -s install PREFIX="$tmp/prefix" PACKAGED=/bin/sh
 check 'make install: nothing is there' fails test -e "$tmp/prefix"
-check 'make install: unless told to' "$MAKE" -s install PREFIX="$tmp/prefix" PACKAGED=/bin/sh OVER_PACKAGE=1 INSTALL_PROGRAM=kmsplugin
+check 'make install: unless told to' "$MAKE" -s install PREFIX="$tmp/prefix" PACKAGED=/bin/sh OVER_PACKAGE=1
 check 'make install: the other program' cmp kmsplugin "$tmp/prefix/sbin/kmsplugin"
 check 'make uninstall' "$MAKE" -s uninstall PREFIX="$tmp/prefix"
 check 'make uninstall: no file is left' silent find "$tmp/prefix" -type f

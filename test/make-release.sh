@@ -21,7 +21,9 @@ says() {
     [ "$status" -eq "$wanted" ] && grep -v '^make' "$tmp/all" | tail -n 1 | grep -q -e "$sentence"
 }
 make_release() { # FOLDER [VARIABLE...], in $tree
-    "$MAKE" -s -C "$tree" release RELEASE="$@"
+    folder=$1
+    shift
+    "$MAKE" -s -C "$tree" release RELEASE="$folder" "$@"
 }
 
 # A clone has no change that is not committed.
