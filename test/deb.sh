@@ -22,6 +22,7 @@ says() {
 # Inside, chrooted into the overlay: $1 is the .deb, alone in /tmp/deb, beside the sources.
 inside() {
     export DEBIAN_FRONTEND=noninteractive
+    # shellcheck disable=SC2317 # called by check
     install() { "$MAKE" -s -C /tmp/deb/sources install INSTALL_PROGRAM=/bin/true; }
     check 'is not here yet' fails dpkg -s kmsplugin
     check 'make install, before it' install
