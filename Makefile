@@ -24,9 +24,9 @@ CFLAGS ?= -O2 -g
 LIBS ?= -lnghttp2 -lprotobuf-c -lbearssl
 PROTOC_C ?= protoc-c
 
-# Flags of the project, kept apart from the user's CFLAGS and LDFLAGS.
+# Flags of the project, kept apart from the user's CFLAGS and LDFLAGS. (The libraries give callbacks more than each one needs.)
 STD = -std=c11 -DVERSION='"$(VERSION)"' -DBEARSSL_VERSION='"$(BEARSSL_VERSION)"'
-WARN = -Wall -Wextra -Wpedantic -Wshadow -Wpointer-arith -Wstrict-prototypes -Wmissing-prototypes -Wwrite-strings -Wvla
+WARN = -Wall -Wextra -Wpedantic -Wshadow -Wpointer-arith -Wstrict-prototypes -Wmissing-prototypes -Wwrite-strings -Wvla -Wno-unused-parameter
 HARDEN_CC = -fPIE \
 	-fstack-protector-strong \
 	-fstack-clash-protection \
@@ -84,7 +84,7 @@ STATIC_CC = build/static/$(ARCH)/bin/cc
 # (doc/contributing.md has the figures). LTO leaves out what is never called. -Os but on x86_64, whose -O2 is what is
 # measured. Nothing unwinds, so there are no tables for it.
 STATIC_FLAGS = $(if $(filter x86_64,$(ARCH)),-O2,-Os) -flto -fPIE -fno-asynchronous-unwind-tables -fno-unwind-tables \
-	-fstack-protector-strong
+	-fstack-protector-strong -fno-inline-small-functions
 # gc-sections: without what musl has more. exclude-libs: s390x' linker else leaves relocations by name, which a static-pie's
 # start does not do. noseparate-code, the default but on x86: less padding between pages. pack-relative-relocs, which
 # Debian 12's linker has for x86 alone. partition=one: gcc else warns that it could have used more processors.
