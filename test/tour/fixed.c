@@ -15,8 +15,7 @@
 static long syscall_fixed(long number, uintptr_t a, uintptr_t b, uintptr_t c, uintptr_t d);
 static ssize_t read_counted(int fd, void *bytes, size_t cap);
 #define syscall(...) SYSCALL(__VA_ARGS__, 0, 0, 0)
-#define SYSCALL(number, a, b, c, d, ...) \
-    syscall_fixed(number, (uintptr_t)(a), (uintptr_t)(b), (uintptr_t)(c), (uintptr_t)(d))
+#define SYSCALL(number, a, b, c, d, ...) syscall_fixed(number, (uintptr_t)(a), (uintptr_t)(b), (uintptr_t)(c), (uintptr_t)(d))
 #define getrandom(out, len, flags) syscall(SYS_getrandom, out, len, flags)
 #define read(fd, bytes, cap) read_counted(fd, bytes, cap)
 int kmsplugin_main(int argc, char **argv);
@@ -35,7 +34,6 @@ static struct {
 } calls[CALLS_MAX];
 static size_t call_count;
 static long depth;
-static uintptr_t running[256]; /* the functions that have not returned yet */
 
 UNSEEN static void call_add(long at, uintptr_t number) {
     calls[call_count].depth = at;
@@ -53,7 +51,7 @@ UNSEEN static long syscall_fixed(long number, uintptr_t a, uintptr_t b, uintptr_
 
 UNSEEN static ssize_t read_counted(int fd, void *bytes, size_t cap) {
     ssize_t n = read(fd, bytes, cap);
-    if (n > 0 && running[depth] == (uintptr_t)conn_read)
+    if (n > 0 && call_count > 0 && calls[call_count - 1].number == (uintptr_t)conn_read)
         call_add(READ, (uintptr_t)n);
     return n;
 }
@@ -63,8 +61,7 @@ UNSEEN void __cyg_profile_func_exit(void *function, void *site);
 
 void __cyg_profile_func_enter(void *function, void *site) {
     (void)site;
-    call_add(depth, (uintptr_t)function);
-    running[++depth & 255] = (uintptr_t)function;
+    call_add(depth++, (uintptr_t)function);
 }
 
 void __cyg_profile_func_exit(void *function, void *site) {

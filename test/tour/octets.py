@@ -25,7 +25,6 @@ FLAGS = {DATA: {3: 'PADDED', 0: 'END_STREAM'}, HEADERS: {5: 'PRIORITY', 3: 'PADD
          SETTINGS: {0: 'ACK'}, PING: {0: 'ACK'}}
 STATIC_ENTRIES = 61
 SHOWN_MAX = 128         # octets of a range that are shown; the middle of a longer one is left out
-LIBRARIES = ('nghttp2', 'protobuf-c')
 
 
 def read(path):
@@ -105,7 +104,7 @@ def by(mode, who, where):
     if who == 'nobody':
         return words('who', 'nobody')
     name, start, library = re.fullmatch(r'([\w-]+?)(@start)?(?: via ([\w-]+))?', who.split(' ; ')[0 if mode == 'read' else -1]).groups()
-    if name in LIBRARIES:
+    if name in ('nghttp2', 'protobuf-c'):
         return words('who', f'{mode} alone', library=name)
     kind = 'made' if name == 'on_send' else f'{mode} via' if library else mode
     return words('who', kind, library=library or 'nghttp2', function=function(name, 'start' if start else where))
@@ -280,7 +279,8 @@ class Reader:
         self.side, self.anchor, self.mode = side, anchor, 'read' if side == 'client' else 'written'
         self.table, self.at, self.greeted = HeaderTable(), 0, greeted or side == 'server'
         self.where, self.kind = '', ''      # the place on the page, and the method that is called
-        self.left, self.headed = {}, set()  # by stream: what is to come of a message; the streams that had HEADERS
+        self.left, self.headed = set(), set()  # streams with a message that is not complete, and with a head
+        self.messages = []                  # of each call: its method, and the message, or its beginning
 
     def part(self, data, name, drawn='', /, **values):
         return Part(data, self.mode, self.where, name, drawn, **values)
@@ -357,11 +357,12 @@ class Reader:
         if stream in self.left:                 # a message that an earlier frame began
             return [self.part(payload, 'more of the message')]
         length, api = number(payload[1:5]), self.kind.split('.')[0]
+        self.messages.append((self.kind, payload[5:]))
         parts = [self.part(payload[:1], 'not compressed'), self.part(payload[1:5], 'message length', length=length)]
         name = self.kind.split('/')[1] + ('Response' if self.mode == 'written' else 'Request')
         fields = schema(getattr(kms if api == 'v2' else kms.V1beta1, name).DESCRIPTOR)
         if len(payload) < 5 + length:           # the rest comes later: only the first field is shown
-            self.left[stream] = True
+            self.left.add(stream)
             used = varint(payload[6:])[2]
             first = message_parts(payload[5:6 + used], fields, name, self.mode, self.where)
             return [*parts, *first, self.part(payload[6 + used:], 'zeros', who='kms_call via protobuf-c')] if first else parts

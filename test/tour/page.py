@@ -112,15 +112,13 @@ def run(match, values):
     return f'<div class=run><pre class=cmd tabindex=0>{escape(unescape(command), False)}</pre><pre class=out>{escape(printed)}</pre></div>'
 
 
-def static_html():
-    rows = ''.join(f'<tr><td>{n}<td>{name.decode()}<td>{value.decode()}' for n, (name, value) in enumerate(HeaderTable.STATIC_TABLE, 1))
-    return f'<table class=cut><tr><th>entry<th>name<th>value{rows}</table>'
-
-
-def codes_html():
-    codes = sorted((REQUEST_CODES_LENGTH[n], REQUEST_CODES[n], chr(n)) for n in range(32, 127))
-    return '<ul class=codes>' + ''.join(f'<li><b>{escape(shown) if shown != " " else "space"}</b> <code>{octets.binary(code, size)}</code>'
-                                        for size, code, shown in codes) + '</ul>'
+def tables():
+    """What is the same in each conversation: HPACK's static table, Huffman's codes for ASCII, the glossary."""
+    static = ''.join(f'<tr><td>{n}<td>{name.decode()}<td>{value.decode()}' for n, (name, value) in enumerate(HeaderTable.STATIC_TABLE, 1))
+    codes = ''.join(f'<li><b>{escape(shown) if shown != " " else "space"}</b> <code>{octets.binary(code, size)}</code>' for size, code, shown in
+                    sorted((REQUEST_CODES_LENGTH[n], REQUEST_CODES[n], chr(n)) for n in range(32, 127)))
+    return {'static': f'<table class=cut><tr><th>entry<th>name<th>value{static}</table>', 'codes': f'<ul class=codes>{codes}</ul>',
+            'words': '<dl>' + ''.join(f'<dt id={octets.word_id(name)}>{name}<dd>{text}' for name, text in TEXTS['words'].items()) + '</dl>'}
 
 
 def clients_html(flights, probe):
@@ -144,20 +142,23 @@ def index_html():
     return '<table class=cut>' + ''.join(f'<tr><td>{section}<td>{", ".join(rows[section])}' for section in sections if section in rows) + '</table>'
 
 
-def words_html():
-    return '<dl>' + ''.join(f'<dt id={octets.word_id(name)}>{name}<dd>{text}' for name, text in TEXTS['words'].items()) + '</dl>'
-
-
 # --------------------------------------------------------------------- page
 
-def etcd_values(found):
+def exercise():
+    """The header blocks that a reader is to decode, as frames."""
+    for n, line in enumerate(re.search(r'<exercise>\n(.*?)</exercise>', read(TEMPLATE), re.S)[1].strip().splitlines()):
+        block = bytes.fromhex(line)
+        yield len(block).to_bytes(3, 'big') + bytes([octets.HEADERS, octets.END_HEADERS | octets.END_STREAM, 0, 0, 0, 2 * n + 1]) + block
+
+
+def etcd_values(forms):
     """What kube-apiserver stores, as KMS v2 and as KMS v1, and the functions that `unseal` calls for both."""
     with mock.patch('os.urandom', side_effect=[SEED, GCM_NONCE, INFO, NONCE]):
         v2 = sealed.etcd_v2(KEK, ETCD_KEY.encode(), OBJECT)
     with mock.patch('os.urandom', side_effect=[SEED, GCM_NONCE, NONCE]):
         v1 = sealed.etcd_v1(KEK, ETCD_KEY.encode(), OBJECT)
     ran = set()
-    for name, value, form in (('v2', v2, found['v2.Encrypt']), ('v1', v1, found['v1beta1.Encrypt'])):
+    for name, value, form in (('v2', v2, forms[0]), ('v1', v1, forms[2])):
         assert form in value, 'the program and test/sealed.py seal differently'
         with open(os.path.join(ROOT, 'build/tour', name), 'wb') as file:
             file.write(value)
@@ -169,31 +170,15 @@ def etcd_values(found):
     return v2, v1, ran
 
 
-def responses(flights):
-    """The sealed form in the first response of each method that has one, and in the second of v2."""
-    found, readers = {}, {side: Reader(side, '') for side, _ in flights}
-    for side, data in flights:
-        readers['server'].kind = readers['client'].kind
-        message = b''.join(frame[9:] for frame in talk.frames(data) if side == 'server' and frame[3] == octets.DATA)
-        for _ in readers[side].said(data, 'responses'):
-            pass
-        method = readers['client'].kind.replace('.KeyManagementService/', '.')
-        if message and method.endswith('Encrypt'):
-            name = method if method not in found else method + ' again'
-            kind = kms.V1beta1 if method.startswith('v1') else kms
-            found[name] = getattr(kind.EncryptResponse.FromString(message[5:]), 'cipher' if kind is not kms else 'ciphertext')
-    return found
-
-
 def numbers(forms):
     """What the commands of the page need, and what they must print: by name, in hexadecimal digits."""
-    form = forms['v2.Encrypt']
+    form, again, old = forms
     l = sealed.aes(KEK, bytes(16))
     doubled = int.from_bytes(l, 'big') << 1
     found = {'kek': KEK, 'key_id': bytes.fromhex(sealed.key_id(KEK)), 'l': l, 'k1': (doubled ^ (doubled >> 128) * (1 << 128 | 0x87)).to_bytes(16, 'big'),
              'key': sealed.derive(KEK, NONCE), 'nonce1': NONCE[:12], 'nonce2': NONCE[12:], 'seed': SEED, 'seed2': SEED2, 'form': form,
-             'head': form[:17], 'ciphertext': form[41:-16], 'tag': form[-16:], 'ciphertext2': forms['v2.Encrypt again'][41:-16],
-             'tag2': forms['v2.Encrypt again'][-16:], 'tagv1': forms['v1beta1.Encrypt'][-16:], 'info': INFO, 'gcm_nonce': GCM_NONCE,
+             'head': form[:17], 'ciphertext': form[41:-16], 'tag': form[-16:], 'ciphertext2': again[41:-16],
+             'tag2': again[-16:], 'tagv1': old[-16:], 'info': INFO, 'gcm_nonce': GCM_NONCE,
              'data_key': sealed.hmac.digest(SEED, INFO + b'\x01', 'sha256')}
     found['stored'] = sealed.AESGCM(found['data_key']).encrypt(GCM_NONCE, OBJECT, ETCD_KEY.encode())
     digits = {name: value.hex() for name, value in found.items()}
@@ -202,7 +187,7 @@ def numbers(forms):
 
 
 def conversation(document, flights, segments):
-    """The document with its records, and the ladder that leads to them; by record, the calls that it describes."""
+    """The document with its records, and the ladder that leads to them; by record, the calls that it describes; what Encrypt gave."""
     readers = {'client': Reader('client', 'c'), 'server': Reader('server', 's')}
     ladder, calls, pieces = [], {}, re.split(r'^<rec (\S+) (.*)>\n', document, flags=re.M)
     assert len(pieces) == 3 * len(flights) + 1, f'{len(flights)} pieces are said, and {len(pieces) // 3} have a text: {[(s, len(d)) for s, d in flights]}'
@@ -219,32 +204,24 @@ def conversation(document, flights, segments):
         shown += (f'<section class="rec {side}" id={anchor}><h3>{n + 1} {title}</h3><p class=span><b>{way}</b> octets {begin} to '
                   f'{begin + len(data) - 1} of the {side}</p>\n{expand(text, anchor)}{body}</section>\n{rest}')
         ladder.append(f'<li class={side}><a href="#{anchor}"><b>{n + 1}</b> {title}</a> <span>{", ".join(names)}: {len(data):,} octets</span>')
-    return shown.replace('<part ladder>', '<ol class=ladder>' + ''.join(ladder) + '</ol>'), calls
+    return shown.replace('<part ladder>', '<ol class=ladder>' + ''.join(ladder) + '</ol>'), calls, \
+        [kms.EncryptResponse.FromString(message).ciphertext for kind, message in readers['server'].messages if kind.endswith('Encrypt')]
 
 
 def page():
     octets.named.clear()
     flights, segments = talk.capture()
-    probe = talk.capture_probe()
-    forms = responses(flights)
-    values = numbers(forms)
+    probe = talk.relayed(lambda path: [PROGRAM, 'probe', 'unix://' + path])
+    document, calls, forms = conversation(read(TEMPLATE), flights, segments)
     v2, v1, opened = etcd_values(forms)
-    document, calls = conversation(read(TEMPLATE), flights, segments)
     ran = {where: {name for _, name in part} for where, part in {'start': segments[0], **calls}.items()}
     anything = set().union(*ran.values())
     first = next(at for at, (_, name) in enumerate(calls['encrypt']) if name == 'conn_ready')
     below = itertools.takewhile(lambda call: call[0] > calls['encrypt'][first][0], calls['encrypt'][first + 1:])
-    exercise, answer = re.search(r'<exercise>\n(.*?)</exercise>', document, re.S)[1].strip(), Reader('client', 'x')
-    answer.where = 'exercise'
-    answers, at = '', 0
-    for line in exercise.splitlines():
-        block = bytes.fromhex(line)
-        answers += boxes(answer.block(block)[0], 'x', at, answer.table_note(len(answer.table.dynamic_entries)))
-        at += len(block)
-    prober = Reader('client', 'p')
-    parts = {'tree': tree_html(tree([calls['encrypt'][first], *below])), 'static': static_html(), 'codes': codes_html(), 'words': words_html(),
-             'clients': clients_html(flights, probe), 'probe': prober.html(probe[0][1], 'probe')[0], 'answer': answers,
-             'sealed': boxes(octets.sealed_parts(forms['v2.Encrypt'], 'written', 'encrypted'), 'f'),
+    values = numbers(forms)
+    parts = {'tree': tree_html(tree([calls['encrypt'][first], *below])), **tables(), 'clients': clients_html(flights, probe),
+             'probe': Reader('client', 'p').html(probe[0][1], 'probe')[0], 'answer': Reader('client', 'x', True).html(b''.join(exercise()), 'exercise')[0],
+             'sealed': boxes(octets.sealed_parts(forms[0], 'written', 'encrypted'), 'f'),
              'etcd': boxes(octets.etcd_parts(v2, 2), 'e'), 'etcd v1': boxes(octets.etcd_parts(v1, 1), 'o'), 'object': boxes(octets.object_parts(OBJECT), 'k')}
     ran |= {'etcd': opened, 'back': opened, 'encrypted': ran['encrypted'], 'tree': anything, 'sealed': anything, 'way': anything}
     document = document.replace('#c-long', '#' + re.search(r'>7f 00</code>.*?id=(c-\d+)', document)[1])   # a number of HPACK in two octets
@@ -267,6 +244,9 @@ def check_page(document, ran):
         assert octets.named[where] <= names, f'{where} names functions that are not called there: {sorted(octets.named[where] - names)}'
     for path in re.findall(r'href="\.\./([^"#]+)', document) + re.findall(r'<code>((?:test|doc|deploy)/[\w/.]+)</code>', document):
         assert os.path.exists(os.path.join(ROOT, path)), f'{path}: no such file'
+    source = set(re.findall(r'\w+', re.sub(r'/\*.*?\*/', '', read(octets.SOURCE) + read(os.path.join(ROOT, 'kms.proto')), flags=re.S)))
+    names = re.findall(r'<code>([A-Z]+_[A-Z_]+)</code>', document) + re.findall(r'\b[a-z]+_\w+', ' '.join(re.findall('<text[^>]*>(.*?)</text>', document)))
+    assert set(names) <= source, f'kmsplugin.c has no {sorted(set(names) - source)}'
     for script, name in re.findall(r'test/(run|hostile)\.py (\w[\w.]*)', document):
         module, *names = name.split('.') if script == 'run' else ('hostile', name)
         body = read(os.path.join(ROOT, 'test', module + '.py'))
@@ -287,13 +267,9 @@ def check_exercise():
     server = talk.serve()
     with talk.connect(server.path) as connected:
         said = talk.Talk(connected)
-        said.exchange(octets.PREFACE + bytes(3) + bytes([octets.SETTINGS]) + bytes(5))
-        for stream, line in enumerate(re.search(r'<exercise>\n(.*?)</exercise>', read(TEMPLATE), re.S)[1].strip().splitlines()):
-            block = bytes.fromhex(line)
-            said.exchange(len(block).to_bytes(3, 'big') + bytes([octets.HEADERS, octets.END_HEADERS | octets.END_STREAM]) +
-                          (2 * stream + 1).to_bytes(4, 'big') + block)
-            answer = said.flights[-1][1]
-            assert answer[3] == octets.HEADERS and answer[9] == 0x88, answer[:40].hex(' ')      # :status 200
+        for request in (octets.PREFACE + bytes([0, 0, 0, octets.SETTINGS]) + bytes(5), *exercise()):
+            said.exchange(request)
+        assert [data[9] for _, data in said.flights[3::2]] == [0x88, 0x88], 'not :status 200, twice'
     server.stop()
 
 
@@ -314,20 +290,19 @@ def check():
         try:
             test()
             print(f'ok tour {name}', flush=True)
-        except (AssertionError, subprocess.SubprocessError, OSError, KeyError, ValueError, IndexError) as error:
+        except Exception as error:      # whatever the program says
             failed += 1
             print('\n'.join('    ' + line for line in f'{type(error).__name__}: {error}'.splitlines()) + f'\nnot ok tour {name}')
     return 1 if failed + browser.check()[1] else 0
 
 
 def write():
-    fresh = page()
+    fresh = page()      # ahead of the file, which stays as it is when this fails
     with open(PAGE, 'w', encoding='utf-8') as file:
         file.write(fresh)
-    return 0
 
 
 if __name__ == '__main__':
     if sys.argv[1:] not in (['write'], ['check']):
         sys.exit(__doc__)
-    sys.exit(write() if sys.argv[1] == 'write' else check())
+    sys.exit({'write': write, 'check': check}[sys.argv[1]]())

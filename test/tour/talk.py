@@ -15,7 +15,7 @@ import termios
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.dirname(HERE))
-from octets import ACK, END_STREAM, FUNCTIONS, PING, PREFACE, RST_STREAM, SETTINGS, Reader, number, read
+from octets import ACK, DATA, END_STREAM, FUNCTIONS, HEADERS, PING, PREFACE, RST_STREAM, SETTINGS, Reader, number, read
 from plugin import ROOT, WAIT, Server, fresh_dir, until
 
 PROGRAM = os.path.join(ROOT, 'build/tour/program')
@@ -37,9 +37,9 @@ def frames(data):
 
 
 def said():
-    """What grpc-go says, a piece at a time: lines of hexadecimal digits; `00 * 16338` for so many octets 00."""
-    for piece in read(CLIENT).split('says\n')[1:]:
-        yield bytes.fromhex(re.sub(r'00 \* (\d+)', lambda run: '00' * int(run[1]), piece))
+    """What grpc-go says, a piece a line, in hexadecimal digits; ` 00*16338 ` for so many octets 00."""
+    for piece in read(CLIENT).splitlines()[1:]:
+        yield bytes.fromhex(re.sub(r'00\*(\d+)', lambda run: '00' * int(run[1]), piece))
 
 
 class Talk:
@@ -65,15 +65,13 @@ class Talk:
         """Says something, and hears what it asks for: SETTINGS and PING their ACK, the end of a request the end of the response."""
         self.socket.sendall(data)
         self.flights.append(('client', data))
-        wanted, ended, heard = set(), [], b''
+        wanted, heard = set(), b''
         for frame in frames(data):
             kind, flags, stream = frame[3], frame[4], number(frame[5:9])
             if kind in (SETTINGS, PING) and not flags & ACK:
                 wanted.add((kind, 0))
-            elif kind <= 1 and flags & END_STREAM:
-                wanted.add(('end', stream))
-            ended += [('end', stream)] * (kind == RST_STREAM)
-        wanted -= set(ended)
+            elif kind in (DATA, HEADERS) and flags & END_STREAM:
+                wanted.add((DATA, stream))
         while wanted:
             frame = self.frame()
             assert frame, f'the server ends the connection in place of {wanted}'
@@ -81,15 +79,9 @@ class Talk:
             kind, flags, stream = frame[3], frame[4], number(frame[5:9])
             if kind in (SETTINGS, PING) and flags & ACK:
                 wanted.discard((kind, 0))
-            if kind == RST_STREAM or kind <= 1 and flags & END_STREAM:
-                wanted.discard(('end', stream))
-        if heard:
-            self.flights.append(('server', heard))
-
-    def rest(self):
-        heard = b''.join(iter(self.frame, b''))
-        if heard:
-            self.flights.append(('server', heard))
+            elif kind == RST_STREAM or kind in (DATA, HEADERS) and flags & END_STREAM:
+                wanted.discard((DATA, stream))
+        self.flights += [('server', heard)] * bool(heard)
 
 
 def connect(address):
@@ -108,7 +100,7 @@ def capture():
             talk.exchange(data)
         until(lambda: fcntl.ioctl(connected, termios.TIOCOUTQ, bytes(4)) == bytes(4), 'everything read by the server')
         server.signal(signal.SIGTERM)
-        talk.rest()
+        talk.flights.append(('server', b''.join(iter(talk.frame, b''))))
     server.stop()
     return talk.flights, call_segments(calls, [len(data) for side, data in talk.flights if side == 'client'])
 
@@ -176,18 +168,12 @@ def relayed(command, quiet=lambda server: None):
     return flights
 
 
-def capture_probe():
-    """What the program says as a client: the verb probe."""
-    return relayed(lambda path: [PROGRAM, 'probe', 'unix://' + path])
-
-
 def record(client):
     with open(CLIENT, 'w', encoding='utf-8') as file:
         file.write('# What grpc-go tells kmsplugin in the conversation of the tour, recorded: see talk.py.\n')
         for side, data in relayed(lambda path: [client, path], lambda server: server.signal(signal.SIGTERM)):
             if side == 'client':
-                digits = re.sub(r'(?:00){64,}', lambda run: f'\n00 * {len(run[0]) // 2}\n', data.hex())
-                file.write('\n'.join(['says', *(line[at:at + 144] for line in digits.splitlines() for at in range(0, len(line), 144)), '']))
+                file.write(re.sub(r'(?:00){64,}', lambda run: f' 00*{len(run[0]) // 2} ', data.hex()) + '\n')
 
 
 def watch(endpoint):
