@@ -181,7 +181,7 @@ class Part:
         place = f'Octet {at}' if end == at else f'Octets {at} to {end}'
         return (f'<details class="part{self.css}"><summary><span class=at>{at}</span><code class=hex>{self.hexes()}</code>'
                 f'<span class=what>{self.what}</span></summary><div class=in id={anchor}>{self.body}'
-                f'<p class=src><a href="#{anchor}">{place}.</a> {words("who", "defined", source=cite(self.source))} {self.who}</p></div></details>')
+                f'<p class=src><a href="#{anchor}">{place}.</a> {words("who", "defined", source=cite(self.source))} {self.who}</p></div></details>\n')
 
 
 def boxes(parts, anchor, at=0, note=''):

@@ -204,7 +204,7 @@ def conversation(document, flights, segments):
         shown += (f'<section class="rec {side}" id={anchor}><h3>{n + 1} {title}</h3><p class=span><b>{way}</b> octets {begin} to '
                   f'{begin + len(data) - 1} of the {side}</p>\n{expand(text, anchor)}{body}</section>\n{rest}')
         ladder.append(f'<li class={side}><a href="#{anchor}"><b>{n + 1}</b> {title}</a> <span>{", ".join(names)}: {len(data):,} octets</span>')
-    return shown.replace('<part ladder>', '<ol class=ladder>' + ''.join(ladder) + '</ol>'), calls, \
+    return shown.replace('<part ladder>', '<ol class=ladder>' + '\n'.join(ladder) + '</ol>'), calls, \
         [kms.EncryptResponse.FromString(message).ciphertext for kind, message in readers['server'].messages if kind.endswith('Encrypt')]
 
 
