@@ -240,6 +240,8 @@ def check_page(document, ran):
     assert len(ids) == len(set(ids)), f'an id comes twice: {sorted(name for name in ids if ids.count(name) > 1)[:5]}'
     broken = set(re.findall(r'href="#([^"]+)"', document)) - set(ids)
     assert not broken, f'links that lead nowhere: {sorted(broken)}'
+    missing = set().union(*octets.named.values()) - set(FUNCTIONS)
+    assert not missing, f'not functions of kmsplugin.c: {sorted(missing)}'
     for where, names in ran.items():
         assert octets.named[where] <= names, f'{where} names functions that are not called there: {sorted(octets.named[where] - names)}'
     for path in re.findall(r'href="\.\./([^"#]+)', document) + re.findall(r'<code>((?:test|doc|deploy)/[\w/.]+)</code>', document):
