@@ -20,9 +20,9 @@ CFLAGS ?= -O2 -g
 LIBS ?= -lnghttp2 -lprotobuf-c -lbearssl
 PROTOC_C ?= protoc-c
 
-# Flags of the project, kept apart from the user's CFLAGS and LDFLAGS.
+# Flags of the project, kept apart from the user's CFLAGS and LDFLAGS. (The libraries give callbacks more than each one needs.)
 STD = -std=c11 -DVERSION='"$(VERSION)"' -DBEARSSL_VERSION='"$(BEARSSL_VERSION)"'
-WARN = -Wall -Wextra -Wpedantic -Wshadow -Wpointer-arith -Wstrict-prototypes -Wmissing-prototypes -Wwrite-strings -Wvla
+WARN = -Wall -Wextra -Wpedantic -Wshadow -Wpointer-arith -Wstrict-prototypes -Wmissing-prototypes -Wwrite-strings -Wvla -Wno-unused-parameter
 HARDEN_CC = -fPIE \
 	-fstack-protector-strong \
 	-fstack-clash-protection \
@@ -79,7 +79,7 @@ STATIC_CC = build/static/$(ARCH)/bin/cc
 # whose segments are padded to pages of 64 KiB. Nothing unwinds, so there are no tables for it. No padding
 # in front of loops: 2 KB, and no slower.
 STATIC_FLAGS = $(if $(filter x86_64,$(ARCH)),-O2,-Os) -flto -fPIE -fno-asynchronous-unwind-tables -fno-unwind-tables \
-	-fstack-protector-strong -falign-loops=1 -falign-jumps=1
+	-fstack-protector-strong -fno-inline-small-functions -falign-loops=1 -falign-jumps=1
 # gc-sections: without what musl has more. exclude-libs: s390x' linker else leaves relocations by name, which a static-pie's
 # start does not do. noseparate-code, the default but on x86: 4 to 8 KB less of padding between pages. pack-relative-relocs,
 # which Debian 12's linker has for x86 alone: 8 KB less.

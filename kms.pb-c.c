@@ -1115,11 +1115,11 @@ static const ProtobufCFieldDescriptor v2__etcd__encrypted_object__field_descript
     NULL, /* CODE_SIZE */
     2,
     PROTOBUF_C_LABEL_NONE,
-    PROTOBUF_C_TYPE_STRING,
+    PROTOBUF_C_TYPE_BYTES,
     0,   /* quantifier_offset */
     offsetof(V2__Etcd__EncryptedObject, key_id),
     NULL,
-    &protobuf_c_empty_string,
+    NULL,
     0,             /* flags */
     0,NULL,NULL    /* reserved1,reserved2, etc */
   },

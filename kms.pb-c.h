@@ -253,7 +253,10 @@ struct  V2__Etcd__EncryptedObject
 {
   ProtobufCMessage base;
   ProtobufCBinaryData encrypted_data;
-  char *key_id;
+  /*
+   * a string, compared with its length
+   */
+  ProtobufCBinaryData key_id;
   ProtobufCBinaryData encrypted_dek_source;
   size_t n_annotations;
   V2__Etcd__EncryptedObject__AnnotationsEntry **annotations;
@@ -261,7 +264,7 @@ struct  V2__Etcd__EncryptedObject
 };
 #define V2__ETCD__ENCRYPTED_OBJECT__INIT \
  { PROTOBUF_C_MESSAGE_INIT (&v2__etcd__encrypted_object__descriptor) \
-    , {0,NULL}, (char *)protobuf_c_empty_string, {0,NULL}, 0,NULL, V2__ETCD__DEKSOURCE_TYPE__AES_GCM_KEY }
+    , {0,NULL}, {0,NULL}, {0,NULL}, 0,NULL, V2__ETCD__DEKSOURCE_TYPE__AES_GCM_KEY }
 
 
 /*
