@@ -285,10 +285,10 @@ class Reader:
         return Part(data, self.mode, self.where, name, drawn, **values)
 
     def who(self, name, alone):
-        """Who handles a field of a header block."""
-        key = name if name in TEXTS['fields'] else 'other'
-        assert key != 'other' or self.where == 'exercise', f'[fields] lacks {name}'
-        text, *who = TEXTS['fields'][key].split(' | ')
+        """Who handles a header of a header block."""
+        key = name if name in TEXTS['headers'] else 'other'
+        assert key != 'other' or self.where == 'exercise', f'[headers] lacks {name}'
+        text, *who = TEXTS['headers'][key].split(' | ')
         return {'is': expand(text, self.where), 'who': who[-1] if name == 'grpc-status' and not alone else who[0]}
 
     def string(self, block, at, label, name, alone):
@@ -299,10 +299,10 @@ class Reader:
         drawn += huffman(block[at + used:end]) if coded else p('draw', 'ascii')
         return self.part(block[at:end], 'string', drawn, label=label, text=escape(text), **self.who(name or text, alone)), text, end
 
-    def field(self, block, at, alone):
-        """One field: its parts, its name and value, and where the next begins."""
+    def header(self, block, at, alone):
+        """One header: its parts, its name and value, and where the next begins."""
         first, begin = block[at], at
-        prefix, pattern = (7, 'a whole field') if first & 128 else (6, 'new, kept') if first & 64 else (4, 'new, not kept')
+        prefix, pattern = (7, 'a whole header') if first & 128 else (6, 'new, kept') if first & 64 else (4, 'new, not kept')
         index = decode_integer(block[at:], prefix)[0]
         table = 'static' if index <= STATIC_ENTRIES else 'dynamic'
         name, value = (part.decode() for part in self.table.get_by_index(index)) if index else ('', '')
@@ -323,14 +323,14 @@ class Reader:
         return [*parts, part], (name, value), at
 
     def block(self, block, alone=True):
-        """A header block: its parts, and its fields, as {name: (value, octets)}."""
-        parts, fields, at = [], {}, 0
+        """A header block: its parts, and its headers, as {name: (value, octets)}."""
+        parts, headers, at = [], {}, 0
         while at < len(block):
-            more, (name, value), end = self.field(block, at, alone)
+            more, (name, value), end = self.header(block, at, alone)
             parts += more
-            fields[name] = value, block[at:end]
+            headers[name] = value, block[at:end]
             at = end
-        return parts, fields
+        return parts, headers
 
     def head(self, head):
         length, kind, flags, stream = number(head[:3]), head[3], head[4], number(head[5:])
@@ -379,9 +379,9 @@ class Reader:
                 parts.append(self.part(payload[at:at + 6], 'setting', key=key, name=name, about=about, source=source, value=number(payload[at + 2:at + 6])))
         elif kind == HEADERS:
             before = len(self.table.dynamic_entries)
-            more, fields = self.block(payload, stream not in self.headed)
-            if ':path' in fields:               # '/v2.KeyManagementService/Encrypt'
-                self.kind = fields[':path'][0].strip('/')
+            more, headers = self.block(payload, stream not in self.headed)
+            if ':path' in headers:              # '/v2.KeyManagementService/Encrypt'
+                self.kind = headers[':path'][0].strip('/')
             self.headed.add(stream)
             parts += more
             note = self.table_note(len(self.table.dynamic_entries) - before)

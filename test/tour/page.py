@@ -122,7 +122,7 @@ def tables():
 
 
 def clients_html(flights, probe):
-    """The header fields of a first request, as two clients send them."""
+    """The headers of a first request, as two clients send them."""
     blocks = []
     for data in (flights[2][1], probe[0][1]):
         head = next(frame for frame in talk.frames(data) if frame[3] == octets.HEADERS)
@@ -130,7 +130,7 @@ def clients_html(flights, probe):
     def cell(found):
         return f'{escape(found[0])}<br><code>{found[1].hex(" ")}</code>' if found else 'not sent'
     rows = ''.join(f'<tr><td>{name}<td>{cell(blocks[0].get(name))}<td>{cell(blocks[1].get(name))}' for name in {**blocks[0], **blocks[1]})
-    return f'<table class=cut><tr><th>field<th>grpc-go {blocks[0]["user-agent"][0].split("/")[1]}<th>kmsplugin probe{rows}</table>'
+    return f'<table class=cut><tr><th>header<th>grpc-go {blocks[0]["user-agent"][0].split("/")[1]}<th>kmsplugin probe{rows}</table>'
 
 
 def index_html():
