@@ -54,10 +54,10 @@ build/without: test/without.c $(TESTED)
 	@mkdir -p build
 	$(CC) $(STD) $(WARN) -I. $(CPPFLAGS) $(CFLAGS) -o $@ test/without.c kms.pb-c.c $(LDFLAGS) $(LIBS)
 
-# The tour, doc/tour.html: its octets are captured from a build whose random bytes are fixed and whose calls are logged.
+# The tour, doc/tour.html: its octets are captured from a build whose random bytes and version are fixed and whose calls are logged.
 build/tour/program: test/tour/fixed.c $(TESTED)
 	@mkdir -p build/tour
-	$(CC) $(STD) $(WARN) -I. $(CPPFLAGS) -O0 -g -finstrument-functions -o $@ test/tour/fixed.c kms.pb-c.c $(LDFLAGS) $(LIBS)
+	$(CC) $(STD) -UVERSION -DVERSION='"X.Y.Z"' $(WARN) -I. $(CPPFLAGS) -O0 -g -finstrument-functions -o $@ test/tour/fixed.c kms.pb-c.c $(LDFLAGS) $(LIBS)
 
 .PHONY: tour tour-record test-browser
 tour: kmsplugin build/tour/program

@@ -25,7 +25,7 @@ import talk
 from hpack.huffman_constants import REQUEST_CODES, REQUEST_CODES_LENGTH
 from hpack.table import HeaderTable
 from octets import FUNCTIONS, TEXTS, Reader, boxes, expand, function, read
-from plugin import BINARY, ROOT, WAIT, fresh_dir, kms
+from plugin import BINARY, ROOT, WAIT, Server, fresh_dir, kms
 from plugin import text as encoded
 from raw import field
 from talk import KEK, PROGRAM
@@ -123,10 +123,8 @@ def tables():
 
 def clients_html(flights, probe):
     """The headers of a first request, as two clients send them."""
-    blocks = []
-    for data in (flights[2][1], probe[0][1]):
-        head = next(frame for frame in talk.frames(data) if frame[3] == octets.HEADERS)
-        blocks.append(Reader('client', '').block(head[9:])[1])
+    heads = [next(frame[9:] for frame in talk.frames(data) if frame[3] == octets.HEADERS) for data in (flights[2][1], probe[0][1])]
+    blocks = [Reader('client', '').block(head)[1] for head in heads]
     def cell(found):
         return f'{escape(found[0])}<br><code>{found[1].hex(" ")}</code>' if found else 'not sent'
     rows = ''.join(f'<tr><td>{name}<td>{cell(blocks[0].get(name))}<td>{cell(blocks[1].get(name))}' for name in {**blocks[0], **blocks[1]})
@@ -135,11 +133,11 @@ def clients_html(flights, probe):
 
 def index_html():
     """The functions that the page names, by section."""
-    rows, sections = {}, list(dict.fromkeys(section for section, _ in FUNCTIONS.values()))
-    for name in FUNCTIONS:
-        if any(name in names for names in octets.named.values()):
-            rows.setdefault(FUNCTIONS[name][0], []).append(function(name, 'index'))
-    return '<table class=cut>' + ''.join(f'<tr><td>{section}<td>{", ".join(rows[section])}' for section in sections if section in rows) + '</table>'
+    rows, mentioned = {}, set().union(*octets.named.values())
+    for name, (section, _) in FUNCTIONS.items():
+        if name in mentioned:
+            rows.setdefault(section, []).append(function(name, 'index'))
+    return '<table class=cut>' + ''.join(f'<tr><td>{section}<td>{", ".join(names)}' for section, names in rows.items()) + '</table>'
 
 
 # --------------------------------------------------------------------- page
@@ -277,7 +275,6 @@ def check_exercise():
 
 def check_watch():
     """The view of a running plugin with keys and nonces of its own."""
-    from plugin import Server
     server = Server()
     shown = subprocess.run([sys.executable, os.path.join(HERE, 'talk.py'), 'watch', 'unix://' + server.path], check=True,
                            timeout=WAIT, capture_output=True, text=True).stdout
