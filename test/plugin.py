@@ -1,4 +1,4 @@
-"""What the tests share: starting the plugin, and calling it through gRPC."""
+"""What the tests share: starting the plugin, and calling its methods."""
 import atexit
 import base64
 import hashlib
@@ -12,18 +12,15 @@ import subprocess
 import sys
 import tempfile
 import threading
-import time
 import unittest
 
-os.environ.setdefault('GRPC_VERBOSITY', 'NONE')
-import grpc
+from raw import INVALID, NOT_FOUND, OK, UNAVAILABLE, WAIT, Raw, message, until
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 BINARY = os.path.abspath(os.environ.get('KMSPLUGIN', os.path.join(ROOT, 'kmsplugin')))
 SANITIZED = os.environ.get('KMSPLUGIN_SANITIZED') == '1'
 EMULATED = os.environ.get('KMSPLUGIN_EMULATED') == '1'     # by qemu-user, whose process it then is
 OWN_MEMORY = not SANITIZED and not EMULATED
-WAIT = 20.0             # seconds: the bound of what takes milliseconds
 STRANGER = 12345        # a uid and gid that are neither root's nor ours
 MEMORY_MAX = 16 << 20   # bytes: what the plugin may have resident
 
@@ -36,14 +33,6 @@ sys.dont_write_bytecode = True
 subprocess.run(['protoc', '-I' + ROOT, '--python_out=' + TMP, os.path.join(ROOT, 'kms.proto')], check=True)
 sys.path.append(TMP)
 kms = importlib.import_module('kms_pb2')
-
-OK = grpc.StatusCode.OK
-INVALID = grpc.StatusCode.INVALID_ARGUMENT
-NOT_FOUND = grpc.StatusCode.NOT_FOUND
-INTERNAL = grpc.StatusCode.INTERNAL
-UNIMPLEMENTED = grpc.StatusCode.UNIMPLEMENTED
-EXHAUSTED = grpc.StatusCode.RESOURCE_EXHAUSTED
-DEADLINE = grpc.StatusCode.DEADLINE_EXCEEDED
 
 needs_root = unittest.skipUnless(os.geteuid() == 0, 'needs root')
 
@@ -88,15 +77,6 @@ def public_binary():
         shutil.copy(BINARY, path)
         os.chmod(path, 0o755)
     return path
-
-
-def until(condition, what):
-    """Waits for a condition that no event announces."""
-    end = time.monotonic() + WAIT
-    while not condition():
-        if time.monotonic() > end:
-            raise AssertionError(f'not within {WAIT:.0f} s: {what}')
-        time.sleep(0.005)
 
 
 def environment(kek, extra):
@@ -228,48 +208,68 @@ class Server:
                 raise AssertionError(f'not a log line: {line!r}')
 
 
+class RpcError(Exception):
+    """A call that failed, with gRPC's status code; without one, what became of it instead."""
+
+    def __init__(self, code, why):
+        super().__init__(f'{code}: {why}')
+        self.code, self.why = code, why
+
+
 class Client:
-    """The plugin's methods through gRPC, on a connection of its own."""
+    """The plugin's methods, on a connection that is made when it is needed."""
 
     def __init__(self, target):
-        self.channel = grpc.insecure_channel(target, [('grpc.use_local_subchannel_pool', 1)])
-        v1 = kms.V1beta1
-        self.v2_status = self.method('v2', 'Status', kms.StatusResponse)
-        self.v2_encrypt = self.method('v2', 'Encrypt', kms.EncryptResponse)
-        self.v2_decrypt = self.method('v2', 'Decrypt', kms.DecryptResponse)
-        self.v1_version = self.method('v1beta1', 'Version', v1.VersionResponse)
-        self.v1_encrypt = self.method('v1beta1', 'Encrypt', v1.EncryptResponse)
-        self.v1_decrypt = self.method('v1beta1', 'Decrypt', v1.DecryptResponse)
-
-    def method(self, service, name, response):
-        return self.channel.unary_unary(f'/{service}.KeyManagementService/{name}',
-                                        request_serializer=lambda message: message.SerializeToString(),
-                                        response_deserializer=response.FromString)
+        name = target.removeprefix('unix:')
+        self.path = name if name.startswith('/') else '\0' + name.removeprefix('unix-abstract:')
+        self.raw = None
 
     def close(self):
-        self.channel.close()
+        if self.raw:
+            self.raw.close()
+        self.raw = None
+
+    def call(self, path, request, response):
+        try:
+            self.raw = self.raw or Raw(self.path)
+            answer = self.raw.call(path, message(request.SerializeToString()))
+        except OSError as error:
+            self.close()
+            raise RpcError(UNAVAILABLE, error) from None
+        if answer.closed:
+            self.close()
+            raise RpcError(UNAVAILABLE, 'closed')
+        del self.raw.answers[self.raw.stream]
+        if answer.status != OK:
+            raise RpcError(answer.status, answer.message if answer.blocks else f'reset: {answer.reset}')
+        assert answer.data[:5] == message(answer.data[5:])[:5], answer
+        return response.FromString(answer.data[5:])
+
+    def v2(self, method, request):
+        return self.call(f'/v2.KeyManagementService/{method}', request, getattr(kms, method + 'Response'))
+
+    def v1(self, method, **fields):
+        request = getattr(kms.V1beta1, method + 'Request')(**fields)
+        return self.call(f'/v1beta1.KeyManagementService/{method}', request, getattr(kms.V1beta1, method + 'Response'))
 
     def status(self):
-        return self.v2_status(kms.StatusRequest(), timeout=WAIT)
+        return self.v2('Status', kms.StatusRequest())
 
     def encrypt(self, plaintext, uid='test'):
-        return self.v2_encrypt(kms.EncryptRequest(plaintext=plaintext, uid=uid), timeout=WAIT)
+        return self.v2('Encrypt', kms.EncryptRequest(plaintext=plaintext, uid=uid))
 
     def decrypt(self, ciphertext, identity, annotations=None, uid='test'):
-        return self.v2_decrypt(kms.DecryptRequest(ciphertext=ciphertext, key_id=identity, uid=uid,
-                                                  annotations=annotations or {}),
-                               timeout=WAIT).plaintext
+        return self.v2('Decrypt', kms.DecryptRequest(ciphertext=ciphertext, key_id=identity, uid=uid,
+                                                     annotations=annotations or {})).plaintext
 
     def version(self, version='v1beta1'):
-        return self.v1_version(kms.V1beta1.VersionRequest(version=version), timeout=WAIT)
+        return self.v1('Version', version=version)
 
     def encrypt_v1(self, plain, version='v1beta1'):
-        return self.v1_encrypt(kms.V1beta1.EncryptRequest(version=version, plain=plain),
-                               timeout=WAIT).cipher
+        return self.v1('Encrypt', version=version, plain=plain).cipher
 
     def decrypt_v1(self, cipher, version='v1beta1'):
-        return self.v1_decrypt(kms.V1beta1.DecryptRequest(version=version, cipher=cipher),
-                               timeout=WAIT).plain
+        return self.v1('Decrypt', version=version, cipher=cipher).plain
 
 
 class Case(unittest.TestCase):
@@ -287,12 +287,12 @@ class Case(unittest.TestCase):
 
     def fails(self, code, call, *args, **options):
         """Asserts a call's gRPC error and gives its message."""
-        with self.assertRaises(grpc.RpcError) as caught:
+        with self.assertRaises(RpcError) as caught:
             call(*args, **options)
         error = caught.exception
-        self.assertEqual(error.code(), code, error.details())
-        self.assertRegex(error.details(), r'\A[ -~]{8,}\Z')
-        return error.details()
+        self.assertEqual(error.code, code, error.why)
+        self.assertRegex(error.why, r'\A[ -~]{8,}\Z')
+        return error.why
 
     def dies(self, *args, code=1, **options):
         """Asserts a failure at the start, told in one line, and gives that line."""

@@ -1,31 +1,46 @@
-"""An HTTP/2 client of single frames: sends what it is told, right or wrong."""
+"""The HTTP/2 client of all tests in Python: sends what it is told, right or wrong, and keeps what came back."""
+import collections
 import fcntl
 import socket
 import struct
 import termios
+import time
 
-from hpack import Decoder, Encoder
-from hyperframe.frame import (ContinuationFrame, DataFrame, Frame, GoAwayFrame, HeadersFrame,
-                              PingFrame, RstStreamFrame, SettingsFrame, WindowUpdateFrame)
+from hpack import Decoder, Encoder, NeverIndexedHeaderTuple
 
-from plugin import WAIT, until
-
+WAIT = 20.0             # seconds: the bound of what takes milliseconds
 PREFACE = b'PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n'
-PROTOCOL_ERROR, REFUSED_STREAM, CANCEL = 1, 7, 8
-STATUS = '/v2.KeyManagementService/Status'
-ENCRYPT = '/v2.KeyManagementService/Encrypt'
-DECRYPT = '/v2.KeyManagementService/Decrypt'
-VERSION_V1 = '/v1beta1.KeyManagementService/Version'
-ENCRYPT_V1 = '/v1beta1.KeyManagementService/Encrypt'
-DECRYPT_V1 = '/v1beta1.KeyManagementService/Decrypt'
+DATA, HEADERS, PRIORITY, RST_STREAM, SETTINGS, PUSH_PROMISE, PING, GOAWAY, WINDOW_UPDATE, CONTINUATION = range(10)
+END_STREAM, ACK, END_HEADERS, PADDED = 1, 1, 4, 8
+MAX_CONCURRENT_STREAMS, INITIAL_WINDOW_SIZE = 3, 4
+PROTOCOL_ERROR, FLOW_CONTROL_ERROR, REFUSED_STREAM, CANCEL, COMPRESSION_ERROR = 1, 3, 7, 8, 9
 FRAME_MAX = 16384
 WINDOW = 65535
+WINDOW_MAX = 0x7fffffff
+
+STATUS, ENCRYPT, DECRYPT = (f'/v2.KeyManagementService/{name}' for name in ('Status', 'Encrypt', 'Decrypt'))
+VERSION_V1, ENCRYPT_V1, DECRYPT_V1 = (f'/v1beta1.KeyManagementService/{name}'
+                                      for name in ('Version', 'Encrypt', 'Decrypt'))
 EMPTY = bytes(5)        # an empty message, as StatusRequest is
 
+# gRPC's status codes
+OK, INVALID, DEADLINE, NOT_FOUND, EXHAUSTED, UNIMPLEMENTED, INTERNAL, UNAVAILABLE = 0, 3, 4, 5, 8, 12, 13, 14
+
+
+def until(condition, what, seconds=WAIT):
+    """Waits for a condition that no event announces."""
+    end = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > end:
+            raise AssertionError(f'not within {seconds:.0f} s: {what}')
+        time.sleep(0.005)
+
+
+# -------------------------------------------------- Bytes: messages, header fields, frames
 
 def message(body, flag=0):
     """A gRPC message with its prefix."""
-    return bytes([flag]) + struct.pack('>I', len(body)) + body
+    return struct.pack('>BI', flag, len(body)) + body
 
 
 def field(number, value):
@@ -37,11 +52,74 @@ def field(number, value):
     return bytes([number << 3 | 2]) + length + bytes([size]) + value
 
 
+def encrypt_v1(plain):
+    """The body of a v1 Encrypt, prefix included."""
+    return message(field(1, b'v1beta1') + field(2, plain))
+
+
 def request(path, *extra, method='POST', authority='localhost', content_type='application/grpc'):
     """The header fields of a call; None leaves a field out."""
     fields = [(':method', method), (':scheme', 'http'), (':path', path), (':authority', authority),
               ('content-type', content_type), ('te', 'trailers'), *extra]
     return [(name, value) for name, value in fields if value is not None]
+
+
+GET = {'method': 'GET', 'content_type': None}       # of request: a plain GET
+
+
+def block(fields):
+    """A header block that is the same on every stream, as it leaves no trace in the HPACK table."""
+    return Encoder().encode([NeverIndexedHeaderTuple(*pair) for pair in fields], huffman=False)
+
+
+def frame(kind, flags, stream, payload=b''):
+    return struct.pack('>I', len(payload))[1:] + struct.pack('>BBI', kind, flags, stream) + payload
+
+
+def data(stream, payload=b'', end=False, pad=None):
+    if pad is None:
+        return frame(DATA, END_STREAM * end, stream, payload)
+    return frame(DATA, PADDED | END_STREAM * end, stream, bytes([pad]) + payload + bytes(pad))
+
+
+def settings(values=()):
+    """A SETTINGS frame of (setting, value) pairs."""
+    return frame(SETTINGS, 0, 0, b''.join(struct.pack('>HI', *pair) for pair in values))
+
+
+def reset(stream, code=CANCEL):
+    return frame(RST_STREAM, 0, stream, struct.pack('>I', code))
+
+
+def window_update(stream, increment):
+    return frame(WINDOW_UPDATE, 0, stream, struct.pack('>I', increment))
+
+
+def ping(octets):
+    return frame(PING, 0, 0, octets)
+
+
+def headers(stream, header_block, end=False, chunk=FRAME_MAX):
+    """HEADERS, and CONTINUATIONs for what does not fit."""
+    parts = [header_block[at:at + chunk] for at in range(0, len(header_block), chunk)] or [b'']
+    return b''.join(frame(CONTINUATION if i else HEADERS, END_HEADERS * (i == len(parts) - 1) |
+                          END_STREAM * (end and i == 0), stream, part) for i, part in enumerate(parts))
+
+
+def body_frames(stream, body, end=True):
+    """DATA frames without a look at any window."""
+    return b''.join(data(stream, body[at:at + FRAME_MAX], end and at + FRAME_MAX >= len(body))
+                    for at in range(0, len(body), FRAME_MAX))
+
+
+def call(stream, path, body, *extra):
+    """The bytes of a whole call."""
+    return headers(stream, block(request(path, *extra))) + body_frames(stream, body)
+
+
+# ------------------------------------------------------------------------ The client
+
+Frame = collections.namedtuple('Frame', 'kind flags stream payload')
 
 
 class Answer:
@@ -83,17 +161,17 @@ class Raw:
         self.socket.connect(path)       # ahead of the time-out, which makes a full backlog an error
         self.socket.settimeout(WAIT)
         self.encoder, self.decoder = Encoder(), Decoder()
-        self.buffer = b''
+        self.buffer, self.frames = b'', collections.deque()
         self.answers = {}
         self.settings = None            # the server's
-        self.goaways = []
+        self.goaways = []               # their error codes
         self.pongs = []
         self.stream = -1                # the last one opened
         self.theirs = {0: WINDOW}       # what we may send
         self.ours = {0: WINDOW}         # what the server may send
         self.window, self.grant = window, grant
         if hello:
-            self.send(PREFACE, SettingsFrame(settings={SettingsFrame.INITIAL_WINDOW_SIZE: window}))
+            self.send(PREFACE, settings([(INITIAL_WINDOW_SIZE, window)]))
 
     def __enter__(self):
         return self
@@ -105,78 +183,76 @@ class Raw:
         self.socket.close()
 
     def send(self, *parts):
-        """Sends frames and plain bytes."""
-        self.socket.sendall(b''.join(p if isinstance(p, bytes) else p.serialize() for p in parts))
+        self.socket.sendall(b''.join(parts))
 
     def drained(self):
         """Waits until the server has read all that was sent."""
-        def empty():
-            return fcntl.ioctl(self.socket, termios.TIOCOUTQ, bytes(4)) == bytes(4)
-        until(empty, 'everything read by the server')
+        until(lambda: fcntl.ioctl(self.socket, termios.TIOCOUTQ, bytes(4)) == bytes(4), 'everything read by the server')
 
-    def receive(self, length):
-        while len(self.buffer) < length:
-            try:
-                more = self.socket.recv(65536)
-            except (ConnectionResetError, BrokenPipeError):
-                more = b''
-            if not more:
+    def receive(self):
+        """Takes what the socket has; False at the end of the connection."""
+        try:
+            more = self.socket.recv(65536)
+        except (ConnectionResetError, BrokenPipeError):
+            more = b''
+        octets, at = self.buffer + more, 0
+        while len(octets) >= at + 9 and len(octets) >= (end := at + 9 + int.from_bytes(octets[at:at + 3], 'big')):
+            self.frames.append(Frame(*struct.unpack_from('>BBI', octets, at + 3), octets[at + 9:end]))
+            at = end
+        self.buffer = octets[at:]
+        return bool(more)
+
+    def next_frame(self):
+        """The next frame as it is; None at the end of the connection."""
+        while not self.frames:
+            if not self.receive():
                 return None
-            self.buffer += more
-        part, self.buffer = self.buffer[:length], self.buffer[length:]
-        return part
+        return self.frames.popleft()
 
     def frame(self):
         """The next frame, acted upon; None at the end of the connection."""
-        head = self.receive(9)
-        if head is None:
+        if (got := self.next_frame()) is None:
             return None
-        frame, length = Frame.parse_frame_header(memoryview(head))
-        body = self.receive(length)
-        if body is None:
-            return None
-        frame.parse_body(memoryview(body))
         try:
-            self.act(frame)
+            self.act(got)
         except (BrokenPipeError, ConnectionResetError):
             pass                        # the server has gone; what it sent remains to be read
-        return frame
+        return got
 
-    def act(self, frame):
-        answer = self.answers.setdefault(frame.stream_id, Answer())
-        if isinstance(frame, SettingsFrame) and 'ACK' not in frame.flags:
+    def act(self, got):
+        kind, flags, stream, payload = got
+        answer = self.answers.setdefault(stream, Answer())
+        if kind == SETTINGS and not flags & ACK:
             before = self.initial_window()
-            self.settings = {**(self.settings or {}), **frame.settings}
-            for stream in self.theirs:
-                if stream:
-                    self.theirs[stream] += self.initial_window() - before
-            self.send(SettingsFrame(flags=['ACK']))
-        elif isinstance(frame, PingFrame):
-            if 'ACK' in frame.flags:
-                self.pongs.append(frame.opaque_data)
-            else:
-                self.send(PingFrame(opaque_data=frame.opaque_data, flags=['ACK']))
-        elif isinstance(frame, GoAwayFrame):
-            self.goaways.append(frame)
-        elif isinstance(frame, WindowUpdateFrame):
-            self.theirs[frame.stream_id] = (self.theirs.get(frame.stream_id, self.initial_window())
-                                            + frame.window_increment)
-        elif isinstance(frame, RstStreamFrame):
-            answer.reset = frame.error_code
+            self.settings = {**(self.settings or {}), **dict(struct.iter_unpack('>HI', payload))}
+            for opened in self.theirs:
+                if opened:
+                    self.theirs[opened] += self.initial_window() - before
+            self.send(frame(SETTINGS, ACK, 0))
+        elif kind == PING and flags & ACK:
+            self.pongs.append(payload)
+        elif kind == PING:
+            self.send(frame(PING, ACK, 0, payload))
+        elif kind == GOAWAY:
+            self.goaways.append(int.from_bytes(payload[4:8], 'big'))
+        elif kind == WINDOW_UPDATE:
+            self.theirs[stream] = self.theirs.get(stream, self.initial_window()) + int.from_bytes(payload, 'big')
+        elif kind == RST_STREAM:
+            answer.reset = int.from_bytes(payload, 'big')
             answer.shape.append('RST_STREAM')
-        elif isinstance(frame, HeadersFrame):
-            assert 'END_HEADERS' in frame.flags, 'answers need no CONTINUATION'
-            fields = self.decoder.decode(frame.data)
+        elif kind == HEADERS:
+            assert flags & END_HEADERS and not flags & PADDED, 'answers need no CONTINUATION and no padding'
+            fields = self.decoder.decode(payload)
             assert len(dict(fields)) == len(fields), f'a field twice: {fields}'
             answer.blocks.append(dict(fields))
-            self.note(answer, 'HEADERS', frame)
-        elif isinstance(frame, DataFrame):
-            answer.data += frame.data
-            self.note(answer, 'DATA', frame)
-            self.received(frame.stream_id, frame.flow_controlled_length, answer.ended)
+            self.note(answer, 'HEADERS', flags)
+        elif kind == DATA:
+            answer.data += payload
+            self.note(answer, 'DATA', flags)
+            self.received(stream, len(payload), answer.ended)
 
-    def note(self, answer, kind, frame):
-        answer.ended = 'END_STREAM' in frame.flags
+    def note(self, answer, kind, flags):
+        answer.ended = bool(flags & END_STREAM)
         answer.shape.append(kind + '+END' if answer.ended else kind)
 
     def received(self, stream, length, ended):
@@ -189,16 +265,16 @@ class Raw:
             self.open_window(stream, self.grant)
 
     def open_window(self, stream, increment):
-        self.send(WindowUpdateFrame(stream, window_increment=increment))
+        self.send(window_update(stream, increment))
         self.ours[stream] += increment
 
     def initial_window(self):
-        return (self.settings or {}).get(SettingsFrame.INITIAL_WINDOW_SIZE, WINDOW)
+        return (self.settings or {}).get(INITIAL_WINDOW_SIZE, WINDOW)
 
     def open(self, fields, end=False):
         """Opens a stream with these header fields and gives its number."""
         stream = self.expect()
-        self.send(*self.header_frames(stream, fields, end))
+        self.send(self.headers(stream, fields, end))
         return stream
 
     def expect(self):
@@ -209,28 +285,22 @@ class Raw:
         self.answers[self.stream] = Answer()
         return self.stream
 
-    def header_frames(self, stream, fields, end, chunk=FRAME_MAX):
-        block = self.encoder.encode(fields)
-        chunks = [block[i:i + chunk] for i in range(0, len(block), chunk)] or [b'']
-        frames = [HeadersFrame(stream, chunks[0], flags=['END_STREAM'] if end else [])]
-        frames += [ContinuationFrame(stream, part) for part in chunks[1:]]
-        frames[-1].flags.add('END_HEADERS')
-        return frames
+    def headers(self, stream, fields, end=False, chunk=FRAME_MAX):
+        return headers(stream, self.encoder.encode(fields), end, chunk)
 
-    def upload(self, stream, data, end=True):
+    def upload(self, stream, body, end=True):
         """Sends a body as fast as the server's windows allow; an early answer stops it."""
         answer = self.answers[stream]
-        while data and not answer.ended and answer.reset is None:
-            size = min(len(data), self.theirs[0], self.theirs[stream], FRAME_MAX)
+        while body and not answer.ended and answer.reset is None:
+            size = min(len(body), self.theirs[0], self.theirs[stream], FRAME_MAX)
             if size <= 0:
                 if self.frame() is None:
                     return
                 continue
-            flags = ['END_STREAM'] if end and size == len(data) else []
-            self.send(DataFrame(stream, data[:size], flags=flags))
+            self.send(data(stream, body[:size], end and size == len(body)))
             self.theirs[0] -= size
             self.theirs[stream] -= size
-            data = data[size:]
+            body = body[size:]
 
     def wait(self, stream):
         """The complete answer on a stream."""
@@ -254,16 +324,15 @@ class Raw:
         return self.wait(stream)
 
     def get(self, path):
-        """A plain GET."""
-        return self.call_with(request(path, method='GET', content_type=None), b'')
+        return self.call(path, b'', **GET)
 
-    def ping(self, data=b'in order'):
+    def ping(self, octets=b'in order'):
         """Waits until the server has handled all that was sent before."""
         self.pongs.clear()
-        self.send(PingFrame(opaque_data=data))
-        while data not in self.pongs:
+        self.send(ping(octets))
+        while octets not in self.pongs:
             assert self.frame() is not None, 'closed'
 
     def works(self):
         """Whether a Status on this connection succeeds."""
-        return self.call(STATUS).status == 0
+        return self.call(STATUS).status == OK

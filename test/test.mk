@@ -29,7 +29,10 @@ help::
 	@echo 'make bench-memory   bytes, memory and start time'
 	@echo 'make bench-doc      what make bench found, into doc/'
 
-SANITIZE = -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer
+# Without noreturn, as an attribute or found out by the compiler: AddressSanitizer makes the stack readable before a call
+# that does not return, and sees no over-read in the arguments of die(). test/unit.c: die_over_read_is_seen.
+SANITIZE = -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer \
+	-Dnoreturn= -fno-ipa-pure-const -Wno-return-type -Wno-maybe-uninitialized
 TESTED = $(SOURCES) $(HEADERS) test/test.mk
 
 # Unit tests include kmsplugin.c, so they are built as it is.
@@ -75,14 +78,16 @@ build/kmsplugin-asan: $(TESTED)
 	@mkdir -p build
 	$(CC) $(STD) $(WARN) $(CPPFLAGS) $(SANITIZE) -o $@ $(SOURCES) $(LDFLAGS) $(LIBS)
 
-# Failures on demand: test/inject.c stands between the program, its libraries included, and libc.
-INJECTED = malloc calloc realloc mmap64 epoll_ctl getsockopt pread64 read write syscall accept4 epoll_pwait ppoll fork
-build/kmsplugin-inject: test/inject.c $(TESTED)
-	@mkdir -p build
-	$(CC) $(STD) $(WARN) $(CPPFLAGS) $(SANITIZE) -o $@ $(SOURCES) -Wno-missing-prototypes test/inject.c \
-		$(INJECTED:%=-Wl,--wrap=%) $(LDFLAGS) -Wl,-Bstatic $(LIBS) -Wl,-Bdynamic
+# Failures on demand: test/inject.c stands between the program, its libraries included, and libc. inject.py compares what
+# kmsplugin.c calls (called.o) with what can fail.
+build/kmsplugin-inject build/kmsplugin-inject-plain: test/inject.c $(TESTED)
+	@mkdir -p build/inject
+	$(CC) $(STD) $(CPPFLAGS) -O1 -c -o build/inject/called.o kmsplugin.c
+	$(CC) $(STD) $(WARN) -Wno-missing-prototypes -O1 -c -o build/inject/inject.o test/inject.c
+	$(CC) $(STD) $(WARN) $(CPPFLAGS) $(if $(findstring plain,$@),-O1,$(SANITIZE)) -o $@ $(SOURCES) build/inject/inject.o \
+		$$(nm build/inject/inject.o | sed -n 's/.* T __wrap_/-Wl,--wrap=/p') $(LDFLAGS) -Wl,-Bstatic $(LIBS) -Wl,-Bdynamic
 
-test-inject: build/kmsplugin-inject
+test-inject: build/kmsplugin-inject build/kmsplugin-inject-plain
 	/usr/bin/python3 test/inject.py
 
 # Constant time: the code as the two builds make it, under valgrind.

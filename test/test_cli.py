@@ -11,14 +11,14 @@ from concurrent.futures import ThreadPoolExecutor
 
 import grpc
 
-from plugin import (BINARY, KEK, ROOT, STRANGER, WAIT, Case, as_user, fresh_dir, fresh_name, key_id, kms,
+from plugin import (BINARY, KEK, OTHER, ROOT, STRANGER, WAIT, Case, as_user, fresh_dir, fresh_name, key_id, kms,
                     needs_root, public_binary, run)
 import sealed
 from sealed import V1, V2
 
 VERBS = ('serve', 'probe', 'genkey', 'keyid', 'unseal', 'audit')
 OPTIONS = ('--listen', '--mode', '--group', '--allow-uid', '--max-connections', '--sandbox',
-           '--log-level', '--timeout', '--expect-key-id', '--all', '--strict', '--list', '--version',
+           '--log-level', '--timeout', '--expect-key-id', '--strict', '--list', '--version',
            '--help')
 
 
@@ -49,35 +49,34 @@ class Usage(Case):
         self.assertEqual(self.client(server).version().runtime_version, runtime)
 
     def test_bad_usage(self):
-        for args in (('nonsense',), ('Serve',), ('--nonsense',), ('-x',), ('serve', '--nonsense'),
-                     ('serve', 'extra'), ('serve', '--listen'), ('serve', '--mode'),
-                     ('serve', '--mode', '8'), ('serve', '--mode', '0888'),
-                     ('serve', '--mode', 'rw'), ('serve', '--mode', ''),
-                     ('serve', '--mode', '77777'), ('serve', '--mode', '-1'),
-                     ('serve', '--max-connections', '0'), ('serve', '--max-connections', '-1'),
-                     ('serve', '--max-connections', 'many'), ('serve', '--max-connections', '1x'),
-                     ('serve', '--max-connections', '99999999999999999999'),
-                     ('serve', '--max-connections', ''),
-                     ('serve', '--sandbox', 'maybe'), ('serve', '--log-level', 'loud'),
-                     ('serve', '--allow-uid', ''), ('serve', '--allow-uid', '0,,1'),
-                     ('serve', '--timeout', '3'),
-                     ('probe', '--timeout'), ('probe', '--timeout', '0'),
-                     ('probe', '--timeout', '-1'), ('probe', '--timeout', 'soon'),
-                     ('probe', 'unix:///a/b', 'unix:///c/d'), ('probe', '--listen', 'x'),
-                     ('genkey', 'extra'), ('keyid', 'extra'), ('unseal', 'a', 'b'),
-                     ('genkey', '--nonsense'), ('audit', 'extra'), ('audit', '--nonsense'),
-                     ('unseal', '--nonsense'), ('unseal', '--all'), ('unseal', '--all='),
-                     ('unseal', '--all', 'a', 'b'), ('audit', '--all', 'a')):
+        wrong = {'--mode': ('8', '0888', 'rw', '', '77777', '-1', '01000'), '--log-level': ('loud', ''), '--sandbox': ('maybe', ''),
+                 '--max-connections': ('0', '-1', 'many', '1x', '99999999999999999999', '', ' 1', '+1'),
+                 '--allow-uid': ('', '0,,1', ',', '0,')}
+        usages = [('serve', option, value) for option, values in wrong.items() for value in values]
+        usages += [('probe', '--timeout', value) for value in ('0', '-1', 'soon', '', '0.5', '3s', '1e3', '99999999999')]
+        usages += [('nonsense',), ('Serve',), ('',), ('--nonsense',), ('-x',), ('serve', '--nonsense'), ('serve', 'extra'),
+                   ('serve', '--listen'), ('serve', '--mode'), ('serve', '--timeout', '3'), ('probe', '--timeout'),
+                   ('probe', 'unix:///a/b', 'unix:///c/d'), ('probe', '--listen', 'x'), ('genkey', 'extra'), ('keyid', 'extra'),
+                   ('unseal', 'a', 'b'), ('unseal', '--all', 'a'), ('genkey', '--nonsense'), ('audit', 'extra'), ('audit', '--strict=x')]
+        for args in usages:
             with self.subTest(args=args):
-                self.dies(*args, code=2, kek=KEK)
+                line = self.dies(*args, code=2, kek=KEK)
+                if len(args) == 3 and args[1] in wrong:
+                    self.assertIn(args[1], line)
+
+    def test_no_option_is_shortened(self):
+        """What a script writes today is not another option's prefix tomorrow."""
+        for args in (('serve', '--mod', '0600'), ('serve', '--listen' + 'x' * 40, 'unix:///a'), ('probe', '--time=3'),
+                     ('serve', '--listen' + 'x' * 40 + '=unix:///a')):
+            self.dies(*args, code=2, kek=KEK)
 
     def test_unknown_users_and_groups(self):
         for option in ('--group', '--allow-uid'):
             for name in ('no-such-name', '-1', '4294967295', '4294967296', '0x0'):
                 with self.subTest(option=option, name=name):
-                    line = self.dies('serve', '--listen', f'unix://{fresh_dir()}/kms.sock', option,
-                                     name, code=(1, 2), kek=KEK)
+                    line = self.dies('serve', '--listen', f'unix://{fresh_dir()}/kms.sock', option, name, code=(1, 2), kek=KEK)
                     self.assertIn(name, line)
+                    self.assertIn('number', line)
 
     def test_serve_is_the_default(self):
         """Without a verb an option of serve is understood, and a missing key told."""
@@ -163,19 +162,20 @@ class Endpoints(Case):
         directory = fresh_dir()
         long_path = directory + '/' + 'p' * (108 - len(directory) - 1)
         self.assertEqual(len(long_path), 108)
-        for endpoint in ('', 'unix://run/kms.sock', 'unix://kms.sock', 'unix://@name', 'unix:',
-                         'unix:/', 'unix://', 'unix:///', 'unix:///@', 'unix:///run/',
-                         f'unix:{directory}/kms.sock', f'unix:/{directory}/kms.sock',
-                         f'{directory}/kms.sock', 'kms.sock', '@name',
-                         f'UNIX://{directory}/kms.sock', 'tcp://127.0.0.1:1234',
-                         'http://localhost/', '127.0.0.1:1234', f'unix://{long_path}',
-                         'unix:///@' + 'n' * 108, f'unix://{directory}/missing/kms.sock',
-                         f'unix://{directory}/a%2Fb', f'unix://{directory}/a?b',
-                         f'unix://{directory}/a#b', 'unix:///@a%b', 'unix:///@a?b', 'unix:///@a#b'):
-            with self.subTest(endpoint=endpoint):
-                line = self.dies('serve', '--listen', endpoint, code=(1, 2), kek=KEK)
-                self.assertGreater(len(line.replace(endpoint, '').split()), 3, line)
-                if 'missing' not in endpoint:
+        bad = {'unix://': ('', 'unix://run/kms.sock', 'unix://kms.sock', 'unix://@name', 'unix:', 'unix:/', 'unix://', 'unix:///',
+                           'unix:///@', 'unix:///run/', f'unix:{directory}/kms.sock', f'unix:/{directory}/kms.sock', '@name',
+                           f'{directory}/kms.sock', 'kms.sock', f'UNIX://{directory}/kms.sock', 'tcp://127.0.0.1:1234',
+                           'http://localhost/', '127.0.0.1:1234'),
+               '107': (f'unix://{long_path}', 'unix:///@' + 'n' * 108),
+               '[%?#]': (f'unix://{directory}/a%2Fb', f'unix://{directory}/a?b', f'unix://{directory}/a#b', 'unix:///@a%b',
+                         'unix:///@a?b', 'unix:///@a#b'),
+               'No such file': (f'unix://{directory}/missing/kms.sock',)}
+        for says, endpoints in bad.items():
+            for endpoint in endpoints:
+                with self.subTest(endpoint=endpoint):
+                    line = self.dies('serve', '--listen', endpoint, code=(1, 2), kek=KEK).replace(endpoint, '', 1)
+                    self.assertRegex(line, says)
+                    self.assertGreater(len(line.split()), 3, line)
                     self.dies('probe', endpoint, code=(1, 2))
         self.assertEqual(os.listdir(directory), [])
 
@@ -186,38 +186,38 @@ class Endpoints(Case):
         self.assertEqual(self.client(server).status().healthz, 'ok')
         self.assertEqual(run('probe', 'unix://' + path).returncode, 0)
 
-    def test_bad_among_good(self):
-        """Nothing is left behind when a later endpoint is refused."""
-        good = fresh_dir() + '/kms.sock'
-        self.dies('serve', '--listen', 'unix://' + good, '--listen', 'unix:///no/such/dir/kms.sock',
-                  kek=KEK)
-        self.assertFalse(os.path.lexists(good))
-
-    def test_twice_the_same(self):
-        path = fresh_dir() + '/kms.sock'
-        self.dies('serve', '--listen', 'unix://' + path, '--listen', 'unix://' + path,
-                  code=(1, 2), kek=KEK)
-
 
 class Plugin:
     """A plugin in Python, well or not: what probe is to tell apart."""
 
-    def __init__(self, **wrong):
+    def __init__(self, delay=0, **wrong):
         self.path = fresh_dir() + '/kms.sock'
-        self.wrong = wrong
+        self.wrong, self.delay = wrong, delay
         self.server = grpc.server(ThreadPoolExecutor(2))
         v1 = kms.V1beta1
         types = {'v2': (kms, ('Status', 'Encrypt', 'Decrypt')),
                  'v1beta1': (v1, ('Version', 'Encrypt', 'Decrypt'))}
         for api, (messages, names) in types.items():
             handlers = {name: grpc.unary_unary_rpc_method_handler(
-                getattr(self, f'{name}_{api}'),
+                self.answers(getattr(self, f'{name}_{api}')),
                 request_deserializer=getattr(messages, name + 'Request').FromString,
                 response_serializer=lambda m: m.SerializeToString()) for name in names}
             self.server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(
                 api + '.KeyManagementService', handlers),))
         self.server.add_insecure_port('unix:' + self.path)
         self.server.start()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.server.stop(0).wait()
+
+    def answers(self, method):
+        def answer(*args):
+            time.sleep(self.delay)
+            return method(*args)
+        return answer
 
     def Status_v2(self, _, context):
         if 'status' in self.wrong:
@@ -278,6 +278,7 @@ class Probe(Case):
                    wrapper=as_user(STRANGER))
         self.assertEqual(done.returncode, 1)
         self.assertEqual(len(done.stderr.splitlines()), 1, done.stderr)
+        self.assertRegex(done.stderr, rf'uid.*\b{STRANGER}\b')
 
     def test_no_server(self):
         path = fresh_dir() + '/kms.sock'
@@ -345,11 +346,8 @@ class Probe(Case):
         for wrong, status in (({'key_id': evil}, 1), ({'key_id': evil, 'status_key_id': evil}, 0), ({'version': evil}, 1),
                               ({'healthz': evil}, 1), ({'version_v1': evil}, 1), ({'runtime': evil}, 0), ({'status': evil}, 1)):
             with self.subTest(wrong=wrong):
-                plugin = Plugin(**wrong)
-                try:
+                with Plugin(**wrong) as plugin:
                     self.assertEqual(self.assert_printable(f'unix://{plugin.path}', rb'31m'), status)
-                finally:
-                    plugin.server.stop(0).wait()
 
     def test_raw_bytes_of_a_peer_are_escaped(self):
         """Each byte that a header field may hold and each that it may not, as grpc-message."""
@@ -363,19 +361,23 @@ class Probe(Case):
 
     def test_a_plugin_that_is_well(self):
         """A real gRPC server of other make understands the probe."""
-        plugin = Plugin()
-        try:
-            self.assert_well(f'unix://{plugin.path}', '--timeout', '10')
-        finally:
-            plugin.server.stop(0).wait()
+        with Plugin() as plugin:
+            self.assert_well(f'unix://{plugin.path}', '--timeout', '10', '--expect-key-id', key_id(KEK))
 
     def test_plugins_that_are_not_well(self):
         for wrong in ({'healthz': 'no'}, {'healthz': ''}, {'version': 'v3'}, {'status': 'error'},
                       {'key_id': key_id(KEK)[::-1]}, {'plaintext': b'other'}, {'plaintext': b''},
                       {'version_v1': 'v1'}, {'plain': b'other'}):
             with self.subTest(wrong=wrong):
-                plugin = Plugin(**wrong)
-                try:
+                with Plugin(**wrong) as plugin:
                     self.assert_unwell(f'unix://{plugin.path}', '--timeout', '10')
-                finally:
-                    plugin.server.stop(0).wait()
+
+    def test_another_key_id_than_expected(self):
+        with Plugin() as plugin:
+            for other in (key_id(OTHER), key_id(KEK).upper(), key_id(KEK)[:31], ''):
+                self.assertIn(key_id(KEK), self.assert_unwell(f'unix://{plugin.path}', '--timeout', '10', '--expect-key-id', other))
+
+    def test_the_timeout_is_for_all_of_it(self):
+        """Each answer comes in time, and the last too late."""
+        with Plugin(delay=0.4) as plugin:
+            self.assertIn('in time', self.assert_unwell(f'unix://{plugin.path}', '--timeout', '1'))
