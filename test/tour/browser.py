@@ -21,7 +21,7 @@ CONTRAST = 4.5          # WCAG 2, AA
 PRINTED_MAX = 25        # pages of A4, all closed
 RANGES_MIN = 300
 ARGUMENTS = ['--headless', '--no-sandbox', '--disable-gpu', '--disable-quic', '--no-first-run', '--disable-background-networking',
-             '--disable-component-update', '--disable-sync']
+             '--disable-component-update', '--disable-sync', '--disable-breakpad', '--disable-crash-reporter']
 OPEN = 'for (const d of document.querySelectorAll("details")) d.open = true'
 OVERFLOWS = '''(() => { const root = document.scrollingElement; const wide = [];
 for (const e of document.querySelectorAll('body *')) if (!e.closest('.wide, pre, svg') && e.getBoundingClientRect().right > innerWidth + 1) wide.push(e.outerHTML.slice(0, 80));
@@ -47,7 +47,8 @@ return [count, Object.entries(bad).map(([where, text]) => `${where}: ${text}`)];
 
 class Browser:
     def __init__(self, folder):
-        self.driver = subprocess.Popen(['chromedriver', '--port=0'], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        env = {'PATH': os.environ['PATH'], **dict.fromkeys(('HOME', 'TMPDIR', 'XDG_CONFIG_HOME', 'XDG_CACHE_HOME', 'XDG_RUNTIME_DIR'), folder)}
+        self.driver = subprocess.Popen(['chromedriver', '--port=0'], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=env)
         self.base = ''
         try:
             port = next(match[1] for line in self.driver.stdout if (match := re.search(r'successfully on port (\d+)', line)))
@@ -177,7 +178,7 @@ def check():
         print(f'skip tour in a browser: needs {", ".join(missing) or "python3-html5lib"}')
         return 0, 0
     failed, tests = 0, (test_valid, test_fits, test_contrast, test_open, test_network, test_print)
-    with tempfile.TemporaryDirectory(prefix='kmsplugin-tour-') as profile:
+    with tempfile.TemporaryDirectory(prefix='kmsplugin-tour-', ignore_cleanup_errors=True) as profile:
         browser = Browser(profile)
         try:
             for test in tests:

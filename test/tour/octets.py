@@ -60,7 +60,7 @@ FUNCTIONS = functions()
 # ------------------------------------------------------------------- markup
 
 def function(name, where):
-    """A link to a function. It searches for the definition, so it holds when lines are inserted above, and so does the page."""
+    """A link to a function: to the words of its definition, not to a line, whose number each edit above it would change."""
     named[where].add(name)
     return f'<a href="../kmsplugin.c#:~:text={quote(FUNCTIONS.get(name, ("", name))[1])}"><code>{name}</code></a>'
 
