@@ -5,6 +5,7 @@ chromedriver takes WebDriver's commands, JSON over HTTP on this machine, and pas
 import base64
 import http.client
 import importlib.util
+import itertools
 import json
 import os
 import re
@@ -92,14 +93,12 @@ class Browser:
 
 
 def test_fits(browser):
-    for width in WIDTHS:
-        for scheme in SCHEMES:
-            browser.show(width, scheme)
-            for opened in (False, True):
-                if opened:
-                    browser.evaluate(OPEN)
-                wide = browser.evaluate(OVERFLOWS)
-                assert not wide, f'at {width} pixels, {"open" if opened else "closed"}: {wide[:5]}'
+    for width, scheme in itertools.product(WIDTHS, SCHEMES):
+        browser.show(width, scheme)
+        for state in ('0', OPEN):
+            browser.evaluate(state)
+            wide = browser.evaluate(OVERFLOWS)
+            assert not wide, f'at {width} pixels, {"open" if state == OPEN else "closed"}: {wide[:5]}'
     return f'{WIDTHS} pixels wide, in both schemes, closed and open'
 
 

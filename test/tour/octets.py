@@ -170,10 +170,9 @@ class Part:
         self.css = css + ' secret' * secret
 
     def hexes(self):
-        data, width = self.data, 9 if len(self.data) == 9 else 8
-        def lines(part):
-            return '\n'.join(part[at:at + width].hex(' ') for at in range(0, len(part), width))
-        return lines(data) if len(data) <= SHOWN_MAX else f'{lines(data[:16])}\n… {len(data) - 32:,} more …\n{lines(data[-16:])}'
+        size, width = len(self.data), 9 if len(self.data) == 9 else 8
+        lines = [self.data[at:at + width].hex(' ') for at in range(0, size, width)]
+        return '\n'.join(lines if size <= SHOWN_MAX else [*lines[:2], f'… {size - 25 - (size - 1) % 8:,} more …', *lines[-2:]])
 
     def html(self, at, anchor):
         end = at + len(self.data) - 1
