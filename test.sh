@@ -1,7 +1,7 @@
 #!/bin/sh
 # Builds and tests all that needs no cluster: the functions (test/unit.c), the
 # generated messages, the running server (test/test_*.py), each program also with
-# sanitizers, and whether doc/tour.md shows what the program says. The last line
+# sanitizers, and whether doc/tour.html shows what the program says. The last line
 # tells how many tests passed and failed.
 #
 #     KMSPLUGIN=PROGRAM ./test.sh     another program than ./kmsplugin
@@ -72,7 +72,7 @@ suite ring env KMSPLUGIN="$KMSPLUGIN" test/ring.sh
 check build/without make -s build/without
 suite server env KMSPLUGIN="$KMSPLUGIN" "$PYTHON" test/run.py
 if require build/tour/program make -s build/tour/program; then
-    suite tour env KMSPLUGIN="$KMSPLUGIN" "$PYTHON" test/tour/tour.py check
+    suite tour env KMSPLUGIN="$KMSPLUGIN" "$PYTHON" test/tour/page.py check
 fi
 if require build/kmsplugin-asan make -s build/kmsplugin-asan; then
     suite 'server, sanitized' env KMSPLUGIN=build/kmsplugin-asan KMSPLUGIN_SANITIZED=1 \
