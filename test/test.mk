@@ -114,8 +114,8 @@ build/fuzz/%: test/fuzz/%.c test/fuzz/fuzz.h test/responses.h $(TESTED)
 fuzz: $(FUZZERS:%=build/fuzz/%)
 	FUZZ_SECONDS=$(FUZZ_SECONDS) test/fuzz/run.sh $(FUZZERS)
 
-# The committed seeds anew: what clients say, and what fuzzing has found so far.
-fuzz-seeds: kmsplugin $(FUZZERS:%=build/fuzz/%)
+# Adds what fuzzing has found to the committed seeds.
+fuzz-seeds: $(FUZZERS:%=build/fuzz/%)
 	/usr/bin/python3 test/fuzz/seeds.py $(FUZZERS)
 
 # No undefined behaviour in the byte parsers, for all inputs up to a length: Frama-C.
