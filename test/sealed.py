@@ -41,27 +41,28 @@ def unseal(kek, sealed, api):
     return AESGCM(derive(kek, nonce)).decrypt(nonce[12:], rest, head + bytes([api]))
 
 
-def etcd_v1(kek, etcd_key, plaintext, nonce=None):
-    """An object as a KMS v1 provider named `name` stores it."""
+def stored_v1(cipher, data, name=b'name'):
+    """What a KMS v1 provider stores, of any plugin: `cipher` is the wrapped key."""
+    return b'k8s:enc:kms:v1:' + name + b':' + len(cipher).to_bytes(2, 'big') + cipher + data
+
+
+def etcd_v1(kek, etcd_key, plaintext, nonce=None, name=b'name'):
+    """An object as a KMS v1 provider of that name stores it."""
     dek = os.urandom(32)
     nonce = nonce or os.urandom(12)
-    cipher = seal(kek, dek, V1)
-    return (b'k8s:enc:kms:v1:name:' + len(cipher).to_bytes(2, 'big') + cipher + nonce +
-            AESGCM(dek).encrypt(nonce, plaintext, etcd_key))
+    return stored_v1(seal(kek, dek, V1), nonce + AESGCM(dek).encrypt(nonce, plaintext, etcd_key), name)
 
 
 def etcd_v1_cbc(kek, plaintext):
     """The same, as clusters before 1.25 wrote it."""
     dek, iv = os.urandom(32), os.urandom(16)
-    cipher = seal(kek, dek, V1)
     pad = 16 - len(plaintext) % 16
     encryptor = Cipher(algorithms.AES(dek), modes.CBC(iv)).encryptor()
-    return (b'k8s:enc:kms:v1:name:' + len(cipher).to_bytes(2, 'big') + cipher + iv +
-            encryptor.update(plaintext + bytes([pad]) * pad) + encryptor.finalize())
+    return stored_v1(seal(kek, dek, V1), iv + encryptor.update(plaintext + bytes([pad]) * pad) + encryptor.finalize())
 
 
-def etcd_v2(kek, etcd_key, plaintext, seeded=True, identity=None, api=V2):
-    """An object as a KMS v2 provider named `name` stores it."""
+def etcd_v2(kek, etcd_key, plaintext, seeded=True, identity=None, api=V2, name=b'name'):
+    """An object as a KMS v2 provider of that name stores it."""
     source, info, nonce = os.urandom(32), b'', os.urandom(12)
     dek = source
     if seeded:      # HKDF, the expand step alone
@@ -69,9 +70,9 @@ def etcd_v2(kek, etcd_key, plaintext, seeded=True, identity=None, api=V2):
         dek = hmac.digest(source, info + b'\x01', 'sha256')
     stored = kms.Etcd.EncryptedObject(
         encrypted_data=info + nonce + AESGCM(dek).encrypt(nonce, plaintext, etcd_key),
-        key_id=identity or key_id(kek), encrypted_dek_source=seal(kek, source, api),
+        key_id=(identity or key_id(kek)).encode(), encrypted_dek_source=seal(kek, source, api),
         encrypted_dek_source_type=1 if seeded else 0)
-    return b'k8s:enc:kms:v2:name:' + stored.SerializeToString()
+    return b'k8s:enc:kms:v2:' + name + b':' + stored.SerializeToString()
 
 
 def range_response(*entries):

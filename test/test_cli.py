@@ -11,14 +11,15 @@ from concurrent.futures import ThreadPoolExecutor
 
 import grpc
 
-from plugin import (BINARY, KEK, ROOT, STRANGER, WAIT, Case, as_user, fresh_dir, fresh_name, key_id, kms,
+from plugin import (BINARY, KEK, OTHER, ROOT, STRANGER, WAIT, Case, as_user, fresh_dir, fresh_name, key_id, kms,
                     needs_root, public_binary, run)
 import sealed
+from raw import block, headers, settings
 from sealed import V1, V2
 
 VERBS = ('serve', 'probe', 'genkey', 'keyid', 'unseal', 'audit')
 OPTIONS = ('--listen', '--mode', '--group', '--allow-uid', '--max-connections', '--sandbox',
-           '--log-level', '--timeout', '--expect-key-id', '--all', '--strict', '--list', '--version',
+           '--log-level', '--timeout', '--expect-key-id', '--strict', '--list', '--version',
            '--help')
 
 
@@ -33,10 +34,7 @@ class Usage(Case):
 
     def test_help_of_every_verb(self):
         for verb in VERBS:
-            for option in ('-h', '--help'):
-                done = run(verb, option)
-                self.assertEqual((done.returncode, done.stderr), (0, ''), verb)
-                self.assertIn(verb.encode(), done.stdout)
+            self.assertEqual((run(verb, '-h').stdout, run(verb, '--help').stdout), (run('--help').stdout,) * 2)
 
     def test_version(self):
         done = run('--version')
@@ -44,50 +42,43 @@ class Usage(Case):
         self.assertRegex(done.stdout, rb'\Akmsplugin \d+\.\d+\.\d+\S*\b')
         for library in (rb'nghttp2\D{1,3}\d+\.\d+', rb'protobuf-c\D{1,3}\d+\.\d+', rb'BearSSL'):
             self.assertRegex(done.stdout, rb'(?i)' + library)
-        runtime = run('--version').stdout.split()[1].decode()
-        server = self.start()
-        self.assertEqual(self.client(server).version().runtime_version, runtime)
+        self.assertEqual(self.client(self.start()).version().runtime_version, done.stdout.split()[1].decode())
 
     def test_bad_usage(self):
-        for args in (('nonsense',), ('Serve',), ('--nonsense',), ('-x',), ('serve', '--nonsense'),
-                     ('serve', 'extra'), ('serve', '--listen'), ('serve', '--mode'),
-                     ('serve', '--mode', '8'), ('serve', '--mode', '0888'),
-                     ('serve', '--mode', 'rw'), ('serve', '--mode', ''),
-                     ('serve', '--mode', '77777'), ('serve', '--mode', '-1'),
-                     ('serve', '--max-connections', '0'), ('serve', '--max-connections', '-1'),
-                     ('serve', '--max-connections', 'many'), ('serve', '--max-connections', '1x'),
-                     ('serve', '--max-connections', '99999999999999999999'),
-                     ('serve', '--max-connections', ''),
-                     ('serve', '--sandbox', 'maybe'), ('serve', '--log-level', 'loud'),
-                     ('serve', '--allow-uid', ''), ('serve', '--allow-uid', '0,,1'),
-                     ('serve', '--timeout', '3'),
-                     ('probe', '--timeout'), ('probe', '--timeout', '0'),
-                     ('probe', '--timeout', '-1'), ('probe', '--timeout', 'soon'),
-                     ('probe', 'unix:///a/b', 'unix:///c/d'), ('probe', '--listen', 'x'),
-                     ('genkey', 'extra'), ('keyid', 'extra'), ('unseal', 'a', 'b'),
-                     ('genkey', '--nonsense'), ('audit', 'extra'), ('audit', '--nonsense'),
-                     ('unseal', '--nonsense'), ('unseal', '--all'), ('unseal', '--all='),
-                     ('unseal', '--all', 'a', 'b'), ('audit', '--all', 'a')):
+        wrong = {'--mode': ('8', '0888', 'rw', '', '77777', '-1', '01000'), '--log-level': ('loud', ''), '--sandbox': ('maybe', ''),
+                 '--max-connections': ('0', '-1', 'many', '1x', '99999999999999999999', '', ' 1', '+1'),
+                 '--allow-uid': ('', '0,,1', ',', '0,')}
+        usages = [('serve', option, value) for option, values in wrong.items() for value in values]
+        usages += [('probe', '--timeout', value) for value in ('0', '-1', 'soon', '', '0.5', '3s', '1e3', '99999999999')]
+        usages += [('nonsense',), ('Serve',), ('',), ('--nonsense',), ('-x',), ('serve', '--nonsense'), ('serve', 'extra'),
+                   ('serve', '--listen'), ('serve', '--mode'), ('serve', '--timeout', '3'), ('probe', '--timeout'),
+                   ('probe', 'unix:///a/b', 'unix:///c/d'), ('probe', '--listen', 'x'), ('genkey', 'extra'), ('keyid', 'extra'),
+                   ('unseal', 'a', 'b'), ('unseal', '--all', 'a'), ('genkey', '--nonsense'), ('audit', 'extra'), ('audit', '--strict=x')]
+        for args in usages:
             with self.subTest(args=args):
-                self.dies(*args, code=2, kek=KEK)
+                line = self.dies(*args, code=2, kek=KEK)
+                if len(args) == 3 and args[1] in wrong:
+                    self.assertIn(args[1], line)
+
+    def test_no_option_is_shortened(self):
+        """What a script writes today is not another option's prefix tomorrow."""
+        for args in (('serve', '--mod', '0600'), ('serve', '--listen' + 'x' * 40, 'unix:///a'), ('probe', '--time=3'),
+                     ('serve', '--listen' + 'x' * 40 + '=unix:///a')):
+            self.dies(*args, code=2, kek=KEK)
 
     def test_unknown_users_and_groups(self):
         for option in ('--group', '--allow-uid'):
             for name in ('no-such-name', '-1', '4294967295', '4294967296', '0x0'):
                 with self.subTest(option=option, name=name):
-                    line = self.dies('serve', '--listen', f'unix://{fresh_dir()}/kms.sock', option,
-                                     name, code=(1, 2), kek=KEK)
+                    line = self.dies('serve', '--listen', f'unix://{fresh_dir()}/kms.sock', option, name, code=(1, 2), kek=KEK)
                     self.assertIn(name, line)
+                    self.assertIn('number', line)
 
     def test_serve_is_the_default(self):
-        """Without a verb an option of serve is understood, and a missing key told."""
-        listen = ('--listen', f'unix://{fresh_dir()}/kms.sock')
-        self.assertEqual(self.dies(*listen), self.dies('serve', *listen))
-
-    def test_values_after_an_equals_sign(self):
-        """--option VALUE and --option=VALUE are the same."""
+        """Without a verb an option of serve is understood, in both forms, and a missing key told."""
         listen = f'unix://{fresh_dir()}/kms.sock'
-        self.assertEqual(self.dies(f'--listen={listen}'), self.dies('--listen', listen))
+        said = self.dies('serve', '--listen', listen)
+        self.assertEqual((self.dies('--listen', listen), self.dies(f'--listen={listen}')), (said, said))
 
     def test_control_characters_are_not_echoed(self):
         """An argument that is printed back cannot rewrite the terminal or forge a line."""
@@ -143,6 +134,35 @@ class Documents(Case):
         for name in re.findall(r'^  ([A-Z_]{5,}) ', run('--help').stdout.decode(), re.M):
             self.assertRegex(page, rf'(?m)^\.It Ev {name}$')
 
+    def test_security_names_what_there_is(self):
+        """Each function and constant in its table is in kmsplugin.c, each test is one."""
+        program, rows = text_of('kmsplugin.c'), re.findall(r'^\| (.+?) \| (.+?) \| (.+?) \|$', text_of('doc/security.md'), re.M)
+        table = rows[:1 + next(i for i, row in enumerate(rows) if row[0] == 'given up')]
+        names = [(row, name) for row in table for name in re.findall('`([^`]+)`', row[1])]
+        self.assertGreater(len(names), 50)
+        for row, name in names:
+            with self.subTest(threat=row[0], by=name):
+                self.assertTrue(name.startswith('\\') or os.path.exists(os.path.join(ROOT, name)) or
+                                re.search(rf'(?m)^[a-z].*\b{name}\(.*{{$|^    {name} = ', program) or
+                                re.search(rf'(?ms)^static [^;{{}}]*\b{name}\([^;{{}}]*{{$', program))
+        shown = [(row, name) for row in table for name in re.findall('`([^`]+)`', row[2])]
+        self.assertGreater(len(shown), 50)
+        for row, name in shown:
+            with self.subTest(threat=row[0], shown=name):
+                kind, _, test = name.partition(' ')
+                if kind == 'unit':
+                    self.assertIn(f'\nTEST({test}) {{', text_of('test/unit.c'))
+                elif kind == 'hostile':
+                    self.assertRegex(text_of('test/hostile.py'), rf'(?m)^def {test}\(')
+                elif kind == 'make':
+                    self.assertRegex(text_of('test/test.mk'), rf'(?m)^{test}:')
+                elif kind == 'fuzz' or '/' in name:
+                    self.assertTrue(os.path.exists(os.path.join(ROOT, name if '/' in name else f'test/fuzz/{test}.c')))
+                else:
+                    file, *inner = name.split('.')
+                    for word in inner:
+                        self.assertRegex(text_of(f'test/{file}.py'), rf'(?m)^ *(class|def) {word}\(')
+
     def test_contributing_names_every_suite(self):
         targets = re.findall(r"^\t@echo 'make ([a-z-]+)", text_of('test/test.mk'), re.M)
         self.assertIn('test', targets)
@@ -163,61 +183,60 @@ class Endpoints(Case):
         directory = fresh_dir()
         long_path = directory + '/' + 'p' * (108 - len(directory) - 1)
         self.assertEqual(len(long_path), 108)
-        for endpoint in ('', 'unix://run/kms.sock', 'unix://kms.sock', 'unix://@name', 'unix:',
-                         'unix:/', 'unix://', 'unix:///', 'unix:///@', 'unix:///run/',
-                         f'unix:{directory}/kms.sock', f'unix:/{directory}/kms.sock',
-                         f'{directory}/kms.sock', 'kms.sock', '@name',
-                         f'UNIX://{directory}/kms.sock', 'tcp://127.0.0.1:1234',
-                         'http://localhost/', '127.0.0.1:1234', f'unix://{long_path}',
-                         'unix:///@' + 'n' * 108, f'unix://{directory}/missing/kms.sock',
-                         f'unix://{directory}/a%2Fb', f'unix://{directory}/a?b',
-                         f'unix://{directory}/a#b', 'unix:///@a%b', 'unix:///@a?b', 'unix:///@a#b'):
-            with self.subTest(endpoint=endpoint):
-                line = self.dies('serve', '--listen', endpoint, code=(1, 2), kek=KEK)
-                self.assertGreater(len(line.replace(endpoint, '').split()), 3, line)
-                if 'missing' not in endpoint:
+        bad = {'unix://': ('', 'unix://run/kms.sock', 'unix://kms.sock', 'unix://@name', 'unix:', 'unix:/', 'unix://', 'unix:///',
+                           'unix:///@', 'unix:///run/', f'unix:{directory}/kms.sock', f'unix:/{directory}/kms.sock', '@name',
+                           f'{directory}/kms.sock', 'kms.sock', f'UNIX://{directory}/kms.sock', 'tcp://127.0.0.1:1234',
+                           'http://localhost/', '127.0.0.1:1234'),
+               '107': (f'unix://{long_path}', 'unix:///@' + 'n' * 108),
+               '[%?#]': (f'unix://{directory}/a%2Fb', f'unix://{directory}/a?b', f'unix://{directory}/a#b', 'unix:///@a%b',
+                         'unix:///@a?b', 'unix:///@a#b'),
+               'No such file': (f'unix://{directory}/missing/kms.sock',)}
+        for says, endpoints in bad.items():
+            for endpoint in endpoints:
+                with self.subTest(endpoint=endpoint):
+                    line = self.dies('serve', '--listen', endpoint, code=(1, 2), kek=KEK).replace(endpoint, '', 1)
+                    self.assertRegex(line, says)
+                    self.assertGreater(len(line.split()), 3, line)
                     self.dies('probe', endpoint, code=(1, 2))
         self.assertEqual(os.listdir(directory), [])
 
     def test_longest_path(self):
         directory = fresh_dir()
-        path = directory + '/' + 'p' * (107 - len(directory) - 1)
-        server = self.start(path=path)
-        self.assertEqual(self.client(server).status().healthz, 'ok')
-        self.assertEqual(run('probe', 'unix://' + path).returncode, 0)
-
-    def test_bad_among_good(self):
-        """Nothing is left behind when a later endpoint is refused."""
-        good = fresh_dir() + '/kms.sock'
-        self.dies('serve', '--listen', 'unix://' + good, '--listen', 'unix:///no/such/dir/kms.sock',
-                  kek=KEK)
-        self.assertFalse(os.path.lexists(good))
-
-    def test_twice_the_same(self):
-        path = fresh_dir() + '/kms.sock'
-        self.dies('serve', '--listen', 'unix://' + path, '--listen', 'unix://' + path,
-                  code=(1, 2), kek=KEK)
+        server = self.start(path=directory + '/' + 'p' * (107 - len(directory) - 1))
+        self.assertEqual(run('probe', 'unix://' + server.path).returncode, 0)
 
 
 class Plugin:
     """A plugin in Python, well or not: what probe is to tell apart."""
 
-    def __init__(self, **wrong):
+    def __init__(self, delay=0, **wrong):
         self.path = fresh_dir() + '/kms.sock'
-        self.wrong = wrong
+        self.wrong, self.delay = wrong, delay
         self.server = grpc.server(ThreadPoolExecutor(2))
         v1 = kms.V1beta1
         types = {'v2': (kms, ('Status', 'Encrypt', 'Decrypt')),
                  'v1beta1': (v1, ('Version', 'Encrypt', 'Decrypt'))}
         for api, (messages, names) in types.items():
             handlers = {name: grpc.unary_unary_rpc_method_handler(
-                getattr(self, f'{name}_{api}'),
+                self.answers(getattr(self, f'{name}_{api}')),
                 request_deserializer=getattr(messages, name + 'Request').FromString,
                 response_serializer=lambda m: m.SerializeToString()) for name in names}
             self.server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(
                 api + '.KeyManagementService', handlers),))
         self.server.add_insecure_port('unix:' + self.path)
         self.server.start()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.server.stop(0).wait()
+
+    def answers(self, method):
+        def answer(*args):
+            time.sleep(self.delay)
+            return method(*args)
+        return answer
 
     def Status_v2(self, _, context):
         if 'status' in self.wrong:
@@ -278,6 +297,7 @@ class Probe(Case):
                    wrapper=as_user(STRANGER))
         self.assertEqual(done.returncode, 1)
         self.assertEqual(len(done.stderr.splitlines()), 1, done.stderr)
+        self.assertRegex(done.stderr, rf'uid.*\b{STRANGER}\b')
 
     def test_no_server(self):
         path = fresh_dir() + '/kms.sock'
@@ -288,21 +308,16 @@ class Probe(Case):
         self.assert_unwell('unix:///@' + fresh_name())
 
     def test_timeout(self):
-        """A server that accepts and is silent; one whose queue is full; one that is stopped."""
-        path = fresh_dir() + '/kms.sock'
-        with socket.socket(socket.AF_UNIX) as silent:
-            silent.bind(path)
-            silent.listen(8)
-            begin = time.monotonic()
-            self.assert_unwell(f'unix://{path}', '--timeout', '1')
-            self.assertTrue(0.5 < time.monotonic() - begin < 10)
-        path = fresh_dir() + '/kms.sock'
-        with socket.socket(socket.AF_UNIX) as full:
-            full.bind(path)
-            full.listen(0)
-            with socket.socket(socket.AF_UNIX) as first:
+        """A server that accepts and is silent; one whose queue is full."""
+        for backlog in (8, 0):
+            path = fresh_dir() + '/kms.sock'
+            with socket.socket(socket.AF_UNIX) as listener, socket.socket(socket.AF_UNIX) as first:
+                listener.bind(path)
+                listener.listen(backlog)
                 first.connect(path)
-                self.assert_unwell(f'unix://{path}', '--timeout', '1')
+                begin = time.monotonic()
+                self.assertIn('in time', self.assert_unwell(f'unix://{path}', '--timeout', '1'))
+                self.assertGreater(time.monotonic() - begin, 0.5)
 
     def answering(self, answer):
         """A listener that says the same to everybody and hangs up."""
@@ -345,37 +360,37 @@ class Probe(Case):
         for wrong, status in (({'key_id': evil}, 1), ({'key_id': evil, 'status_key_id': evil}, 0), ({'version': evil}, 1),
                               ({'healthz': evil}, 1), ({'version_v1': evil}, 1), ({'runtime': evil}, 0), ({'status': evil}, 1)):
             with self.subTest(wrong=wrong):
-                plugin = Plugin(**wrong)
-                try:
+                with Plugin(**wrong) as plugin:
                     self.assertEqual(self.assert_printable(f'unix://{plugin.path}', rb'31m'), status)
-                finally:
-                    plugin.server.stop(0).wait()
 
     def test_raw_bytes_of_a_peer_are_escaped(self):
         """Each byte that a header field may hold and each that it may not, as grpc-message."""
-        for text in (b'\x9b31m', b'\xc2\x9b31m', b'\x1b[31m', b'%1B[31m', b'%9B31m', b'%C2%9B', bytes(range(128, 256)), bytes(range(1, 32))):
+        for text in (b'\x9b31m', b'\xc2\x9b31m', b'\x1b[31m', b'%1B[31m', b'%9B31m', b'%C2%9B', bytes(range(128, 256)),
+                     bytes(range(1, 32))):
             with self.subTest(text=text):
-                block = b''.join(b'\0' + bytes([len(n)]) + n + b'\x7f' * (len(v) >= 127) + bytes([len(v) - 127 * (len(v) >= 127)]) + v
-                                 for n, v in ((b':status', b'200'), (b'content-type', b'application/grpc'),
-                                              (b'grpc-status', b'13'), (b'grpc-message', text)))
-                head = b'\0' + len(block).to_bytes(2, 'big') + b'\1\5\0\0\0\1'
-                self.assertEqual(self.assert_printable(self.answering(b'\0\0\0\4\0\0\0\0\0' + head + block), b'Status'), 1)
+                head = headers(1, block([(b':status', b'200'), (b'content-type', b'application/grpc'), (b'grpc-status', b'13'),
+                                         (b'grpc-message', text)]), end=True)
+                self.assertEqual(self.assert_printable(self.answering(settings() + head), b'Status'), 1)
 
     def test_a_plugin_that_is_well(self):
         """A real gRPC server of other make understands the probe."""
-        plugin = Plugin()
-        try:
-            self.assert_well(f'unix://{plugin.path}', '--timeout', '10')
-        finally:
-            plugin.server.stop(0).wait()
+        with Plugin() as plugin:
+            self.assert_well(f'unix://{plugin.path}', '--timeout', '10', '--expect-key-id', key_id(KEK))
 
     def test_plugins_that_are_not_well(self):
         for wrong in ({'healthz': 'no'}, {'healthz': ''}, {'version': 'v3'}, {'status': 'error'},
                       {'key_id': key_id(KEK)[::-1]}, {'plaintext': b'other'}, {'plaintext': b''},
                       {'version_v1': 'v1'}, {'plain': b'other'}):
             with self.subTest(wrong=wrong):
-                plugin = Plugin(**wrong)
-                try:
+                with Plugin(**wrong) as plugin:
                     self.assert_unwell(f'unix://{plugin.path}', '--timeout', '10')
-                finally:
-                    plugin.server.stop(0).wait()
+
+    def test_another_key_id_than_expected(self):
+        with Plugin() as plugin:
+            for other in (key_id(OTHER), key_id(KEK).upper(), key_id(KEK)[:31], ''):
+                self.assertIn(key_id(KEK), self.assert_unwell(f'unix://{plugin.path}', '--timeout', '10', '--expect-key-id', other))
+
+    def test_the_timeout_is_for_all_of_it(self):
+        """Each answer comes in time, and the last too late."""
+        with Plugin(delay=0.4) as plugin:
+            self.assertIn('in time', self.assert_unwell(f'unix://{plugin.path}', '--timeout', '1'))

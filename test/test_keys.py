@@ -1,6 +1,7 @@
 """Where KEKs come from, which are refused, and the verbs genkey and keyid."""
 import base64
 import os
+import re
 
 from plugin import (KEK, OTHER, STRANGER, Case, as_user, fresh_dir, fresh_kek, key_id, needs_root,
                     public_binary, run, text)
@@ -26,6 +27,10 @@ class KeyCase(Case):
                     self.assertNotIn(secret[at:at + 8], line)
         return lines[0]
 
+    def assert_told(self, kind, line):
+        words = {'hex': '(?i)hexadecimal', 'url': 'URL-safe', 'ascii': 'ASCII|UTF-16|byte order mark'}
+        self.assertEqual([name for name, word in words.items() if re.search(word, line)], [kind] if kind else [], line)
+
 
 class Variable(KeyCase):
     def test_good(self):
@@ -42,13 +47,7 @@ class Variable(KeyCase):
         self.assertIn('KMS_KEK', self.assert_refused())
 
     def test_empty(self):
-        for ring in ('', ' ', '\n', ',', ' , '):
-            with self.subTest(ring=ring):
-                self.assert_refused(ring)
-
-    def test_empty_entry(self):
-        for ring in (f'{text(KEK)},', f',{text(KEK)}', f'{text(KEK)},,{text(OTHER)}',
-                     f'{text(KEK)}, ,{text(OTHER)}'):
+        for ring in ('', ' ', '\n', ',', ' , ', f'{text(KEK)},', f',{text(KEK)}', f'{text(KEK)},,{text(OTHER)}', f'{text(KEK)}, ,{text(OTHER)}'):
             with self.subTest(ring=ring):
                 self.assert_refused(ring)
 
@@ -59,15 +58,24 @@ class Variable(KeyCase):
 
     def test_bad_base64(self):
         good = text(KEK)
-        for bad in (good[:-1], good + '=', '=' + good[1:], good[:20] + '!' + good[21:],
-                    good[:20] + '-' + good[21:], good[:20] + '_' + good[21:],
-                    good[:20] + '=' + good[21:], good[:20] + '\n' + good[20:],
-                    good[:20] + ' ' + good[21:], good[:20] + '\u00e9' + good[21:], KEK.hex(),
-                    '"' + good + '"', good + ';' + text(OTHER), good + ' ' + text(OTHER),
-                    'base64:' + good):
+        for bad in (good[:-1], good + '=', '=' + good[1:], good[:20] + '!' + good[21:], good[:20] + '=' + good[21:],
+                    good[:20] + '\n' + good[20:], good[:20] + ' ' + good[21:], '"' + good + '"',
+                    good + ';' + text(OTHER), good + ' ' + text(OTHER), 'base64:' + good):
             with self.subTest(bad=bad):
-                self.assert_refused(bad)
+                self.assert_told(None, self.assert_refused(bad))
         self.assert_refused(f'{text(OTHER)},{good[:-1]}')
+
+    def test_what_is_told_apart(self):
+        """Hexadecimal, URL-safe base64, and what is no ASCII text: each by its name, and nothing else by it."""
+        plain = next(k for k in iter(fresh_kek, None) if not set(text(k)) & set('+/'))
+        odd = next(k for k in iter(fresh_kek, None) if '+' in text(k) and '/' in text(k))
+        safe, good = base64.urlsafe_b64encode(odd).decode(), text(plain)
+        for kind, ring in (('hex', odd.hex()), ('hex', odd.hex().upper()), ('hex', f'{text(OTHER)},{odd.hex()}'),
+                           ('url', safe), ('url', safe.rstrip('=')),
+                           ('ascii', good[:20] + '\u00e9' + good[21:]), ('ascii', '\ufeff' + good), ('ascii', good + '\u00a0'),
+                           ('ascii', good[:-1] + '\uff1d'), (None, good[:42]), (None, good[:43]), (None, good[:-2]), (None, odd.hex()[:62])):
+            with self.subTest(kind=kind, ring=ring):
+                self.assert_told(kind, self.assert_refused(ring, secrets=[plain.hex(), odd.hex(), plain, odd, safe]))
 
     def test_repeated(self):
         self.assert_refused(f'{text(KEK)},{text(KEK)}')
@@ -91,6 +99,20 @@ class Variable(KeyCase):
         self.assertEqual(done.stdout, key_lines(*keks[:16]))
         self.assert_refused(','.join(map(text, keks)))
 
+    def test_at_most_4096_octets(self):
+        """The same in the variable and in the file."""
+        path = os.path.join(fresh_dir(), 'kek')
+        for length in (4096, 4097, 100000):
+            ring = text(KEK) + ' ' * (length - 44)
+            with open(path, 'w', encoding='ascii', opener=private) as file:
+                file.write(ring)
+            for kek, env in ((ring, None), (None, {'KMS_KEK_FILE': path})):
+                with self.subTest(length=length, env=env):
+                    if length == 4096:
+                        self.assertEqual(run('keyid', kek=kek, env=env).stdout, key_lines(KEK))
+                    else:
+                        self.assertRegex(self.assert_refused(kek, env, secrets=[KEK]), '4,?096')
+
     def test_both_sources(self):
         path = os.path.join(fresh_dir(), 'kek')
         with open(path, 'w', encoding='ascii', opener=private) as file:
@@ -110,8 +132,8 @@ class File(KeyCase):
         self.write(text(KEK) + '\n')
 
     def write(self, content):
-        with open(self.path, 'w', encoding='ascii', opener=private) as file:
-            file.write(content)
+        with open(self.path, 'wb', opener=private) as file:
+            file.write(content if isinstance(content, bytes) else content.encode())
 
     def assert_read(self, *keks):
         done = run('keyid', env=self.env)
@@ -171,14 +193,18 @@ class File(KeyCase):
 
     def test_bad_content(self):
         for content in ('', '\n', text(KEK)[:-2], text(KEK) + '\n' + text(OTHER), text(bytes(32)),
-                        '# a key\n' + text(KEK), 'A' * 100000, text(KEK) + ' ' * 100000 + 'x'):
+                        '# a key\n' + text(KEK), 'A' * 4096, text(KEK) + '\0' + text(OTHER)):
             with self.subTest(content=content[:60]):
                 self.write(content)
                 self.assert_refused(env=self.env, secrets=[KEK, OTHER])
 
-    def test_nul_in_the_file(self):
-        self.write(text(KEK) + '\0' + text(OTHER))
-        self.assert_refused(env=self.env, secrets=[KEK, OTHER])
+    def test_no_ascii_text(self):
+        """As an editor or PowerShell saves it, and the key's own bytes."""
+        for content in (text(KEK).encode('utf-16'), text(KEK).encode('utf-16-be'), b'\xef\xbb\xbf' + text(KEK).encode(),
+                        text(KEK).encode()[:-1] + b'\x80', b'\x80' + KEK):
+            with self.subTest(content=content[:8]):
+                self.write(content)
+                self.assert_told('ascii', self.assert_refused(env=self.env, secrets=[KEK]))
 
     @needs_root
     def test_unreadable(self):

@@ -1,22 +1,16 @@
-"""Values as kube-apiserver stores them, made in Python: opened by `unseal`, counted by `audit`.
-
-    test_rescue.py      prints the table of inputs and what is said of each
-"""
+"""Values as kube-apiserver stores them, made in Python: opened by `unseal`, counted by `audit`."""
 import base64
-import gzip
-import json
 import os
 import re
-import resource
 import sqlite3
-import stat
-import sys
 
 import sealed
-from plugin import KEK, OTHER, ROOT, SANITIZED, Case, fresh_dir, fresh_kek, key_id, kms, run, text
+from plugin import OTHER, ROOT, SANITIZED, Case, fresh_kek, key_id, kms, run, text
 
 ETCD_KEY = b'/registry/secrets/default/name'
 OBJECT = b'k8s\0\n\x0c\n\x02v1\x12\x06Secret' + os.urandom(100)
+KEK = next(k for k in iter(fresh_kek, None) if not set(bytes.fromhex(key_id(k))) & {10, 13})     # no terminal changes its name
+BOTH = f'{text(KEK)},{text(OTHER)}'
 
 
 class Unseal(Case):
@@ -34,16 +28,17 @@ class Unseal(Case):
                 'v2 seed': sealed.etcd_v2(kek, ETCD_KEY, plaintext),
                 'v2 key': sealed.etcd_v2(kek, ETCD_KEY, plaintext, seeded=False)}
 
-    def test_raw_value(self):
-        for name, value in self.values().items():
-            for end in (b'', b'\n'):
-                with self.subTest(name=name, end=end):
-                    self.assert_opens(value + end, ETCD_KEY)
-
-    def test_range_response(self):
+    def test_both_forms(self):
+        """Raw, with etcdctl's newline and without, and a RangeResponse; under every key of a ring."""
         for name, value in self.values().items():
             with self.subTest(name=name):
-                self.assert_opens(sealed.range_response((ETCD_KEY, value)))
+                for ring in (BOTH, f'{text(OTHER)},{text(KEK)}'):
+                    self.assert_opens(value, ETCD_KEY, kek=ring)
+                    self.assert_opens(value + b'\n', ETCD_KEY, kek=ring)
+                    self.assert_opens(sealed.range_response((ETCD_KEY, value)), kek=ring)
+                for end in (b'\n\n', b'\r\n\r\n', b'\r', b' ', b'\0'):
+                    self.assert_fails(value + end, ETCD_KEY)
+                self.assert_fails(sealed.range_response((ETCD_KEY, value + b'\n')))
 
     def test_value_that_ends_in_a_newline(self):
         """Its own last byte is not taken for etcdctl's."""
@@ -53,13 +48,6 @@ class Unseal(Case):
         self.assert_opens(value, ETCD_KEY)
         self.assert_opens(value + b'\n', ETCD_KEY)
 
-    def test_more_than_a_newline_is_refused(self):
-        for name, value in self.values().items():
-            for end in (b'\n\n', b'\r\n\r\n', b'\r', b' ', b'\0'):
-                with self.subTest(name=name, end=end):
-                    self.assert_fails(value + end, ETCD_KEY)
-        self.assert_fails(sealed.range_response((ETCD_KEY, value + b'\n')))
-
     def test_sizes(self):
         for size in (0, 1, 16, 70000, 1 << 20):
             plaintext = os.urandom(size)
@@ -68,15 +56,15 @@ class Unseal(Case):
                     self.assert_opens(value, ETCD_KEY, expected=plaintext)
                     self.assert_opens(sealed.range_response((ETCD_KEY, value)), expected=plaintext)
 
-    def test_every_key_of_the_ring(self):
-        for ring in (f'{text(KEK)},{text(OTHER)}', f'{text(OTHER)},{text(KEK)}'):
-            for value in self.values().values():
-                self.assert_opens(value, ETCD_KEY, kek=ring)
-
     def test_names_of_providers(self):
+        """KMS v1 allows colons in them: only the tag tells where the name ends."""
         for name in (b'a', b'kms-provider.example', b'n' * 300):
-            for value in self.values().values():
-                self.assert_opens(value.replace(b':name:', b':' + name + b':', 1), ETCD_KEY)
+            for make in (sealed.etcd_v1, sealed.etcd_v2):
+                self.assert_opens(make(KEK, ETCD_KEY, OBJECT, name=name), ETCD_KEY)
+        for name in (b'a:b', b':', b'arn:aws:kms:eu-west-1:111122223333:key/1234', b'n:' * 100):
+            value = sealed.etcd_v1(KEK, ETCD_KEY, OBJECT, name=name)
+            self.assert_opens(value, ETCD_KEY)
+            self.assertIn(key_id(KEK), self.assert_fails(value, ETCD_KEY, kek=OTHER))
 
     def test_missing_kek_is_named(self):
         for name, value in self.values().items():
@@ -88,18 +76,16 @@ class Unseal(Case):
     def test_key_id_that_disagrees(self):
         for identity in (key_id(OTHER), 'x', key_id(KEK).upper() + 'A', key_id(KEK) + '\0'):
             value = sealed.etcd_v2(KEK, ETCD_KEY, OBJECT, identity=identity)
-            for ring in (text(KEK), f'{text(KEK)},{text(OTHER)}'):
+            for ring in (text(KEK), BOTH):
                 with self.subTest(identity=identity):
                     self.assert_fails(value, ETCD_KEY, kek=ring)
 
-    def test_wrong_etcd_key(self):
+    def test_wrong_etcd_key_or_api(self):
         for value in self.values().values():
             for other in (ETCD_KEY + b'2', ETCD_KEY[1:], b'x', b''):
                 with self.subTest(other=other):
                     self.assert_fails(value, other)
             self.assert_fails(sealed.range_response((ETCD_KEY + b'2', value)))
-
-    def test_wrong_api(self):
         self.assert_fails(sealed.etcd_v2(KEK, ETCD_KEY, OBJECT, api=sealed.V1), ETCD_KEY)
 
     def test_every_third_byte_matters(self):
@@ -124,14 +110,6 @@ class Unseal(Case):
         self.assertIn('CBC', self.assert_fails(value, ETCD_KEY))
         self.assertIn('CBC', self.assert_fails(sealed.range_response((ETCD_KEY, value))))
 
-    def test_values_of_others(self):
-        for value in (OBJECT, b'{"kind":"Secret"}', b'k8s:enc:aescbc:v1:key1:' + os.urandom(64),
-                      b'k8s:enc:kms:v3:name:x', b'k8s:enc:kms:v2:', b'k8s:enc:kms:v2:name',
-                      b'k8s:enc:kms:v1:name:', b'k8s:enc:kms:v1:name:\xff\xff', b''):
-            with self.subTest(value=value[:24]):
-                self.assert_fails(value, ETCD_KEY)
-                self.assert_fails(sealed.range_response((ETCD_KEY, value)))
-
     def test_not_one_entry(self):
         value = sealed.etcd_v2(KEK, ETCD_KEY, OBJECT)
         entry = (ETCD_KEY, value)
@@ -140,14 +118,10 @@ class Unseal(Case):
             with self.subTest(stdin=stdin[:24]):
                 self.assert_fails(stdin)
 
-    def test_no_key(self):
-        self.assertIn('KMS_KEK', self.dies('unseal', ETCD_KEY))
-
     def test_a_full_disk_is_an_error(self):
-        done = run('unseal', ETCD_KEY, kek=KEK, stdin=sealed.etcd_v2(KEK, ETCD_KEY, OBJECT),
-                   wrapper=('sh', '-c', '"$0" "$@" >/dev/full'))
-        self.assertEqual(done.returncode, 1)
-        self.assertEqual(len(done.stderr.splitlines()), 1, done.stderr)
+        for args, stdin in ((('unseal', K), V2), (('audit',), ONE)):
+            done = run(*args, kek=KEK, stdin=stdin, wrapper=('sh', '-c', '"$0" "$@" >/dev/full'))
+            self.assertEqual((done.returncode, len(done.stderr.splitlines())), (1, 1), done.stderr)
 
 
 def terminal(octets):
@@ -155,345 +129,112 @@ def terminal(octets):
     return octets.replace(b'\n', b'\r\n')
 
 
-def with_newline(make):
-    """A value with at least one octet that a terminal changes."""
+def value_with(newline, make):
+    """A value with an octet that a terminal changes, or without any."""
     while True:
         value = make(KEK, ETCD_KEY, OBJECT)
-        if b'\n' in value[:-1] and b'\r\n' not in value:
+        if b'\r' not in value and (b'\n' in value[:-2]) == newline and not value.endswith(b'\n'):
             return value
 
 
-V1, V2 = with_newline(sealed.etcd_v1), with_newline(sealed.etcd_v2)
-OBJECT_V2 = V2[len('k8s:enc:kms:v2:name:'):]
+def other_v2(identity, source):
+    return b'k8s:enc:kms:v2:vault:' + kms.Etcd.EncryptedObject(
+        encrypted_data=os.urandom(90), key_id=identity.encode(), encrypted_dek_source=source).SerializeToString()
+
+
+V1, V2 = value_with(True, sealed.etcd_v1), value_with(True, sealed.etcd_v2)
 ONE = sealed.range_response((ETCD_KEY, V2))
-OTHERS = (b'/registry/secrets/default/name2', sealed.etcd_v2(KEK, b'/registry/secrets/default/name2', OBJECT))
-TWO = sealed.range_response((ETCD_KEY, V2), OTHERS)
-JSON = json.dumps({'header': {'revision': 7}, 'kvs': [
-    {'key': base64.b64encode(ETCD_KEY).decode(), 'value': base64.b64encode(V2).decode()}]}).encode()
-BARE = kms.Etcd.KeyValue(key=ETCD_KEY, value=V2, create_revision=3).SerializeToString()
-COUNTED = b'\x0a\x02\x08\x01\x20\x05'
-SNAPSHOT = bytes(8) + b'\x04\0\0\0\0\0\0\0' + bytes.fromhex('edda0ced02000000') + bytes(400)
-DUMP = b'00000000: 6b38 733a 656e 633a 6b6d 733a 7632 3a6e  k8s:enc:kms:v2:n\n'
 K = ETCD_KEY.decode()
-RANDOM = b'\xa7\x01' + os.urandom(200).replace(b'k8s:', b'')
 
-READS = ': audit reads what etcdctl get --prefix ... -w protobuf prints'
-LOST = 'the value went through a program that took it for text: octets are lost, fetch it anew'
-BASE64 = 'is base64: decode it first (base64 -d)'
-HEX = 'is hexadecimal: decode it first (xxd -r -p)'
-FAILED = 'is an error message: what should have written a value has failed'
-YAML = 'is YAML of kubectl: an object that is readable, not what etcd holds'
-PLAIN = 'is not encrypted: it is the object itself'
-NOT_CBC = ('does not open: it is damaged, of another etcd key, or AES-CBC (Kubernetes up to 1.24), which carries no '
-           'tag and is not opened')
-NOT_KEY = 'does not open: it is damaged, or of another etcd key'
-NOT_OURS = 'has a data key that kmsplugin did not seal, or is damaged or cut short'
-CAME = 'came through a terminal: each \\r\\n is taken for the newline that it was'
-TAKEN = 'standard input is a RangeResponse: its entry of this etcd key is taken'
-LINE = "standard input has an etcd key on its first line: the value is taken for that key's"
+# What is in etcd and not ours: plaintext in each encoding, others' values, others' keys.
+PLAINTEXT = {
+    'protobuf': OBJECT, 'JSON': b'{"kind":"Secret","apiVersion":"v1"}\n',
+    'a custom resource in CBOR': b'\xd9\xd9\xf7\xa2\x44kind\x46Widget\x4aapiVersion\x42v1'}
+FOREIGN = {
+    'aescbc': b'k8s:enc:aescbc:v1:key1:' + os.urandom(64), 'secretbox': b'k8s:enc:secretbox:v1:k:' + os.urandom(80),
+    'v1, a wrapped key that is text': sealed.stored_v1(b'vault:v1:' + base64.b64encode(os.urandom(60)), os.urandom(90)),
+    'v1, one that begins with 0x01': sealed.stored_v1(b'\x01\x02\x02\x00x' + os.urandom(179), os.urandom(90)),
+    'v1, its name with colons': sealed.stored_v1(b'\x01\x02\x02\x00x' + os.urandom(179), os.urandom(90), name=b'arn:aws:kms:a:1:key/2'),
+    'v1, a short one': sealed.stored_v1(b'\0' + os.urandom(30), os.urandom(90)),
+    'v2, a resource name': other_v2('projects/p/locations/l/keyRings/r/cryptoKeys/k', os.urandom(113)),
+    'v2, ours in its shape': other_v2('arn:aws:kms:eu-west-1:111122223333:key/1234', b'\x01' + os.urandom(88)),
+    'v2, a hash': other_v2(os.urandom(32).hex(), b'vault:v1:' + base64.b64encode(os.urandom(60)))}
+STRANGE = {'nothing': b'', 'text': b'10.0.0.7:2379', 'another tenant\'s': b'\x08\x96\x01\x12\x07tenant-b', 'octets': b'\0\xff' * 20}
 
-# Inputs that are the same to unseal, with an etcd key and without, and to audit: name, octets, what standard input ...
-ANYWHERE = (
-    ('nothing', b'', 'is empty: has what should have written a value failed?'),
-    ('a newline', b'\n', 'is white space alone: does the etcd key exist?'),
-    ('white space', b' \r\n\t\n', 'is white space alone: does the etcd key exist?'),
-    ('base64 of a value', base64.b64encode(V2) + b'\n', BASE64),
-    ('the same in lines', base64.encodebytes(V2), BASE64),
-    ('base64 of a RangeResponse', base64.b64encode(ONE), BASE64),
-    ('base64 of an object', base64.b64encode(OBJECT), BASE64),
-    ('URL-safe base64', base64.urlsafe_b64encode(V2), BASE64),
-    ('a KEK', base64.b64encode(KEK) + b'\n', 'looks like a KEK, not like a value: a KEK goes into KMS_KEK_FILE'),
-    ('a quoted string of JSON', b'"' + base64.b64encode(V2) + b'"\n',
-     'is a string in quotes: write it raw (jq -r), then decode it (base64 -d)'),
-    ('hexadecimal', V2.hex().encode(), HEX),
-    ('hexadecimal of SQLite', V2.hex().upper().encode() + b'\n', HEX),
-    ('hexadecimal in groups', V2.hex(' ').encode(), HEX),
-    ('hexadecimal with 0x', b'0x' + V2.hex().encode(), 'is hexadecimal: decode it first, without its 0x (xxd -r -p)'),
-    ('quote() of SQLite', b"X'" + V2.hex().encode() + b"'",
-     'is hexadecimal of SQL: take what is between the quotes (xxd -r -p)'),
-    ('bytea of PostgreSQL', b'\\x' + V2.hex().encode(),
-     "is hexadecimal with \\x: decode it first (tr -d '\\\\x' | xxd -r -p)"),
-    ('etcdctl --hex', ''.join(f'\\x{c:02x}' for c in ETCD_KEY).encode() + b'\n',
-     "is hexadecimal with \\x: decode it first (tr -d '\\\\x' | xxd -r -p)"),
-    ('xxd', DUMP, 'is a hex dump: undo it first (xxd -r)'),
-    ('od', b'0000000 386b 3a73 6e65 3a63 6d6b 3a73 3276 6e3a\n', 'is a hex dump: undo it first (xxd -r)'),
-    ('etcdctl -w json', JSON, 'is JSON of etcdctl: ask for -w protobuf in place of -w json'),
-    ('the same through jq', json.dumps(json.loads(JSON), indent=2).encode(),
-     'is JSON of etcdctl: ask for -w protobuf in place of -w json'),
-    ('one of its kvs', json.dumps(json.loads(JSON)['kvs'][0]).encode(),
-     'is JSON of etcdctl: ask for -w protobuf in place of -w json'),
-    ('etcdctl -w fields', b'"ClusterID" : 14841639068965178418\n"Key" : "/registry"\n',
-     'is text of etcdctl: ask for -w protobuf in place of -w fields'),
-    ('null of jq', b'null\n', 'is the word null: jq has found nothing; does the etcd key exist?'),
-    ('an error of etcdctl', b'{"level":"warn","ts":"2026-11-25T12:00:00Z","msg":"retrying"}\nError: x\n', FAILED),
-    ('the line behind it', b'Error: context deadline exceeded\n', FAILED),
-    ('an error of kubectl', b'Error from server (NotFound): pods "etcd-0" not found\n', FAILED),
-    ('another of kubectl', b'error: unable to upgrade connection\n', FAILED),
-    ('a third', b'Unable to connect to the server: EOF\n', FAILED),
-    ('YAML of kubectl', b'apiVersion: v1\nkind: Secret\n', YAML),
-    ('the same, sorted otherwise', b'kind: Secret\napiVersion: v1\n', YAML),
-    ('gzip', gzip.compress(ONE), 'is compressed by gzip: decompress it first'),
-    ('zstd', b'\x28\xb5\x2f\xfd\x24' + RANDOM, 'is compressed by zstd: decompress it first'),
-    ('xz', b'\xfd7zXZ\0\0\x04' + RANDOM, 'is compressed by xz: decompress it first'),
-    ('bzip2', b'BZh91AY&SY' + RANDOM, 'is compressed by bzip2: decompress it first'),
-    ('zip', b'PK\3\4\x14\0' + RANDOM, 'is compressed by zip: decompress it first'),
-    ('a snapshot of etcd', SNAPSHOT, 'is a snapshot or database of etcd: restore it first (etcdutl snapshot restore)'),
-    ('a database of kine', b'SQLite format 3\0\x10\0' + RANDOM,
-     'is a database of SQLite: have rangeresponse.sql read it (deploy/k3s)'),
-    ('its write-ahead log', b'\x37\x7f\x06\x82' + RANDOM,
-     'is the write-ahead log of SQLite: name the database beside it'),
-    ('.dump of SQLite', b'PRAGMA foreign_keys=OFF;\n',
-     'is SQL: give the database to sqlite3, with rangeresponse.sql (deploy/k3s)'),
-    ('> of PowerShell', b'\xff\xfe' + V2.decode('latin-1').encode('utf-16-le'),
-     "is UTF-16, as PowerShell's > writes it: its octets are lost, fetch it anew"),
-    ('UTF-16, big endian', b'\xfe\xff\0k\0' + b'8', 'is UTF-16: its octets are lost, fetch it anew'),
-    ('a byte order mark', b'\xef\xbb\xbf' + V2,
-     'has a byte order mark: an editor has saved it, fetch it anew'),
-    ('PEM', b'-----BEGIN CERTIFICATE-----\n', 'is PEM, a certificate or a key, and no value of etcd'),
-    ('bytes of Python', repr(V2).replace('"', "'").encode(), 'is a literal of Python: write the octets themselves'),
-    ('a KeyValue of bbolt', BARE,
-     "is a KeyValue of etcd's database: take its value alone, and name its etcd key"),
-    ('a value without its prefix', OBJECT_V2, 'is an EncryptedObject without its k8s:enc:kms:v2:NAME: in front'),
-    ('a prompt before the value', b'$ ' + V2, 'has something in front of a value: cut that off, up to k8s:enc:'),
-    ('etcdctl watch', b'PUT\n' + ETCD_KEY + b'\n' + V2,
-     'has something in front of a value: cut that off, up to k8s:enc:'),
-    ('keys alone', ETCD_KEY + b'\n' + ETCD_KEY + b'2\n', 'has an etcd key and no value: ask without --keys-only'),
-    ('one key alone', ETCD_KEY + b'\n', 'has an etcd key and no value: ask without --keys-only'),
-    ('a key before nonsense', ETCD_KEY + b'\nnonsense\n',
-     'has an etcd key on its first line, and no value of Kubernetes behind it'),
-    ('words', 'hello, w\u00f6rld\n'.encode(), 'is text, and no value of etcd'),
-    ('random octets', RANDOM, 'is none of the forms that etcd has, or is damaged at its beginning'),
-    ('a number alone', COUNTED, 'has the number of entries alone: ask without --count-only'),
-)
-
-# The verb's arguments, octets, exit status 0 or 1, and all that stands on stderr behind "kmsplugin: ".
-ONLY = (
-    ('unseal', 'plaintext', OBJECT, 1, f'unseal: standard input {PLAIN}'),
-    (f'unseal {K}', 'plaintext', OBJECT, 1, f'unseal: standard input {PLAIN}'),
-    (f'unseal {K}', 'JSON in plaintext', b'{"kind":"Secret"}', 1,
-     'unseal: standard input is not encrypted: it is an object in JSON'),
-    ('audit', 'plaintext', OBJECT, 1, f'audit: standard input {PLAIN}{READS}'),
-    ('unseal', 'a key before plaintext', ETCD_KEY + b'\n' + OBJECT, 1, f'unseal: standard input {PLAIN}'),
-    ('unseal', 'a raw value of v2', V2, 1, 'unseal: standard input is a value of KMS v2: name its etcd key, too'),
-    ('unseal', 'a raw value of v1', V1, 1, 'unseal: standard input is a value of KMS v1: name its etcd key, too'),
-    ('audit', 'a raw value', V2, 1, f'audit: standard input is a value of KMS v2{READS}'),
-    ('audit', 'a key before a value', ETCD_KEY + b'\n' + V2 + b'\n', 1,
-     f'audit: standard input has the etcd key on a line before the value{READS}'),
-    (f'unseal {K}', 'a value of v2', V2, 0, ''),
-    (f'unseal {K}', 'a value of v1', V1, 0, ''),
-    (f'unseal {K}', 'with a newline', V2 + b'\n', 0, ''),
-    (f'unseal {K}', 'v2 through a terminal', terminal(V2 + b'\n'), 0, f'unseal: the value {CAME}'),
-    (f'unseal {K}', 'v1 through a terminal', terminal(V1 + b'\n'), 0, f'unseal: the value {CAME}'),
-    (f'unseal {K}', 'the same and damaged', terminal(V2[:-1] + bytes([V2[-1] ^ 1])), 1,
-     'unseal: the value is no EncryptedObject: it is damaged or cut short'),
-    (f'unseal {K}', 'an octet turned', V2[:-1] + bytes([V2[-1] ^ 1]), 1,
-     f'unseal: the value {NOT_KEY}'),
-    (f'unseal {K}', 'an octet of v1 turned', V1[:-1] + bytes([V1[-1] ^ 1]), 1, f'unseal: the value {NOT_CBC}'),
-    (f'unseal {K}', 'with U+FFFD', V2.decode('utf-8', 'replace').encode(), 1, f'unseal: {LOST}'),
-    (f'unseal {K}', 'cut short', V2[:-1], 1, 'unseal: the value is no EncryptedObject: it is damaged or cut short'),
-    (f'unseal {K}', 'cut in its head', V2[:60], 1,
-     'unseal: the value is no EncryptedObject: it is damaged or cut short'),
-    (f'unseal {K}', 'the prefix of v2 alone', b'k8s:enc:kms:v2:name', 1,
-     'unseal: the value is no EncryptedObject: it is damaged or cut short'),
-    (f'unseal {K}', 'the prefix of v1 alone', b'k8s:enc:kms:v1:name:', 1, f'unseal: the value {NOT_OURS}'),
-    (f'unseal {K}', "another plugin's of v1", b'k8s:enc:kms:v1:name:\0\x04abcd' + bytes(40), 1,
-     f'unseal: the value {NOT_OURS}'),
-    (f'unseal {K}', "another plugin's of v2", sealed.etcd_v2(OTHER, ETCD_KEY, OBJECT, identity='projects/p'), 1,
-     "unseal: the value was sealed by another KMS plugin: its keyID is none of kmsplugin's"),
-    (f'unseal {K}', 'an unknown KEK', sealed.etcd_v2(OTHER, ETCD_KEY, OBJECT), 1,
-     f'unseal: no KEK is configured with key_id {key_id(OTHER)}'),
-    (f'unseal {K}', 'aescbc', b'k8s:enc:aescbc:v1:k:' + bytes(48), 1,
-     'unseal: standard input is encrypted by another provider than KMS'),
-    (f'unseal {K}', 'AES-CBC of v1', sealed.etcd_v1_cbc(KEK, OBJECT), 1, f'unseal: the value {NOT_CBC}'),
-    (f'unseal {K}2', 'of another etcd key', V2, 1, f'unseal: the value {NOT_KEY}'),
-    (f'unseal {K}', 'etcdctl get KEY', ETCD_KEY + b'\n' + V2 + b'\n', 0, f'unseal: {LINE}'),
-    ('unseal', 'etcdctl get KEY', ETCD_KEY + b'\n' + V1 + b'\n', 0, f'unseal: {LINE}'),
-    ('unseal', 'the same through a terminal', terminal(ETCD_KEY + b'\n' + V2 + b'\n'), 0,
-     f'unseal: {LINE}\nkmsplugin: unseal: the value {CAME}'),
-    (f'unseal {K}2', 'etcdctl get of another key', ETCD_KEY + b'\n' + V2 + b'\n', 1,
-     'unseal: standard input has another etcd key on its first line than the one named'),
-    (f'unseal {K}', 'a RangeResponse', ONE, 0, f'unseal: {TAKEN}'),
-    (f'unseal {K}', 'a RangeResponse of two', TWO, 0, f'unseal: {TAKEN}'),
-    (f'unseal {K}', 'a RangeResponse cut off', TWO[:-1], 1, 'unseal: standard input ends in the middle of a field'),
-    (f'unseal {K}', 'a RangeResponse without its end', TWO[:-2], 1,
-     'unseal: 2 of 0 entries: the response was cut off, or asked for with --limit'),
-    (f'unseal {K}3', 'a RangeResponse of others', TWO, 1, 'unseal: standard input has no entry of this etcd key'),
-    (f'unseal {K}', 'two of one key', sealed.range_response((ETCD_KEY, V2), (ETCD_KEY, V1)), 1,
-     'unseal: standard input has several entries of this etcd key'),
-    ('unseal', 'a RangeResponse', ONE, 0, ''),
-    ('unseal', 'a RangeResponse of two', TWO, 1,
-     'unseal: standard input has several entries: name one etcd key, or use --all, or audit'),
-    ('unseal', 'a RangeResponse of none', sealed.range_response(), 1,
-     'unseal: standard input has no entry: does the etcd key exist?'),
-    ('unseal', 'a RangeResponse through a terminal', terminal(ONE), 0, f'unseal: standard input {CAME}'),
-    ('unseal', 'an entry in base64', sealed.range_response((ETCD_KEY, base64.b64encode(V2))), 1,
-     f'unseal: the value {BASE64}'),
-    ('unseal', 'an entry in plaintext', sealed.range_response((ETCD_KEY, OBJECT)), 1, f'unseal: the value {PLAIN}'),
-    ('audit', 'a RangeResponse', TWO, 0, ''),
-    ('audit', 'a RangeResponse through a terminal', terminal(TWO), 0, f'audit: standard input {CAME}'),
-    ('audit', 'a RangeResponse of none', sealed.range_response(), 1,
-     'audit: standard input has no entry: does the prefix exist?'),
-    ('audit', 'keys without values', sealed.range_response((ETCD_KEY, b''), (ETCD_KEY + b'2', b'')), 1,
-     'audit: standard input has etcd keys without values: ask without --keys-only'),
-    ('audit', 'two responses', TWO + ONE, 0, ''),
-    ('audit', 'one that was cut off, and one', TWO[:-2] + ONE, 1,
-     'audit: 2 of 0 entries: the response was cut off, or asked for with --limit'),
-    ('audit', 'one in the middle of an entry', TWO[:-40], 1, 'audit: standard input ends in the middle of an entry'),
-    ('audit', 'plaintext alone', sealed.range_response((ETCD_KEY, OBJECT)), 1,
-     'audit: no value was sealed by kmsplugin'),
-    ('audit', 'a value in base64', sealed.range_response((ETCD_KEY, base64.b64encode(V2)), OTHERS), 1,
-     'audit: 0 values are not under the sealing KEK, 1 do not open: keep every KEK'),
-    ('audit', 'a value of 4 MiB', sealed.range_response((b'/x', bytes(4 << 20))), 1,
-     'audit: standard input has more than 4 MiB for one entry, which etcd does not'),
-    (f'unseal {K}', 'a value of 4 MiB', V2 + bytes(4 << 20), 1,
-     'unseal: standard input has more than 4 MiB for one value, which etcd does not'),
-)
-
-
-def inputs():
-    for name, octets, what in ANYWHERE:
-        for verb in (f'unseal {K}', 'unseal', 'audit'):
-            yield verb, name, octets, 1, f'{verb.split()[0]}: standard input {what}'
-    yield from ONLY
+# The kinds of wrong input, each by a word that its sentence has and no other kind's has.
+KINDS = {'empty': 'empty|nothing|white space', 'plain': 'not encrypted|plaintext', 'other': 'another|did not seal',
+         'terminal': 'terminal', 'text': r'\btext\b|hexadecimal|base64', 'unknown': 'none of the forms'}
 
 
 class Inputs(Case):
-    def test_a_terminal_and_a_newline_in_the_fingerprint(self):
-        """What came through a terminal then names a KEK that nobody has."""
+    def assert_told(self, kind, word, stdin, *args):
+        line = self.dies(*args, kek=KEK, stdin=stdin)
+        self.assertRegex(line, f'(?i){KINDS[kind]}')
+        self.assertRegex(line, f'(?i){word}')
+        told = {name for name, pattern in KINDS.items() if re.search(pattern, line)}
+        self.assertLessEqual(told, {kind} | ({'text'} if kind == 'text' else set()), line)
+
+    def test_told_in_every_form(self):
+        """Alone, with an etcd key and without."""
+        for kind, word, stdin in (
+                ('empty', '', b''), ('empty', '', b'\n'), ('plain', '', OBJECT), ('plain', '', PLAINTEXT['JSON']),
+                ('plain', '', PLAINTEXT['a custom resource in CBOR']), ('other', '', FOREIGN['aescbc']),
+                ('text', 'base64', base64.b64encode(V2) + b'\n'), ('text', 'base64', base64.encodebytes(ONE)),
+                ('text', 'hexadecimal', V2.hex().encode()), ('text', 'hexadecimal', ONE.hex().upper().encode() + b'\n'),
+                ('text', 'text', b'Error: context deadline exceeded\n'), ('text', 'text', b'hello, world'),
+                ('unknown', '', b'\xa7\x02' + os.urandom(200).replace(b'\r\n', b'..'))):
+            for args in (('unseal', K), ('unseal',)):
+                with self.subTest(stdin=stdin[:20], args=args):
+                    self.assert_told(kind, word, stdin, *args)
+            with self.subTest(stdin=stdin[:20], args='audit'):
+                self.dies('audit', kek=KEK, stdin=stdin)
+
+    def test_told_of_a_value(self):
+        """With its etcd key, and in a RangeResponse, where the value is what is told of."""
+        for kind, values in (('plain', PLAINTEXT), ('other', FOREIGN)):
+            for name, value in values.items():
+                with self.subTest(name=name):
+                    self.assert_told(kind, '', value, 'unseal', K)
+                    self.assert_told(kind, '', sealed.range_response((ETCD_KEY, value)), 'unseal')
+        self.assert_told('text', 'base64', sealed.range_response((ETCD_KEY, base64.b64encode(V2))), 'unseal')
+
+    def test_a_terminal_is_told(self):
+        """Whatever it did to a value or a response: the remedy is to fetch it again, without -t."""
         kek = next(k for k in iter(fresh_kek, None) if b'\n' in bytes.fromhex(key_id(k)))
+        for name, value in (('v1', V1), ('v2', V2), ('final newline', V2 + b'\n'),
+                            ('none but the final one', value_with(False, sealed.etcd_v1) + b'\n')):
+            with self.subTest(name=name):
+                self.assert_told('terminal', r'\br\\n|-t\b', terminal(value), 'unseal', K)
         for make in (sealed.etcd_v1, sealed.etcd_v2):
-            value = terminal(make(kek, ETCD_KEY, OBJECT) + b'\n')
-            done = run('unseal', ETCD_KEY.decode(), kek=kek, stdin=value)
-            self.assertEqual((done.returncode, done.stdout), (0, OBJECT), done.stderr)
-            self.assertIn(CAME, done.stderr)
+            self.assertIn('terminal', self.dies('unseal', K, kek=kek, stdin=terminal(make(kek, ETCD_KEY, OBJECT))))
+        for args in (('unseal',), ('audit',)):
+            self.assert_told('terminal', '', terminal(ONE), *args)
 
-    def test_table(self):
-        """What every input is called; nothing on stdout but an object whose tag was right."""
-        self.assertGreater(len(ANYWHERE) + len(ONLY), 100)
-        for verb, name, octets, code, said in inputs():
-            with self.subTest(verb=verb, name=name):
-                done = run(*verb.split(), kek=KEK, stdin=octets)
-                self.assertEqual((done.stderr, done.returncode), (f'kmsplugin: {said}\n' if said else '', code))
-                if verb.startswith('unseal'):
-                    self.assertEqual(done.stdout, b'' if code else OBJECT)
+    def test_no_terminal_is_told_where_there_was_none(self):
+        for value in (V1, V2, value_with(False, sealed.etcd_v1)):
+            damaged = value[:-1] + bytes([value[-1] ^ 0x80])
+            self.assertNotIn('terminal', self.dies('unseal', K, kek=KEK, stdin=damaged))
+            self.assertNotIn('terminal', self.dies('unseal', K, kek=KEK, stdin=damaged + b'\n'))
+            self.assertNotIn('terminal', self.dies('unseal', K, kek=OTHER, stdin=value))
 
-    def test_names_with_colons(self):
-        """KMS v1 allows them: only the tag tells where the name ends."""
-        for name in (b'a:b', b':', b'arn:aws:kms:eu-west-1:111122223333:key/1234', b'n:' * 100):
-            value = V1.replace(b':name:', b':' + name + b':', 1)
-            self.assertEqual(run('unseal', K, kek=KEK, stdin=value).stdout, OBJECT)
-            entry = sealed.range_response((ETCD_KEY, value))
-            done = run('audit', '--strict', kek=KEK, stdin=entry)
-            self.assertEqual((done.returncode, done.stderr), (0, ''))
-            self.assertIn(key_id(KEK), self.dies('unseal', kek=OTHER, stdin=entry))
+    def test_the_other_form(self):
+        """A value without its etcd key, a response with one, JSON for protobuf: what to do is said."""
+        for value in (V1, V2):
+            self.assertRegex(self.dies('unseal', kek=KEK, stdin=value), '(?i)etcd.key')
+        self.assertRegex(self.dies('unseal', K, kek=KEK, stdin=ONE), 'RangeResponse|etcd key')
+        self.assertIn('JSON', self.dies('unseal', kek=KEK, stdin=b'{"header":{"revision":7},"kvs":[{"key":"L3I="}]}'))
 
-    def test_no_size_of_pieces_matters(self):
-        """A terminal's \\r\\n may be cut between two reads."""
-        answer = terminal(sealed.range_response((ETCD_KEY, V2), *[OTHERS] * 20))
-        for size in (1, 2, 3, 61):
-            done = run('audit', kek=KEK, wrapper=('sh', '-c', f'dd bs={size} status=none | "$0" "$@"'), stdin=answer[:6000])
-            whole = run('audit', kek=KEK, stdin=answer[:6000])
-            self.assertEqual((done.stdout, done.stderr), (whole.stdout, whole.stderr))
+    def test_values_that_are_cut(self):
+        for value in (b'k8s:enc:kms:v3:name:x', b'k8s:enc:kms:v2:', b'k8s:enc:kms:v2:name', b'k8s:enc:kms:v1:name:',
+                      b'k8s:enc:kms:v1:name:\xff\xff', V1[:60], V2[:-1]):
+            with self.subTest(value=value[:24]):
+                for line in (self.dies('unseal', K, kek=KEK, stdin=value),
+                             self.dies('unseal', kek=KEK, stdin=sealed.range_response((ETCD_KEY, value)))):
+                    self.assertNotRegex(line, f'(?i){KINDS["plain"]}|{KINDS["terminal"]}|{KINDS["text"]}|{KINDS["unknown"]}')
 
-
-class All(Case):
-    def setUp(self):
-        self.top = fresh_dir()
-        self.dir = os.path.join(self.top, 'objects')
-
-    def unseal(self, *entries, code=0, stdin=None, kek=KEK):
-        done = run('unseal', '--all', self.dir, kek=kek, stdin=stdin or sealed.range_response(*entries))
-        self.assertEqual(done.returncode, code, done.stderr)
-        return done
-
-    def files(self):
-        found = {}
-        for path, folders, names in os.walk(self.top):
-            for name in folders:
-                self.assertEqual(stat.S_IMODE(os.lstat(os.path.join(path, name)).st_mode), 0o700)
-            for name in names:
-                full = os.path.join(path, name)
-                self.assertEqual(stat.S_IMODE(os.lstat(full).st_mode), 0o600)
-                with open(full, 'rb') as file:
-                    found[os.path.relpath(full, self.dir)] = file.read()
-        return found
-
-    def entry(self, name, plaintext=OBJECT, kek=KEK):
-        return name, sealed.etcd_v2(kek, name, plaintext)
-
-    def test_all(self):
-        names = [b'/registry/secrets/ns%d/name-%d' % (i % 7, i) for i in range(100)]
-        done = self.unseal(*(self.entry(name, b'k8s\0' + name) for name in names))
-        self.assertEqual((done.stdout, done.stderr), (b'written values=100\n', ''))
-        self.assertEqual(self.files(), {name[1:].decode(): b'k8s\0' + name for name in names})
-
-    def test_safe_names(self):
-        """No etcd key leads out of the directory, and no two to one file."""
-        names = {b'/../../etc/passwd': '%2e./%2e./etc/passwd', b'//x': '%/x', b'/a/': 'a/%', b'/a/./b': 'a/%2e/b',
-                 b'/.ssh/x y': '%2essh/x%20y', b'/-rf': '%2drf', b'/a\0b\n\x1b': 'a%00b%0a%1b',
-                 b'/clusterroles/system:a+b@c=d_e': 'clusterroles/system:a+b@c=d_e', b'/100%25': '100%2525',
-                 '/\u00e4'.encode(): '%c3%a4', b'no-slash': 'no-slash', b'/x/' + b'n' * 255: 'x/' + 'n' * 255}
-        self.unseal(*(self.entry(name, name) for name in names))
-        self.assertEqual(self.files(), {path: name for name, path in names.items()})
-
-    def test_what_gives_no_file_is_named(self):
-        entries = [self.entry(b'/s/good'), self.entry(b'/s/lost', kek=OTHER), (b'/s/plain', OBJECT),
-                   (b'/s/foreign', b'k8s:enc:aescbc:v1:k:' + bytes(40)), (b'/s/wrong', V2),
-                   self.entry(b'/s/good/below'), self.entry(b'/s/good'), self.entry(b'/s/' + b'n' * 256),
-                   (b'/s/forged\nline', OBJECT)]
-        done = self.unseal(*entries, code=1)
-        self.assertEqual(done.stdout, b'written values=1\n')
-        self.assertEqual(self.files(), {'s/good': OBJECT})
-        lines = done.stderr.splitlines()
-        self.assertEqual(lines[:3], [f'kmsplugin: /s/lost needs the KEK with key_id {key_id(OTHER)}',
-                                     f'kmsplugin: /s/plain {PLAIN}',
-                                     'kmsplugin: /s/foreign is encrypted by another provider than KMS'])
-        self.assertIn(r'/s/forged\x0aline', done.stderr)
-        self.assertIn('/s/good cannot be written: File exists', done.stderr)
-        self.assertIn('/s/good/below cannot be written: Not a directory', done.stderr)
-        self.assertRegex(done.stderr, 'cannot be written: File ?name too long')
-        self.assertEqual(lines[-1], 'kmsplugin: unseal: 8 of 9 values were not written')
-        self.assertEqual(len(lines), 9)
-
-    def test_nothing_is_overwritten(self):
-        self.unseal(self.entry(b'/s/a', b'first'))
-        done = self.unseal(self.entry(b'/s/a', b'second'), self.entry(b'/s/b', b'b'), code=1)
-        self.assertEqual(done.stdout, b'written values=1\n')
-        self.assertEqual(self.files(), {'s/a': b'first', 's/b': b'b'})
-
-    def test_links_are_not_followed(self):
-        """Somebody else's, in a directory that was not empty."""
-        outside = fresh_dir()
-        os.makedirs(self.dir + '/s')
-        os.symlink(outside, self.dir + '/s/folder')
-        os.symlink(outside + '/file', self.dir + '/s/file')
-        self.unseal(self.entry(b'/s/folder/x'), self.entry(b'/s/file'), code=1)
-        self.assertEqual(os.listdir(outside), [])
-
-    def test_other_inputs(self):
-        for stdin, said in ((b' ', 'white space'), (V2, 'a value of KMS v2: --all reads what'), (OBJECT, 'not encrypted'),
-                            (sealed.range_response(), 'no entry'), (TWO[:-2], 'cut off')):
-            with self.subTest(said=said):
-                done = self.unseal(stdin=stdin, code=1)
-                self.assertIn(said, done.stderr.splitlines()[-1])
-        with open(self.top + '/file', 'w', encoding='ascii'):
-            pass
-        done = run('unseal', '--all', self.top + '/file', kek=KEK, stdin=TWO)
-        self.assertEqual((done.returncode, done.stdout), (1, b''))
-
-    def test_a_full_disk(self):
-        """No half of an object stays."""
-        os.mkdir(self.dir)
-        size = 1 << 16
-
-        def limit():
-            resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
-        done = run('unseal', '--all', self.dir, kek=KEK, preexec_fn=limit,
-                   stdin=sealed.range_response(self.entry(b'/small', b's'), self.entry(b'/big', bytes(2 * size))),
-                   wrapper=('env', '--ignore-signal=XFSZ'))
-        self.assertEqual(done.returncode, 1, done.stderr)
-        self.assertIn('/big cannot be written: File too large', done.stderr)
-        self.assertEqual(os.listdir(self.dir), ['small'])
+    def test_more_than_a_value_can_have(self):
+        self.assertRegex(self.dies('audit', kek=KEK, stdin=sealed.range_response((b'/x', bytes(4 << 20)))), '4 MiB|too l|larger|longer')
+        self.assertRegex(self.dies('unseal', K, kek=KEK, stdin=V2 + bytes(4 << 20)), '4 MiB|too l|larger|longer')
 
 
 class Kine(Case):
@@ -547,7 +288,7 @@ class Kine(Case):
                          [(b'/registry/configmaps/a/1', OBJECT)])
         self.assertEqual(sorted(self.entries(self.query('history'))),
                          sorted([(name + b'1', old), (name + b'1', old), (name + b'1', new), *[(name + b'2', OBJECT)] * 3]))
-        self.assertIn('2 values are not under', self.dies_audit(self.query('history')))
+        self.assertIn(key_id(OTHER), run('audit', kek=KEK, stdin=self.query('history')).stdout.decode())
 
     def dies_audit(self, stdin):
         done = run('audit', kek=KEK, stdin=stdin)
@@ -568,8 +309,8 @@ class Kine(Case):
     def test_empty(self):
         for name in ('rangeresponse', 'history'):
             self.assertEqual(self.entries(self.query(name)), [])
-            self.assertIn('no entry: does the prefix exist?', self.dies_audit(self.query(name)))
-            self.assertIn('no entry: does the etcd key exist?', self.dies('unseal', K, kek=KEK, stdin=self.query(name)))
+            self.assertIn('no entry', self.dies_audit(self.query(name)))
+            self.assertIn('no entry', self.dies('unseal', kek=KEK, stdin=self.query(name)))
 
 
 def varint(n):
@@ -582,56 +323,94 @@ def varint(n):
 
 class Audit(Case):
     def assert_audit(self, code, entries, *args, kek=KEK, stdin=None):
+        """The exit status, a line on stderr with 1, and one sentence about what was looked at; gives all of it."""
         stdin = sealed.range_response(*entries) if stdin is None else stdin
         done = run('audit', *args, kek=kek, stdin=stdin)
         self.assertEqual(done.returncode, code, (done.stdout, done.stderr))
         self.assertEqual(len(done.stderr.splitlines()), code, done.stderr)
-        return done.stdout.decode()
+        self.assertNotRegex(done.stderr, r'\b0 (values )?do not open')
+        return done.stdout.decode() + done.stderr
 
-    def entries(self, count, kek=KEK):
+    def entries(self, count, kek=KEK, name=b'name'):
         for i in range(count):
-            name = b'/registry/secrets/default/%d' % i
-            yield name, (sealed.etcd_v1 if i % 4 == 0 else sealed.etcd_v2)(kek, name, OBJECT)
+            etcd_key = b'/registry/secrets/default/%d' % i
+            yield etcd_key, (sealed.etcd_v1 if i % 4 == 0 else sealed.etcd_v2)(kek, etcd_key, OBJECT, name=name)
+
+    def assert_row(self, shown, count, *words):
+        """One line has these words and this number of values."""
+        rows = [line for line in shown.splitlines() if all(re.search(rf'(?<![\w-]){re.escape(word)}(?![\w-])', line) for word in words)]
+        self.assertEqual([row for row in rows if re.search(rf'\bvalues={count}\b', row)], rows[:1], (words, shown))
+        self.assertTrue(rows, (words, shown))
 
     def test_all_well(self):
-        shown = self.assert_audit(0, self.entries(20))
-        self.assertRegex(shown, rf'(?m)^.*\bv2\b.*{key_id(KEK)}.*\b15\b')
-        self.assertRegex(shown, rf'(?m)^.*\bv1\b.*{key_id(KEK)}.*\b5\b')
-        self.assertEqual(self.assert_audit(0, self.entries(20), '--strict', '--list'), shown)
+        """Counted by API, provider's name and key_id."""
+        entries = [*self.entries(20), (b'/z', sealed.etcd_v2(KEK, b'/z', OBJECT, name=b'second'))]
+        shown = self.assert_audit(0, entries, kek=BOTH)
+        self.assert_row(shown, 15, 'v2', 'name', key_id(KEK))
+        self.assert_row(shown, 1, 'v2', 'second', key_id(KEK))
+        self.assert_row(shown, 5, 'v1', 'name', key_id(KEK))
+        self.assertEqual(self.assert_audit(0, entries, '--strict', '--list', kek=BOTH), shown)
+
+    def test_what_was_looked_at(self):
+        """A dump of one key, or of another prefix, does not pass for the whole."""
+        for count in (1, 7):
+            entries = list(self.entries(count))
+            for code, more, ring in ((0, [], KEK), (0, [(b'/registry/zzz\n', b'x')], KEK), (1, [], OTHER)):
+                whole = entries + more
+                shown = self.assert_audit(code, whole, kek=ring)
+                first, last = (name.replace(b'\n', b'').decode() for name in (whole[0][0], whole[-1][0]))
+                line = [line for line in shown.splitlines() if first in line and last in line]
+                self.assertEqual(len(line), 1, shown)
+                self.assertRegex(line[0], rf'\b{len(whole)}\b')
 
     def test_nothing_of_ours(self):
-        for entries in ((), ((b'/a', b'plain'),), ((b'/a', b'k8s:enc:aescbc:v1:k:' + bytes(32)),)):
+        for entries in ((), ((b'/a', b'plain'),), ((b'/a', FOREIGN['aescbc']),)):
             self.assert_audit(1, entries)
-        self.assert_audit(1, (), stdin=b'')
 
     def test_another_kek(self):
         """Readable or not, what the sealing KEK does not open needs another."""
-        entries = [*self.entries(4), (b'/old', sealed.etcd_v2(OTHER, b'/old', OBJECT))]
-        for ring in (text(KEK), f'{text(KEK)},{text(OTHER)}'):
+        entries = [*self.entries(4), (b'/old', sealed.etcd_v2(OTHER, b'/old', OBJECT)),
+                   (b'/old1', sealed.etcd_v1(OTHER, b'/old1', OBJECT))]
+        for ring in (text(KEK), BOTH):
             shown = self.assert_audit(1, entries, '--list', kek=ring)
-            self.assertRegex(shown, rf'{key_id(OTHER)}.*\b1\b')
-            self.assertIn('/old', shown)
-            self.assertNotIn('/registry', shown)
+            self.assert_row(shown, 3, 'v2', 'name', key_id(KEK))
+            self.assertEqual(sum(map(int, re.findall(rf'{key_id(OTHER)}.*\bvalues=(\d+)', shown))), 2, shown)
+            self.assertRegex(shown, '(?m)^(?=.* /old$)')
+            self.assertNotRegex(shown, r'(?m)/registry/secrets/default/[0-9]+$')
+        self.assertNotIn('not open', self.assert_audit(1, entries, kek=BOTH).splitlines()[-1])
         self.assert_audit(1, self.entries(4), kek=f'{text(OTHER)},{text(KEK)}')
 
-    def test_what_does_not_open(self):
+    def test_what_is_damaged(self):
+        """A value that is known for ours and does not open keeps every KEK."""
         good = dict(self.entries(2))
         for name, value in good.items():
-            for bad in ({name: value[:-3] + b'???'}, {name: value[:30]}, {name + b'2': value}):
-                shown = self.assert_audit(1, {**good, b'/a': list(good.values())[0], **bad}.items(),
-                                          '--list')
+            for bad in ({name: value[:-3] + b'???'}, {name + b'2': value}, {name: value[:-40]}):
+                shown = self.assert_audit(1, {**good, b'/a': list(good.values())[0], **bad}.items(), '--list')
                 self.assertIn(list(bad)[0].decode(), shown)
+        for what in (sealed.etcd_v2(KEK, b'/b', OBJECT, identity=key_id(OTHER)), sealed.etcd_v2(KEK, b'/b', OBJECT, identity='g' + key_id(KEK)[1:]),
+                     sealed.etcd_v1_cbc(KEK, OBJECT)):
+            self.assert_audit(1, [*self.entries(3), (b'/b', what)])
 
-    def test_plaintext_and_foreign(self):
-        for value in (b'{}', OBJECT, b'k8s:enc:secretbox:v1:k:' + bytes(50)):
-            entries = [*self.entries(3), (b'/beside', value)]
-            self.assert_audit(0, entries)
-            self.assertIn('/beside', self.assert_audit(0, entries, '--list'))
-            self.assert_audit(1, entries, '--strict')
+    def test_what_is_not_ours_keeps_no_kek(self):
+        """On a cluster with anything else beside, a KEK can be retired."""
+        for name, value in {**PLAINTEXT, **FOREIGN, **STRANGE}.items():
+            for key in (b'/registry/beside', b'compact_rev_key'):
+                with self.subTest(name=name, key=key):
+                    entries = [*self.entries(3), (key, value)]
+                    self.assert_audit(0, entries)
+                    self.assertIn(key.decode(), self.assert_audit(0, entries, '--list', kek=BOTH))
+                    self.assert_audit(1, entries, '--strict')
+                    self.assert_audit(1, [(key, value)])
+
+    def test_what_is_not_ours_is_counted_by_kind(self):
+        entries = [(b'/%d' % i, value) for i, value in enumerate([*PLAINTEXT.values(), *FOREIGN.values()])]
+        shown = self.assert_audit(0, [*self.entries(8), *entries])
+        counts = [int(n) for n in re.findall(r'\bvalues=(\d+)', shown)]
+        self.assertEqual(sum(counts), 8 + len(entries), shown)
+        self.assert_row(shown, len(PLAINTEXT), 'plaintext')
 
     def test_etcd_keys_are_escaped(self):
-        entries = [*self.entries(1), (b'/a\nforged\x1b[31m\xff', b'{}')]
-        shown = self.assert_audit(0, entries, '--list')
+        shown = self.assert_audit(0, [*self.entries(1), (b'/a\nforged\x1b[31m\xff', b'{}')], '--list')
         self.assertNotRegex(shown, '[\x00-\x09\x0b-\x1f]|(?m:^forged)')
 
     def test_cut_off(self):
@@ -645,59 +424,48 @@ class Audit(Case):
             del answer.kvs[-1]
         for end in (len(whole) - 1, len(whole) // 2, 20, 1):
             self.assert_audit(1, (), stdin=whole[:end])
-
-    def test_there_is_more(self):
         answer = kms.Etcd.RangeResponse(count=9, more=True)
         for name, value in self.entries(3):
             answer.kvs.add(key=name, value=value)
         self.assert_audit(1, (), stdin=answer.SerializeToString())
 
     def test_not_a_response(self):
-        for stdin in (b'no protobuf', b'\xff' * 100, bytes(100), os.urandom(1000),
-                      b'\x12\xff\xff\xff\xff\x0f'):
+        for stdin in (b'no protobuf', b'\xff' * 100, bytes(100), os.urandom(1000), b'\x12\xff\xff\xff\xff\x0f'):
             self.assert_audit(1, (), stdin=stdin)
 
     def test_many_entries(self):
-        """More than any buffer holds."""
+        """More than any buffer holds, and in pieces of any size."""
         name, big = b'/big', os.urandom(1 << 20)
-        entries = [*self.entries(2000), *[(name, sealed.etcd_v2(KEK, name, big))] * 8]
-        found = re.findall(r'\d+', self.assert_audit(0, entries).replace(key_id(KEK), ''))
-        self.assertLessEqual({'500', '1508'}, set(found))
+        shown = self.assert_audit(0, [*self.entries(2000), *[(name, sealed.etcd_v2(KEK, name, big))] * 8])
+        self.assert_row(shown, 500, 'v1', key_id(KEK))
+        self.assert_row(shown, 1508, 'v2', key_id(KEK))
+        answer = sealed.range_response(*self.entries(20))
+        for size in (1, 3, 61):
+            done = run('audit', kek=KEK, wrapper=('sh', '-c', f'dd bs={size} status=none | "$0" "$@"'), stdin=answer)
+            self.assertEqual(done.stdout.decode(), self.assert_audit(0, (), stdin=answer))
 
     def test_many_keks(self):
         keks = [fresh_kek() for _ in range(16)]
-        entries = [entry for kek in keks for entry in self.entries(4, kek)]
-        shown = self.assert_audit(1, entries, kek=','.join(map(text, keks)))
+        shown = self.assert_audit(1, [entry for kek in keks for entry in self.entries(4, kek)], kek=','.join(map(text, keks)))
         for kek in keks:
-            self.assertIn(key_id(kek), shown)
+            self.assert_row(shown, 3, 'v2', key_id(kek))
 
-    def test_more_key_ids_than_rows(self):
-        """Anybody who writes to etcd can make up any number."""
-        lost = [(b'/lost', sealed.etcd_v2(fresh_kek(), b'/lost', OBJECT)) for _ in range(300)]
-        shown = self.assert_audit(1, [*lost, *self.entries(8)])
-        counts = dict(re.findall(r'(?m)^(.*?) values=(\d+)', shown))
-        self.assertEqual((counts[f'v2 key_id={key_id(KEK)}'], counts[f'v1 key_id={key_id(KEK)}']), ('6', '2'))
-        self.assertEqual(sum(map(int, counts.values())), 308)
-        self.assertLess(len(counts), 70)
+    def test_more_names_than_rows(self):
+        """Anybody who writes to etcd can make up any number of KEKs and of providers: none is lost from the sum."""
+        made = [(b'/lost', sealed.etcd_v2(fresh_kek(), b'/lost', OBJECT)) for _ in range(300)]
+        made += [(b'/n', sealed.etcd_v2(KEK, b'/n', OBJECT, name=b'n%d' % i)) for i in range(300)]
+        shown = self.assert_audit(1, [*made, *self.entries(8)])
+        counts = [int(n) for n in re.findall(r'\bvalues=(\d+)', shown)]
+        self.assertEqual(sum(counts), 608, shown)
+        self.assertLess(len(counts), 250)
 
     def test_memory(self):
-        """Small unknown fields took 40 times their size once."""
-        name = b'/a'
-        value = sealed.etcd_v2(KEK, name, bytes(1 << 20)) + b'\x30\x01' * (1 << 20)
+        """Small unknown fields took 40 times their size once: such a value is opened, or refused."""
+        value = sealed.etcd_v2(KEK, b'/a', bytes(1 << 20)) + b'\x30\x01' * (1 << 20)
         entry = b'\x0a\2/a' + b'\x2a' + varint(len(value)) + value
         entry += b'\x30\1' * ((4 << 20) // 2 - len(entry) // 2)
-        answer = b'\x12' + varint(len(entry)) + entry
-        for args in (('audit',), ('unseal',)):
-            before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
-            done = run(*args, kek=KEK, stdin=answer, wrapper=() if SANITIZED else ('prlimit', f'--as={20 << 20}'))
-            self.assertEqual(done.returncode, 0, (done.stderr, before))
-
-    def test_a_full_disk_is_an_error(self):
-        done = run('audit', kek=KEK, stdin=sealed.range_response(*self.entries(3)),
-                   wrapper=('sh', '-c', '"$0" "$@" >/dev/full'))
-        self.assertEqual((done.returncode, len(done.stderr.splitlines())), (1, 1), done.stderr)
-
-
-if __name__ == '__main__':
-    for made_verb, made_name, _, made_code, made_said in inputs():
-        sys.stdout.write(f'| `{made_verb}` | {made_name} | {made_code} | {made_said} |\n')
+        answer = b'\x12' + varint(len(entry)) + entry + b'\x20\1'
+        for verb in ('audit', 'unseal'):
+            done = run(verb, kek=KEK, stdin=answer, wrapper=() if SANITIZED else ('prlimit', f'--as={20 << 20}'))
+            self.assertIn(done.returncode, (0, 1))
+            self.assertNotRegex(done.stderr, '(?i)memory')

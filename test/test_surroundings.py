@@ -1,5 +1,5 @@
-"""A machine that is not as one would have it: calls that the kernel lacks or a container runtime forbids, signals,
-closed descriptors, sockets that others have left. The server serves, or says in one line why it cannot."""
+"""A machine that is not as one would have it: calls that the kernel lacks or a container runtime forbids, signals, closed
+descriptors. The server serves, or says in one line why it cannot."""
 import errno
 import os
 import platform
@@ -11,131 +11,181 @@ import sys
 import time
 import unittest
 
-from plugin import (BINARY, EMULATED, KEK, ROOT, SANITIZED, STRANGER, WAIT, Case, as_user, environment, fresh_dir,
-                    key_id, needs_root, public_binary, run, text, until)
+from plugin import BINARY, EMULATED, KEK, SANITIZED, WAIT, Case, environment, fresh_dir, key_id, needs_root, run, text, until
 from raw import Raw
 
-# Becomes the program, with a filter of system calls: number NUMBER is answered with error ERROR.
+# Becomes the program, with a filter of system calls: those of NUMBERS are answered with error ERROR. With the error 0 the call
+# is getrandom as it is after boot: it waits, or fails with EAGAIN if it may not wait. (It waits for the listener of the
+# filter, which nobody reads.)
 DENY = r'''
-import ctypes, os, struct, sys
-number, error = int(sys.argv[1]), int(sys.argv[2])
-LOAD, EQUAL, RETURN, ERROR, ALLOW = 0x20, 0x15, 0x06, 0x50000, 0x7fff0000
-code = [(LOAD, 0, 0, 0), (EQUAL, 0, 1, number), (RETURN, 0, 0, ERROR | error), (RETURN, 0, 0, ALLOW)]
-code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *line) for line in code))
+import ctypes, errno, os, struct, sys
+numbers, error = [int(n) for n in sys.argv[1].split(",")], int(sys.argv[2])
+LOAD, EQUAL, BIT, RETURN, ERROR, ALLOW, NOTIFY = 0x20, 0x15, 0x45, 0x06, 0x50000, 0x7fff0000, 0x7fc00000
+code = [(LOAD, 0, 0, 0), *((EQUAL, len(numbers) - i, 0, n) for i, n in enumerate(numbers)), (RETURN, 0, 0, ALLOW)]
+code += [(RETURN, 0, 0, ERROR | error)] if error else [
+    (LOAD, 0, 0, 32), (BIT, 0, 1, os.GRND_NONBLOCK), (RETURN, 0, 0, ERROR | errno.EAGAIN), (RETURN, 0, 0, NOTIFY)]
+lines = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *line) for line in code))
 class Program(ctypes.Structure):
     _fields_ = [("len", ctypes.c_ushort), ("code", ctypes.c_void_p)]
 libc = ctypes.CDLL(None, use_errno=True)
-NO_NEW_PRIVS, SECCOMP, FILTER = 38, 22, 2
-if libc.prctl(NO_NEW_PRIVS, 1, 0, 0, 0) or libc.prctl(SECCOMP, FILTER, ctypes.byref(Program(4, ctypes.addressof(code)))):
+NO_NEW_PRIVS, SECCOMP, FILTER, NEW_LISTENER = 38, 317, 1, 8
+libc.prctl(NO_NEW_PRIVS, 1, 0, 0, 0)
+fd = libc.syscall(SECCOMP, FILTER, 0 if error else NEW_LISTENER, ctypes.byref(Program(len(code), ctypes.addressof(lines))))
+if fd < 0:
     sys.exit(os.strerror(ctypes.get_errno()))
+if not error:
+    os.set_inheritable(fd, True)
 os.execv(sys.argv[3], sys.argv[3:])
 '''
 
-# x86-64's numbers. What happens without: None, it serves and warns of nothing; a warning's words; or with '!' the one
-# line that it ends with.
+# x86-64's numbers.
 CALLS = {
-    'prctl': (157, 'feature=seccomp'), 'prlimit64': (302, None), 'getrlimit': (97, None), 'fstat': (5, None),
-    'lstat': (6, None), 'statx': (332, None), 'mlock': (149, 'cannot be locked'), 'madvise': (28, 'MADV_DONTFORK'),
-    'getrandom': (318, '!getrandom: '), 'clock_gettime': (228, None), 'ppoll': (271, '!ppoll: '),
-    'rt_sigprocmask': (14, '!sigprocmask, sigaction: '), 'rt_sigaction': (13, '!sigprocmask, sigaction: '),
-    'socket': (41, '!socket: '), 'bind': (49, '!bind: '), 'listen': (50, '!listen: '), 'getsockname': (51, 'getsockname: '),
-    'pipe2': (293, 'pipe2: '), 'clone': (56, 'fork: '), 'clone3': (435, None), 'wait4': (61, 'waitpid: '),
-    'kill': (62, 'kill: '), 'alarm': (37, None), 'epoll_create1': (291, '!epoll_create1: '),
-    'epoll_ctl': (233, '!epoll_ctl: '), 'epoll_pwait': (281, '!epoll_pwait: '), 'signalfd4': (289, '!signalfd: '),
-    'timerfd_create': (283, '!timerfd_create: '), 'timerfd_settime': (286, '!timerfd_settime: '), 'fcntl': (72, None),
-    'capset': (126, 'feature=capabilities'), 'chmod': (90, '!chmod: '), 'umask': (95, None), 'accept4': (288, '!accept4: '),
-    'getsockopt': (55, '!getsockopt: '), 'setsockopt': (54, None), 'connect': (42, '!connect: '), 'unlink': (87, None),
-    'clock_nanosleep': (230, None), 'readlink': (89, None), 'seccomp': (317, None),
-    'rt_sigreturn': (15, None), 'poll': (7, None), 'getcwd': (79, None), 'gettid': (186, None),
-}
-ENTROPY = (318, errno.EAGAIN)
-with open(BINARY, 'rb') as program:
-    GLIBC = b'libc.so.6' in program.read()
+    'prctl': 157, 'prlimit64': 302, 'getrlimit': 97, 'fstat': 5, 'lstat': 6, 'newfstatat': 262, 'statx': 332, 'mlock': 149,
+    'madvise': 28, 'getrandom': 318, 'clock_gettime': 228, 'ppoll': 271, 'rt_sigprocmask': 14, 'rt_sigaction': 13, 'socket': 41,
+    'bind': 49, 'listen': 50, 'getsockname': 51, 'pipe2': 293, 'socketpair': 53, 'shutdown': 48, 'clone': 56, 'clone3': 435,
+    'fork': 57, 'wait4': 61, 'kill': 62, 'epoll_create1': 291, 'epoll_ctl': 233, 'epoll_pwait': 281, 'signalfd4': 289,
+    'fcntl': 72, 'capset': 126, 'chmod': 90, 'fchmodat': 268, 'umask': 95, 'accept4': 288, 'getsockopt': 55, 'setsockopt': 54,
+    'connect': 42, 'unlink': 87, 'readlink': 89, 'readlinkat': 267, 'seccomp': 317, 'poll': 7, 'mprotect': 10,
+    'timer_create': 222, 'setitimer': 38, 'rt_sigreturn': 15, 'gettid': 186, 'brk': 12, 'munmap': 11}
+# Connects to every name that /proc/net/unix shows, in a network of its own, and hands a descriptor over.
+INTRUDER = r'''
+import os, socket
+os.setresgid(12345, 12345, 12345)
+os.setresuid(12345, 12345, 12345)
+print("ready", flush=True)
+while True:
+    with open("/proc/net/unix") as file:
+        names = {line.split()[7] for line in file if len(line.split()) > 7}
+    for name in names:
+        try:
+            with socket.socket(socket.AF_UNIX) as peer:
+                peer.settimeout(1)
+                peer.connect(name.replace("@", "\0", 1))
+                socket.send_fds(peer, [b"x"], [0])
+        except OSError:
+            pass
+'''
 
 x86_64_only = unittest.skipUnless(platform.machine() == 'x86_64' and not EMULATED, 'the numbers are those of x86-64')
 
 
-def denied(number, error):
-    return (sys.executable, '-c', DENY, str(number), str(error))
+def denied(names, error):
+    return (sys.executable, '-c', DENY, ','.join(str(CALLS[name]) for name in names.split()), str(error))
 
 
 class Kernel(Case):
-    def serves(self, server):
-        with Raw(server.path) as raw:
-            self.assertTrue(raw.works())
-        server.stop()
-        self.assertFalse(os.path.lexists(server.path))
-
-    def refuses(self, wrapper):
-        """Exit status 1, nothing left behind; gives the last line that it says."""
-        endpoint = 'unix://' + fresh_dir() + '/kms.sock'
-        done = run('serve', '--listen', endpoint, kek=KEK, wrapper=wrapper)
-        self.assertEqual(done.returncode, 1, done.stderr)
-        self.assertFalse(os.path.lexists(endpoint[len('unix://'):]))
-        line = done.stderr.splitlines()[-1]
-        self.assertTrue(line.startswith('kmsplugin: '), done.stderr)
-        return line
-
-    def cases(self):
-        for name, (number, expected) in CALLS.items():
-            for error in (errno.ENOSYS, errno.EPERM):
-                wrapper = denied(number, error)
-                if run('--version', wrapper=wrapper).returncode == 127:
-                    continue    # the dynamic loader cannot do without: fstat, on Debian 13
-                yield name, wrapper, expected, error
-
-    @x86_64_only
-    @unittest.skipIf(SANITIZED, 'sanitizers need many of these calls')
-    @unittest.skipUnless(GLIBC, 'musl makes other calls, and has others to fall back on')
-    def test_each_call_missing_or_forbidden(self):
-        for name, wrapper, expected, error in self.cases():
-            with self.subTest(call=name, error=errno.errorcode[error]):
-                if expected and expected.startswith('!'):
-                    self.assertIn(expected[1:] + os.strerror(error), self.refuses(wrapper))
-                    continue
-                server = self.start(wrapper=wrapper)
-                warnings = '\n'.join(line for line in server.lines if 'level=warn' in line)
-                if expected:
-                    self.assertIn(expected, warnings)
-                    self.assertIn(os.strerror(error) if 'MADV' not in expected else '', warnings)
-                else:
-                    self.assertEqual(warnings, '')
-                self.serves(server)
-
-    @x86_64_only
-    @unittest.skipIf(SANITIZED or GLIBC, 'another test asks more')
-    def test_each_call_missing_or_forbidden_by_musl(self):
-        """It serves, or ends in a line that names a call."""
-        served = refused = 0
-        for name, wrapper, _, error in self.cases():
-            try:
-                server = self.start(wrapper=wrapper)
-            except AssertionError:
-                self.assertRegex(self.refuses(wrapper), r'\w+: ' + os.strerror(error), name)
-                refused += 1
-            else:
-                self.serves(server)
-                served += 1
-        self.assertGreater(min(served, refused), 20)
-
-    @x86_64_only
-    def test_no_entropy_yet(self):
-        """It says that it waits, is not ready, and hears SIGTERM."""
+    def outcome(self, wrapper, *args):
+        """What it says, whether it serves, and its exit status, after SIGTERM if it had not ended; nothing is left behind."""
         path = fresh_dir() + '/kms.sock'
-        process = subprocess.Popen([*denied(*ENTROPY), BINARY, 'serve', '--listen', 'unix://' + path],
-                                   env=environment(KEK, None), stderr=subprocess.PIPE)
+        process = subprocess.Popen([*wrapper, BINARY, 'serve', '--listen', 'unix://' + path, *args], env=environment(KEK, None),
+                                   stderr=subprocess.PIPE, stdin=subprocess.DEVNULL, text=True)
+        lines, serves = [], False
         try:
-            line = process.stderr.readline()
-            self.assertIn(b'waiting for the kernel to have random numbers', line)
-            self.assertFalse(os.path.lexists(path))
-            process.send_signal(signal.SIGTERM)
-            rest = process.stderr.read()
-            self.assertEqual(process.wait(WAIT), 0)
-            self.assertNotIn(b'msg=ready', rest)
+            for line in process.stderr:
+                lines.append(line.rstrip('\n'))
+                if ' msg=ready ' in line:
+                    serves = run('probe', 'unix://' + path, '--timeout', '2').returncode == 0
+                    process.terminate()
+                    break
+            lines += process.stderr.read().splitlines()
+            process.wait(WAIT)
         finally:
             process.kill()
             process.wait()
             process.stderr.close()
+        self.assertFalse(os.path.lexists(path), lines)
+        return lines, serves, process.returncode
+
+    @x86_64_only
+    @unittest.skipIf(SANITIZED, 'sanitizers need many of these calls')
+    def test_each_call_missing_or_forbidden(self):
+        """It serves, or its words name what failed, and why."""
+        served, ended = set(), set()
+        for name in CALLS:
+            for error in (errno.ENOSYS, errno.EPERM):
+                wrapper = denied(name, error)
+                if run('--version', wrapper=wrapper).returncode:
+                    continue    # the dynamic loader cannot do without
+                with self.subTest(call=name, error=errno.errorcode[error]):
+                    lines, serves, status = self.outcome(wrapper)
+                    if serves:
+                        served.add(name)
+                        self.assertEqual(status, 0, lines)
+                    else:
+                        ended.add(name)
+                        said = [line for line in lines if line.startswith('kmsplugin: ') or re.search('level=(warn|error)', line)]
+                        self.assertTrue(any(re.search(rf'\w.*{os.strerror(error)}', line) for line in said), lines)
+                        self.assertIn(status, (0, 1))
+        self.assertGreaterEqual(len(served), 20, served)
+        self.assertLessEqual({'socket', 'bind', 'listen', 'signalfd4', 'epoll_create1', 'getrandom', 'epoll_pwait'}, ended)
+
+    @x86_64_only
+    @unittest.skipIf(SANITIZED, 'sanitizers need many of these calls')
+    def test_what_the_sandbox_lacks(self):
+        """A warning before READY, and with `require` an end in one line; a rehearsal that cannot be held is no reason."""
+        for name, error, says in (('prctl', errno.EPERM, 'seccomp|no_new_privs'), ('capset', errno.EPERM, 'capabilities'),
+                                  ('madvise', errno.EPERM, 'madvise'), ('mlock', errno.EPERM, 'locked'), ('clone fork', errno.EAGAIN, 'rehearsal')):
+            with self.subTest(call=name):
+                lines, serves, _ = self.outcome(denied(name, error))
+                warnings = '\n'.join(line for line in lines[:1 + next(i for i, line in enumerate(lines) if 'msg=ready' in line)]
+                                     if 'level=warn' in line)
+                self.assertTrue(serves, lines)
+                self.assertRegex(warnings, says)
+                self.assertIn(os.strerror(error), warnings)
+                lines, serves, status = self.outcome(denied(name, error), '--sandbox', 'require')
+                if name in ('mlock', 'clone fork'):
+                    self.assertTrue(serves, lines)
+                else:
+                    self.assertEqual((status, len(lines)), (1, 1), lines)
+                    self.assertRegex(lines[0], rf'require.*({says}).*{os.strerror(error)}')
+        server = self.start('--sandbox', 'require', wrapper=denied('clone fork', errno.EAGAIN))
+        self.assertIn(b'Seccomp_filters:\t2', server.proc('status'))
+
+    @x86_64_only
+    def test_no_entropy_yet(self):
+        """It says that it waits, is not ready, and hears SIGTERM."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            path = fresh_dir() + '/kms.sock'
+            process = subprocess.Popen([*denied('getrandom', 0), BINARY, 'serve', '--listen', 'unix://' + path],
+                                       env=environment(KEK, None), stderr=subprocess.PIPE)
+            try:
+                self.assertRegex(process.stderr.readline(), b'level=(warn|info) .*(random|entropy)')
+                self.assertFalse(os.path.lexists(path))
+                until(lambda: self.waits(process.pid), 'it waits')
+                process.send_signal(number)
+                rest = process.stderr.read()
+                self.assertEqual(process.wait(WAIT), 0)
+                self.assertNotIn(b'msg=ready', rest)
+            finally:
+                process.kill()
+                process.wait()
+                process.stderr.close()
+
+    def waits(self, pid):
+        with open(f'/proc/{pid}/stat', encoding='ascii') as file:
+            return file.read().rpartition(')')[2].split()[0] == 'S'
+
+
+@needs_root
+@unittest.skipIf(SANITIZED or EMULATED, 'there is no filter')
+class Intruder(Case):
+    def test_no_start_is_delayed_or_loses_its_filter(self):
+        """By a local user who connects to whatever there is a name of."""
+        if subprocess.run(['unshare', '--net', 'true'], check=False, stderr=subprocess.DEVNULL).returncode:
+            self.skipTest('this system gives no network namespaces')
+        intruder = subprocess.Popen(['unshare', '--net', sys.executable, '-c', INTRUDER], stdout=subprocess.PIPE, stdin=subprocess.DEVNULL)
+        self.addCleanup(intruder.stdout.close)
+        self.addCleanup(intruder.wait)
+        self.addCleanup(intruder.kill)
+        self.assertEqual(intruder.stdout.readline(), b'ready\n')
+        for sandbox in ['require', 'auto'] * 20:
+            server = self.start('--listen', 'unix:///@' + os.urandom(8).hex(), '--sandbox', sandbox,
+                                wrapper=('nsenter', f'--net=/proc/{intruder.pid}/ns/net'))
+            self.assertIn(b'Seccomp:\t2', server.proc('status'))
+            self.assertEqual([line for line in server.lines if 'level=warn' in line and 'abstract name' not in line
+                              and 'msg=refused' not in line], [])
+            server.wait_log('msg=refused')      # it was there
+            server.stop()
 
 
 class Signals(Case):
@@ -276,59 +326,3 @@ class Descriptors(Case):
         done = subprocess.run([*self.closing('<&- 2>&-'), BINARY, 'keyid'], stdout=subprocess.PIPE, timeout=WAIT,
                               env=environment(None, {'KMS_KEK_FILE': path}), check=True)
         self.assertIn(key_id(KEK).encode(), done.stdout)
-
-
-class Sockets(Case):
-    def test_descriptors_for_another_process(self):
-        """LISTEN_PID of a wrapper that did not exec: a warning, and the endpoint of --listen is served."""
-        server = self.start(env={'LISTEN_FDS': '1', 'LISTEN_PID': str(os.getpid())})
-        line = server.wait_log('LISTEN_FDS is not taken')[0].string
-        self.assertIn(f'level=warn msg="LISTEN_FDS is not taken', line)
-        self.assertIn(f'listen_pid={os.getpid()} pid={server.pid}', line)
-        with Raw(server.path) as raw:
-            self.assertTrue(raw.works())
-
-    def test_a_path_named_twice(self):
-        path = fresh_dir() + '/kms.sock'
-        line = self.dies('serve', '--listen', 'unix://' + path, '--listen', 'unix://' + path, kek=KEK)
-        self.assertIn('bind: Address already in use; the path was named twice', line)
-
-    @needs_root
-    def test_refused_peers_are_told_at_the_end(self):
-        server = self.start('--mode', '0666')
-        subprocess.run([*as_user(STRANGER), sys.executable, '-c', 'import socket, sys\n'
-                        'for _ in range(5):\n    s = socket.socket(socket.AF_UNIX)\n    s.connect(sys.argv[1])\n    s.recv(1)',
-                        server.path], stderr=subprocess.DEVNULL, timeout=WAIT, check=False)
-        with Raw(server.path) as raw:
-            self.assertTrue(raw.works())
-        server.stop()
-        self.assertEqual(sum(int(m[1]) for m in server.wait_log(r'msg=refused .*count=(\d+)')), 5)
-
-    @needs_root
-    def test_a_stale_socket_that_cannot_be_tried(self):
-        """Root's, and the plugin no longer is: it does not claim that anybody listens."""
-        directory = fresh_dir()
-        server = self.start(path=directory + '/kms.sock')
-        os.kill(server.pid, signal.SIGKILL)
-        server.wait()
-        server.kill()
-        os.chown(directory, STRANGER, STRANGER)
-        line = self.dies('serve', '--listen', 'unix://' + server.path, kek=KEK, wrapper=as_user(STRANGER),
-                         binary=public_binary())
-        self.assertNotIn('another process is listening', line)
-        self.assertIn('socket of uid 0', line)
-        self.assertIn('Permission denied', line)
-        self.assertIn('remove it', line)
-        self.assertTrue(os.path.exists(server.path))
-
-    @needs_root
-    def test_each_step_has_a_sentence(self):
-        directory = fresh_dir()
-        endpoint = f'unix://{directory}/kms.sock'
-        line = self.dies('serve', '--listen', endpoint, kek=KEK, wrapper=as_user(STRANGER), binary=public_binary())
-        self.assertRegex(line, f'{re.escape(endpoint)}: bind: Permission denied; .*write')
-        os.chown(directory, STRANGER, STRANGER)
-        line = self.dies('serve', '--listen', endpoint, '--group', '0', kek=KEK, wrapper=as_user(STRANGER),
-                         binary=public_binary())
-        self.assertRegex(line, f'{re.escape(endpoint)}: chown: Operation not permitted; --group .*runAsGroup')
-        self.assertEqual(os.listdir(directory), [])

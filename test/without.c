@@ -33,23 +33,26 @@ static bool allows(const struct sock_filter *code, unsigned len, unsigned i) {
 static int prctl_without(int option, unsigned long a, const void *b, unsigned long c, unsigned long d) {
     if (option != PR_SET_SECCOMP)
         return prctl(option, a, b, c, d);
-    const struct sock_fprog *program = b;
-    for (unsigned i = 0; i < program->len; i++) {
-        if (!allows(program->filter, program->len, i))
+    struct sock_fprog program = *(const struct sock_fprog *)b;
+    struct sock_filter code[BPF_MAXINSNS];
+    memcpy(code, program.filter, program.len * sizeof *code);
+    program.filter = code;
+    for (unsigned i = 0; i < program.len; i++) {
+        if (!allows(code, program.len, i))
             continue;
         if (listing)
-            printf("%u\n", program->filter[i].k);
-        else if (program->filter[i].k == (uint32_t)left_out)
-            program->filter[i].k = UINT32_MAX;
+            printf("%u\n", code[i].k);
+        else if (code[i].k == (uint32_t)left_out)
+            code[i].k = UINT32_MAX;
     }
-    return listing ? 0 : prctl(option, a, b, c, d);
+    return listing ? 0 : prctl(option, a, &program, c, d);
 }
 
 int main(int argc, char **argv) {
     const char *number = getenv("WITHOUT");
     listing = !number;
     if (listing)
-        return seccomp_enforce() < 0 || fflush(stdout) != 0;
-    left_out = decimal(number, INT_MAX);
+        return seccomp_install() < 0 || fflush(stdout) != 0;
+    left_out = decimal(number, strlen(number), INT_MAX);
     return kmsplugin_main(argc, argv);
 }
