@@ -65,7 +65,7 @@ page() {
 
 # What goes onto the machines: the package, what `make install` makes of the release build, and the tests, in /test.
 stage() {
-    "$MAKE" -s install DESTDIR="$tmp/stage/test/local" PREFIX=/usr/local &&
+    "$MAKE" -s install DESTDIR="$tmp/stage/test/local" PREFIX=/usr/local INSTALL_PROGRAM=build/static/kmsplugin &&
         cmp build/static/kmsplugin "$tmp/stage/test/local/usr/local/sbin/kmsplugin" &&
         mkdir -p "$tmp/stage/test/test" "$tmp/stage/test/deb" &&
         "$MAKE" -s deb >&2 && cp build/deb/kmsplugin_*.deb "$tmp/stage/test/deb/" &&
@@ -123,9 +123,11 @@ boot() {
 echo '== files'
 require 'build' "$MAKE" -s kmsplugin static
 require 'make install, make deb' stage
+cp "$tmp/output" "$tmp/said"
+check 'make install: says which program' grep -q '^installed build/static/kmsplugin, ' "$tmp/said"
 check 'make install: not over a package' fails "$MAKE" -s install PREFIX="$tmp/prefix" PACKAGED=/bin/sh
 check 'make install: nothing is there' fails test -e "$tmp/prefix"
-check 'make install: unless told to' "$MAKE" -s install PREFIX="$tmp/prefix" PACKAGED=/bin/sh OVER_PACKAGE=1 INSTALL_PROGRAM=kmsplugin
+check 'make install: unless told to' "$MAKE" -s install PREFIX="$tmp/prefix" PACKAGED=/bin/sh OVER_PACKAGE=1
 check 'make install: the other program' cmp kmsplugin "$tmp/prefix/sbin/kmsplugin"
 check 'make uninstall' "$MAKE" -s uninstall PREFIX="$tmp/prefix"
 check 'make uninstall: no file is left' silent find "$tmp/prefix" -type f
