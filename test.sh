@@ -38,7 +38,25 @@ same_sections() {
     diff "$tmp/contents" "$tmp/sections" && [ "$(wc -l <"$tmp/sections")" -gt 20 ]
 }
 
+# kmsplugin.c stays what a reader finishes in two evenings: its length, its lines of code, its longest function, where its
+# first one is, and at least 22 lines of comment for 100 of code.
+small_enough() {
+    awk '/^ *\/\*/ { comment = 1 }
+        comment { comments++ }
+        !comment && NF { code++ }
+        !comment && /^[a-z_].*\(/ { begin = NR }
+        begin && /\) \{$/ { start = begin; first = first ? first : start; begin = 0 }
+        /^}$/ && start { longest = NR - start + 1 > longest ? NR - start + 1 : longest; functions++; start = 0 }
+        /\*\/$/ { comment = 0 }
+        END {
+            print NR " lines, " code " of code, " comments " of comment; " functions " functions, the longest " longest \
+                ", the first at " first
+            exit !(NR <= 4600 && code <= 3300 && comments * 100 >= code * 22 && functions > 150 && longest <= 50 && first < 330)
+        }' kmsplugin.c
+}
+
 check contents same_sections
+check 'size of kmsplugin.c' small_enough
 check messages same_messages
 check build make -s kmsplugin
 if require build/unit make -s build/unit; then

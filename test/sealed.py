@@ -70,7 +70,7 @@ def etcd_v2(kek, etcd_key, plaintext, seeded=True, identity=None, api=V2, name=b
         dek = hmac.digest(source, info + b'\x01', 'sha256')
     stored = kms.Etcd.EncryptedObject(
         encrypted_data=info + nonce + AESGCM(dek).encrypt(nonce, plaintext, etcd_key),
-        key_id=identity or key_id(kek), encrypted_dek_source=seal(kek, source, api),
+        key_id=(identity or key_id(kek)).encode(), encrypted_dek_source=seal(kek, source, api),
         encrypted_dek_source_type=1 if seeded else 0)
     return b'k8s:enc:kms:v2:' + name + b':' + stored.SerializeToString()
 

@@ -9,7 +9,7 @@ help::
 	@echo 'make test-hostile   peers that mean harm, and what others notice of it (root)'
 	@echo 'make test-inject    every call that can fail does, one at a time'
 	@echo 'make test-ct        nothing depends on a secret but what may; needs valgrind'
-	@echo 'make test-deploy    the files of deploy/ and the guide, under the systemd of Debian 11, 12 and 13 (root)'
+	@echo 'make test-deploy    the files of deploy/ and the guide, under the systemd of Debian 12 and 13 (root)'
 	@echo 'make test-distros   what README says, on minimal Debian 12, 13 and sid, or DISTROS=... (root, debootstrap)'
 	@echo 'make test-arch      the release build on five architectures, under qemu-user and on Debian'\''s kernels'
 	@echo 'make test-kernel    the latter alone, under qemu-system (some 15 minutes)'
@@ -108,6 +108,7 @@ FUZZ_SECONDS ?= 60
 build/fuzz/%: test/fuzz/%.c test/fuzz/fuzz.h test/responses.h $(TESTED)
 	@mkdir -p build/fuzz
 	clang $(STD) $(WARN) -I. $(CPPFLAGS) -O1 -g -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all \
+		-Dnoreturn= -Wno-return-type \
 		-o $@ $< kms.pb-c.c $(LDFLAGS) $(LIBS)
 
 fuzz: $(FUZZERS:%=build/fuzz/%)

@@ -5,11 +5,9 @@ import re
 import signal
 import time
 
-from hyperframe.frame import DataFrame
-
 import sealed
 from plugin import INVALID, KEK, NOT_FOUND, OTHER, STRANGER, Case, as_user, fresh_dir, key_id, needs_root, run, text, until
-from raw import DECRYPT, DECRYPT_V1, EMPTY, ENCRYPT, STATUS, Raw, field, message, request
+from raw import DECRYPT, DECRYPT_V1, EMPTY, ENCRYPT, STATUS, Raw, data, field, message, request
 
 SAMPLE = re.compile(r'([a-zA-Z_:][a-zA-Z0-9_:]*)(?:\{(.*)\})? (\S+)')
 LABEL = re.compile(r'([a-zA-Z_][a-zA-Z0-9_]*)="((?:[^"\\\n]|\\[\\"n])*)"')
@@ -102,7 +100,7 @@ class Metrics(Case):
             self.assertEqual(raw.call(STATUS, b'').status, 13)
             self.assertEqual(raw.call(ENCRYPT, message(b'x', flag=1)).status, 12)
             stream = raw.open(request(ENCRYPT))
-            raw.send(DataFrame(stream, b'\0\xff\0\0\0'))
+            raw.send(data(stream, b'\0\xff\0\0\0'))
             self.assertEqual(raw.wait(stream).status, 8)
         samples = scrape(server.path)
         self.assertEqual(calls(samples, 'v2', 'Status', 'INTERNAL'), 1)

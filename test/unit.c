@@ -2592,7 +2592,7 @@ static size_t stored_make(const struct stored *o, const struct ring *ring, uint8
     V2__Etcd__EncryptedObject__AnnotationsEntry entry = V2__ETCD__ENCRYPTED_OBJECT__ANNOTATIONS_ENTRY__INIT,
         *entries[] = {&entry};
     e.encrypted_data = binary(data, data_len);
-    e.key_id = text_of(o->key_id ? o->key_id : ring->keks[0].key_id);
+    e.key_id = o->key_id ? binary(o->key_id, strlen(o->key_id)) : binary(ring->keks[0].key_id, KEY_ID_LEN);
     e.encrypted_dek_source = binary(sealed, sealed_len);
     e.encrypted_dek_source_type = (V2__Etcd__DEKSourceType)o->type;
     entry.key = text_of("a.example.org");
