@@ -276,7 +276,10 @@ static void shake_squeeze(struct shake *s, uint8_t *out, size_t len) {
     }
 }
 
-/* -------------------------------------------------------------------- Text */
+/* -------------------------------------------------------------------- Text
+ *
+ * Lines as they are written (line_write, log_init, complain, die, die_usage): test_observe.py, test_cli.py.
+ */
 
 TEST(text_add_cuts) {
     static const char want[] = "sentence -12345 0abc";
@@ -887,7 +890,10 @@ TEST(seal_nonces_differ) {
     ring_free(ring);
 }
 
-/* -------------------------------------------------------------------- Keys */
+/* -------------------------------------------------------------------- Keys
+ *
+ * Where keys come from (ring_load, key_file_read), and what is told of wrong ones (key_mistake): test_keys.py, too.
+ */
 
 /* 32 bytes in base64: one repeated, or a password. */
 #define KEY_ZEROS "AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA="
@@ -1065,7 +1071,10 @@ TEST(environment_take_wipes) {
     }
 }
 
-/* ------------------------------------------------------------- KMS service */
+/* ------------------------------------------------------------- KMS service
+ *
+ * Through kms_call, which leads to kms_seal, kms_open, answer_error, answer_no_memory and answer_message.
+ */
 
 /* A service with its ring, and the answer to the last call. */
 struct service {
@@ -1404,7 +1413,7 @@ TEST(kms_done_wipes) {
 
 /* ----------------------------------------------------------------- Metrics
  *
- * What the page says is for test/test_observe.py.
+ * What the page says (metrics_metric, metrics_single, metrics_durations): test_observe.py.
  */
 
 TEST(metrics_write_fits) {
@@ -1737,7 +1746,12 @@ static void session_feed(struct conn *c, int fd, const uint8_t *bytes, size_t le
     session_drain(fd, out);
 }
 
-/* ------------------------------------------------------------------- Room */
+/* ------------------------------------------------------------------- Room
+ *
+ * Blocks (held_malloc, held_calloc, held_realloc, held_free, block_class, server_spare_free) and streams (stream_new,
+ * stream_free) are those of the sessions below, under AddressSanitizer in build/unit-asan, and of make test-inject. The trace
+ * of uses (conn_use) and server_minute_end: test_observe.py.
+ */
 
 /* The connection that holds most gives way; never the one that asks. */
 TEST(conn_has_room_sheds) {
@@ -1772,7 +1786,12 @@ TEST(server_may_log_some) {
     session_server_free(s);
 }
 
-/* ------------------------------------------------------------------ HTTP/2 */
+/* ------------------------------------------------------------------ HTTP/2
+ *
+ * A dialogue leads through all callbacks: on_begin_headers, on_header, stream_head_end, on_data_chunk_recv, stream_prefix_end,
+ * stream_end, stream_metrics, stream_http_error, stream_fail, stream_reset, on_data_source_read, on_send_data, out_append,
+ * on_frame_send, on_stream_close, session_init. The rest is for fuzz/session.c and test_http2.py.
+ */
 
 /* What the client asks, and what it must be told. */
 enum { PING_PLAIN = 4, MESSAGE_ROOM = 600, FRAME_HEAD = 9, PADDING = 20 };
@@ -2143,7 +2162,10 @@ TEST(conn_settle_without_room) {
     session_server_free(s);
 }
 
-/* ------------------------------------------------------------- Connections */
+/* ------------------------------------------------------------- Connections
+ *
+ * Every session goes through conn_fill, conn_watch and buffer_new.
+ */
 
 /* A peer that takes its answers a few bytes at a time gets them whole. */
 TEST(conn_flush_slow_reader) {
@@ -2194,7 +2216,12 @@ TEST(server_make_way_for_new) {
     session_server_free(s);
 }
 
-/* --------------------------------------------------------------- Endpoints */
+/* --------------------------------------------------------------- Endpoints
+ *
+ * Sockets made, replaced and inherited (listener_open, listener_made, socket_clear, directory_check, owner_check,
+ * endpoint_mistake, listeners_open, listeners_inherit, listener_inherit, listeners_close, notify_open): test_socket.py,
+ * test_cli.py and, for each call that fails, inject.py.
+ */
 
 #define X10 "xxxxxxxxxx"
 #define X100 X10 X10 X10 X10 X10 X10 X10 X10 X10 X10
@@ -2261,7 +2288,12 @@ TEST(way_check_links) {
     CHECK(c->code == CHILD_RETURNED || child_died(c)); /* the sanitized tests see what it reads */
 }
 
-/* -------------------------------------------------------------- Event loop */
+/* -------------------------------------------------------------- Event loop
+ *
+ * Deadlines. The loop itself (server_run, server_wait, server_guard, listener_ready, server_admit, server_log_refused,
+ * server_accept_from, server_signal, server_stop, server_capacity, signals_open) runs in all tests of the running server:
+ * test_socket.py, test_bounds.py, test_surroundings.py.
+ */
 
 
 /* What is not finished in time: a preface, a head, an answer that the peer does not take. */
@@ -2330,21 +2362,26 @@ TEST(server_sweep_rests) {
 
 /* ------------------------------------------------------------ Confinement
  *
- * test/sandbox.c makes every system call under the filter. test/without.c leaves out each call
- * that the filter allows.
+ * sandbox.c makes every system call under the filter (seccomp_install, capabilities_drop). without.c leaves out each call that
+ * the filter allows.
  */
 
 /* --------------------------------------------------------------- Rehearsal
  *
- * test/test_sandbox.py starts servers whose rehearsal must fail, by test/without.c and test/inject.c.
+ * test_sandbox.py starts servers whose rehearsal fails (rehearse_request, rehearse_calls) by without.c, inject.py those that
+ * cannot hold one (rehearse, rehearsal_passes).
  */
 
 /* ------------------------------------------------------------------- Probe
  *
- * test/test_cli.py and test/inject.py call probe on a running server.
+ * probe_open, probe_call, probe_run, probe_v2, probe_v1 and what they lose (probe_lost): test_cli.py, inject.py.
  */
 
-/* ------------------------------------------------------------------ Rescue */
+/* ------------------------------------------------------------------ Rescue
+ *
+ * Values, by way of value_open: value_open_data, value_open_object, value_read_v1, value_open_encrypted. The verbs (unseal,
+ * audit) and what they say of wrong input (input_name): test_rescue.py, fuzz/rescue.c.
+ */
 
 /* An etcd value as kube-apiserver would write it. What is NULL or 0 is as it should be. */
 struct stored {
@@ -2589,12 +2626,13 @@ TEST(range_next_cut_anywhere) {
 
 /* ----------------------------------------------------------------- Options
  *
- * test/test_cli.py runs command lines, right and wrong.
+ * option_set, serve_option_set, options_allow, id_parse, mode_parse, number_parse, word_parse: test_cli.py.
  */
 
 /* -------------------------------------------------------------------- Main
  *
- * test/test_cli.py and test/test_keys.py run the verbs.
+ * The verbs (serve, genkey, keyid) and what surrounds them (descriptors_open, dump_protect, relro_protect, random_wait):
+ * test_cli.py, test_keys.py, test_surroundings.py, test_secrets.py.
  */
 
 /* ------------------------------------------------------------------- Tests */
