@@ -1,16 +1,20 @@
 # kmsplugin: make builds ./kmsplugin, make help lists the rest.
 
-VERSION = 0.1.0
+# The first entry of the changelog has the version, and the time that the files of a release bear.
+CHANGELOG = release/debian/changelog
+VERSION := $(shell sed -n '1s/^kmsplugin .\([0-9.]*\)-.*/\1/p' $(CHANGELOG))
+SOURCE_DATE_EPOCH ?= $(shell date -ud "$$(sed -n 's/^ -- .*  //p' $(CHANGELOG) | head -n 1)" +%s)
 # Placeholders, for who publishes a package to fill in: nowhere else is either named.
-MAINTAINER = The kmsplugin authors <kmsplugin@localhost.localdomain>
-HOMEPAGE = https://kmsplugin.invalid/
+MAINTAINER ?= The kmsplugin authors <kmsplugin@localhost.localdomain>
+HOMEPAGE ?= https://kmsplugin.invalid/
+export MAINTAINER HOMEPAGE
+# BearSSL cannot be asked: this is Debian's. The release build takes it from what it was built from.
 BEARSSL_VERSION ?= 0.6
-# The time that release files bear: the day of the last entry in release/debian/changelog.
-SOURCE_DATE_EPOCH ?= $(shell date -ud "$$(sed -n 's/^ -- .*@  //p' release/debian/changelog | head -n 1)" +%s)
 
 PREFIX ?= /usr/local
 SBINDIR ?= $(PREFIX)/sbin
 MANDIR ?= $(PREFIX)/share/man
+EXAMPLEDIR ?= $(PREFIX)/share/kmsplugin
 UNITDIR ?= $(PREFIX)/lib/systemd/system
 TMPFILESDIR ?= $(PREFIX)/lib/tmpfiles.d
 DESTDIR ?=
@@ -26,7 +30,7 @@ WARN = -Wall -Wextra -Wpedantic -Wshadow -Wpointer-arith -Wstrict-prototypes -Wm
 HARDEN_CC = -fPIE \
 	-fstack-protector-strong \
 	-fstack-clash-protection \
-	-D_FORTIFY_SOURCE=2
+	-U_FORTIFY_SOURCE -D_FORTIFY_SOURCE=2
 HARDEN_LD = -pie -Wl,-z,relro,-z,now -Wl,-z,noexecstack -Wl,--as-needed
 # CET (indirect jumps land only where they may) exists on x86 alone.
 ifneq (,$(filter x86_64% i686%,$(shell $(CC) -dumpmachine)))
@@ -34,8 +38,7 @@ HARDEN_CC += -fcf-protection
 endif
 
 SOURCES = kmsplugin.c kms.pb-c.c
-HEADERS = kms.pb-c.h Makefile
-UNITS = $(wildcard deploy/systemd/*.service deploy/systemd/*.socket deploy/systemd/*.timer)
+HEADERS = kms.pb-c.h
 
 all: kmsplugin
 
@@ -48,14 +51,16 @@ help::
 	@echo 'make proto          generate kms.pb-c.[ch] from kms.proto'
 	@echo
 	@echo 'Release:'
-	@echo 'make static         build/static/kmsplugin, on musl; needs dpkg-dev, and the network but for OFFLINE=1 (from the second time on)'
+	@echo 'make static         build/static/kmsplugin, on musl; needs dpkg-dev, and the network the first time'
 	@echo 'make image          build/image/kmsplugin.tar, an OCI image of it; needs buildah and zopfli'
 	@echo 'make dist           build/$(DIST).tar.gz'
 	@echo 'make sbom           build/sbom/, a CycloneDX document'
-	@echo 'make release        all of these for all architectures, and their sums, in RELEASE=$(RELEASE); SIGN_KEY= signs them'
 	@echo 'make deb            build/deb/, a Debian package on Debian'\''s libraries; needs debhelper'
+	@echo 'make release        all of these for all architectures, and their sums, in RELEASE=$(RELEASE); SIGN_KEY= signs them'
+	@echo 'make verify         is the folder RELEASE= as it was signed by the key KEY=; needs signify-openbsd'
+	@echo 'make pins           release/pins anew: the sources that Debian has today, for make static'
 
-kmsplugin: $(SOURCES) $(HEADERS)
+kmsplugin: $(SOURCES) $(HEADERS) Makefile
 	$(CC) $(STD) $(WARN) $(HARDEN_CC) $(CPPFLAGS) $(CFLAGS) -o $@ $(SOURCES) $(HARDEN_LD) $(LDFLAGS) $(LIBS)
 
 # A server to try out. KMS_KEK or KMS_KEK_FILE, if set, is used; else a throw-away KEK.
@@ -75,29 +80,39 @@ ARCH ?= $(MACHINE)
 ARCH_DIR = $(addsuffix /,$(filter-out $(MACHINE),$(ARCH)))
 STATIC = build/static/$(ARCH_DIR)kmsplugin
 STATIC_CC = build/static/$(ARCH)/bin/cc
-# LTO leaves out what is never called; in one piece, for 1 % of the instructions. -O2 on x86_64; elsewhere -Os, for aarch64,
-# whose segments are padded to pages of 64 KiB. Nothing unwinds, so there are no tables for it. No padding
-# in front of loops: 2 KB, and no slower.
+# Each flag is here for 5 % of an Encrypt's CPU or 8 KB of the program, or for the hardening that make has, too
+# (doc/contributing.md has the figures). LTO leaves out what is never called. -Os but on x86_64, whose -O2 is what is
+# measured. Nothing unwinds, so there are no tables for it.
 STATIC_FLAGS = $(if $(filter x86_64,$(ARCH)),-O2,-Os) -flto -fPIE -fno-asynchronous-unwind-tables -fno-unwind-tables \
-	-fstack-protector-strong -fno-inline-small-functions -falign-loops=1 -falign-jumps=1
+	-fstack-protector-strong -fno-inline-small-functions
 # gc-sections: without what musl has more. exclude-libs: s390x' linker else leaves relocations by name, which a static-pie's
-# start does not do. noseparate-code, the default but on x86: 4 to 8 KB less of padding between pages. pack-relative-relocs,
-# which Debian 12's linker has for x86 alone: 8 KB less.
+# start does not do. noseparate-code, the default but on x86: less padding between pages. pack-relative-relocs, which
+# Debian 12's linker has for x86 alone. partition=one: gcc else warns that it could have used more processors.
 # -static-pie is not known to gcc 12's specs for ARM and RISC-V: so -static, no-dynamic-linker and text say what it means.
 STATIC_LD = -static-pie -Wl,-static,--no-dynamic-linker,-z,text -flto-partition=one -Wl,--gc-sections \
 	-Wl,--exclude-libs,ALL -Wl,-z,relro,-z,now -Wl,-z,noexecstack -Wl,-z,noseparate-code $(STATIC_LD_$(ARCH)) \
 	-Wl,--build-id=none -s
 STATIC_LD_x86_64 = -Wl,-z,pack-relative-relocs
-# memcpy and the like on x86_64 that are not musl's; release/string.c says why.
+# What is linked in place of musl's on x86_64; release/string.c says why.
 STATIC_STRING = $(if $(filter x86_64,$(ARCH)),build/static/$(ARCH)/string.o)
-STATIC_NEEDS = build/static/$(ARCH)/SHA256SUMS $(STATIC_STRING)
+STATIC_SUMS = build/static/$(ARCH)/SHA256SUMS
+STATIC_NEEDS = $(STATIC_SUMS) $(STATIC_STRING)
 static: $(STATIC)
-$(STATIC): $(SOURCES) $(HEADERS) $(STATIC_NEEDS)
+$(STATIC): BEARSSL_VERSION = $(shell sed -n 's/.* bearssl_\([0-9.]*\).*\.dsc$$/\1/p' $(STATIC_SUMS))
+$(STATIC): $(SOURCES) $(HEADERS) Makefile $(STATIC_NEEDS)
 	$(STATIC_CC) $(STD) $(WARN) $(STATIC_FLAGS) -o $@ $(SOURCES) $(STATIC_STRING) $(STATIC_LD) -Wl,-Map=$@.map $(LIBS)
-build/static/$(ARCH)/SHA256SUMS: release/static-libs.sh
+$(STATIC_SUMS): release/pins release/sources.sh release/static-libs.sh
 	ARCH=$(ARCH) CC= AR= CFLAGS='$(STATIC_FLAGS)' release/static-libs.sh
-build/static/$(ARCH)/string.o: release/string.c build/static/$(ARCH)/SHA256SUMS
+build/static/$(ARCH)/string.o: release/string.c $(STATIC_SUMS)
 	$(STATIC_CC) -std=c11 -O2 -fPIE -ffreestanding -fno-tree-loop-distribute-patterns -fno-asynchronous-unwind-tables -c -o $@ $<
+
+# What Debian has today, pinned: once the libraries' own tests have passed on it. A person commits it.
+pins:
+	PINS=renew $(MAKE) -B $(STATIC_SUMS)
+	$(MAKE) test-libs
+	cp $(STATIC_SUMS) release/pins
+	@git --no-pager diff --stat --patch release/pins
+	@echo 'release/pins: as above, to be committed; doc/contributing.md, From advisory to release, has the rest'
 
 # What a release is made of: an OCI image, a tarball, a bill of materials, a Debian package.
 image: build/image/$(ARCH_DIR)kmsplugin.tar
@@ -119,48 +134,64 @@ build/sbom/$(ARCH_DIR)kmsplugin-$(VERSION).cdx.json: $(STATIC) release/sbom.py
 
 # Built where it does not touch the tree; the .deb is left in build/deb.
 deb: dist
+	@dpkg-checkbuilddeps release/debian/control 2>/dev/null && command -v dh >/dev/null || { echo 'make deb needs packages:' \
+		'apt-get install dpkg-dev debhelper libnghttp2-dev libprotobuf-c-dev libbearssl-dev' >&2; exit 1; }
 	rm -rf build/deb
 	mkdir -p build/deb
 	cp build/$(DIST).tar.gz build/deb/kmsplugin_$(VERSION).orig.tar.gz
 	tar -xzf build/$(DIST).tar.gz -C build/deb
 	cp -R release/debian build/deb/$(DIST)/debian
-	cd build/deb/$(DIST)/debian && sed -i 's|@MAINTAINER@|$(MAINTAINER)|; s|@HOMEPAGE@|$(HOMEPAGE)|' control changelog
+	cd build/deb/$(DIST)/debian && sed -i "s|@MAINTAINER@|$$MAINTAINER|; s|@HOMEPAGE@|$$HOMEPAGE|" control changelog
 	cd build/deb/$(DIST) && env -u MAKEFLAGS -u MFLAGS -u MAKELEVEL dpkg-buildpackage -us -uc
 
-# All of it, for all architectures, in one folder: release/release.sh.
+# All of it, for all architectures, in one folder: release/release.sh. What a user checks of it: release/verify.sh.
 RELEASE ?= build/release
 release:
-	SIGN_KEY=$(SIGN_KEY) release/release.sh $(RELEASE)
+	SIGN_KEY='$(SIGN_KEY)' release/release.sh $(RELEASE)
+
+verify:
+	@release/verify.sh '$(RELEASE)' '$(KEY)'
+
+version:
+	@echo $(VERSION)
 
 proto:
 	$(PROTOC_C) --c_out=. kms.proto
 
-# The release build, where there is one. A package's program is not to be hidden behind this one unnoticed.
+# What make has built; the release build only by its name: make install INSTALL_PROGRAM=build/static/kmsplugin.
+INSTALL_PROGRAM ?= kmsplugin
+# A package's program is not to be hidden behind this one unnoticed: updates would no longer reach what runs.
 PACKAGED = /usr/sbin/kmsplugin
-INSTALL_PROGRAM ?= $(firstword $(wildcard build/static/kmsplugin) kmsplugin)
+UNITS = $(wildcard deploy/systemd/*.service deploy/systemd/*.socket deploy/systemd/*.timer)
+PAGES = $(wildcard doc/*.8)
+# What an operator copies from, in the folders of deploy/.
+EXAMPLES = $(wildcard deploy/*.yaml deploy/k3s/* deploy/kubeadm/*.yaml deploy/kubeadm/patches/* deploy/metrics/*.yaml deploy/systemd/*.conf)
 install: $(filter kmsplugin,$(INSTALL_PROGRAM))
-	@[ -n '$(DESTDIR)$(OVER_PACKAGE)' ] || [ ! -e $(PACKAGED) ] || { echo '$(PACKAGED) is there, of a package:' \
-		'remove that, or make install OVER_PACKAGE=1' >&2; exit 1; }
-	@[ kmsplugin = $(INSTALL_PROGRAM) ] || [ -z "$$(find $(SOURCES) -newer $(INSTALL_PROGRAM))" ] || { \
-		echo '$(INSTALL_PROGRAM) is older than its sources: make static, or INSTALL_PROGRAM=kmsplugin' >&2; exit 1; }
-	@echo 'installing $(INSTALL_PROGRAM)$(if $(filter kmsplugin,$(INSTALL_PROGRAM)),: on the libraries of this system; make static makes the release build)'
+	@[ -n '$(DESTDIR)$(OVER_PACKAGE)' ] || [ ! -e $(PACKAGED) ] || { echo '$(PACKAGED) is there, of a package, whose' \
+		'security updates would not reach this one: remove the package, or make install OVER_PACKAGE=1' >&2; exit 1; }
 	install -D -m 0755 $(INSTALL_PROGRAM) $(DESTDIR)$(SBINDIR)/kmsplugin
 	install -D -m 0755 deploy/kmsplugin-ring $(DESTDIR)$(SBINDIR)/kmsplugin-ring
 	install -D -m 0755 deploy/metrics/kmsplugin-textfile $(DESTDIR)$(SBINDIR)/kmsplugin-textfile
-	install -D -m 0644 doc/kmsplugin.8 $(DESTDIR)$(MANDIR)/man8/kmsplugin.8
+	install -D -m 0755 deploy/openrc/kmsplugin $(DESTDIR)$(EXAMPLEDIR)/openrc/kmsplugin
+	install -D -m 0755 deploy/kubeadm/etcdctl $(DESTDIR)$(EXAMPLEDIR)/kubeadm/etcdctl
 	install -D -m 0644 deploy/systemd/kmsplugin.tmpfiles $(DESTDIR)$(TMPFILESDIR)/kmsplugin.conf
-	install -d $(DESTDIR)$(UNITDIR)
+	install -d $(DESTDIR)$(MANDIR)/man8 $(DESTDIR)$(UNITDIR)
+	install -m 0644 $(PAGES) $(DESTDIR)$(MANDIR)/man8
 	install -m 0644 $(UNITS) $(DESTDIR)$(UNITDIR)
+	for file in $(EXAMPLES:deploy/%=%); do install -D -m 0644 deploy/$$file $(DESTDIR)$(EXAMPLEDIR)/$$file || exit; done
+	@echo 'installed $(INSTALL_PROGRAM), $(if $(filter kmsplugin,$(INSTALL_PROGRAM)),on the shared libraries of this system,as it is), as $(DESTDIR)$(SBINDIR)/kmsplugin'
 
 uninstall:
 	rm -f $(addprefix $(DESTDIR)$(SBINDIR)/,kmsplugin kmsplugin-ring kmsplugin-textfile)
-	rm -f $(DESTDIR)$(MANDIR)/man8/kmsplugin.8 $(DESTDIR)$(TMPFILESDIR)/kmsplugin.conf
+	rm -f $(addprefix $(DESTDIR)$(MANDIR)/man8/,$(notdir $(PAGES))) $(DESTDIR)$(TMPFILESDIR)/kmsplugin.conf
 	rm -f $(addprefix $(DESTDIR)$(UNITDIR)/,$(notdir $(UNITS)))
+	rm -f $(addprefix $(DESTDIR)$(EXAMPLEDIR)/,$(EXAMPLES:deploy/%=%) openrc/kmsplugin kubeadm/etcdctl)
+	[ ! -d $(DESTDIR)$(EXAMPLEDIR) ] || find $(DESTDIR)$(EXAMPLEDIR) -type d -empty -delete
 
 clean:
 	rm -rf kmsplugin build
 
 .DELETE_ON_ERROR:
-.PHONY: all help run static image dist sbom deb release proto install uninstall clean
+.PHONY: all help run static pins image dist sbom deb release verify version proto install uninstall clean
 
 include test/test.mk

@@ -1,5 +1,5 @@
 #!/bin/sh
-# Makes an OCI archive of a release build, by the last stage of release/Dockerfile: the same bytes for the same program.
+# Makes an OCI archive of a release build, by release/Dockerfile: the same bytes for the same program.
 # Needs buildah, zopfli and Python, and neither a registry nor a daemon.
 #
 #   [ARCH=aarch64] [FORMAT=docker] release/image.sh PROGRAM ARCHIVE NAME:TAG
@@ -23,16 +23,15 @@ tmp=$(mktemp -d)
 trap 'rm -rf "$tmp"' EXIT
 trap 'exit 1' HUP INT TERM
 
-# A storage of its own, without layers on layers (vfs), and no namespace that a container might lack: the last stage
-# runs nothing. A folder with the program stands in for the first stage, and the context is empty.
+# A storage of its own, without layers on layers (vfs), and no namespace that a container might lack: nothing is run.
 storage() {
 	buildah --log-level error --storage-driver vfs --root "$tmp/root" --runroot "$tmp/run" "$@"
 }
-mkdir -p "$tmp/context" "$tmp/layout" "$tmp/built/src/build/static"
-cp "$program" "$tmp/built/src/build/static/kmsplugin"
+mkdir -p "$tmp/context" "$tmp/layout"
+cp "$program" "$tmp/context/kmsplugin"
 # shellcheck disable=SC2086 # platform is a list
 storage build --quiet --isolation chroot --format "${FORMAT:-oci}" --timestamp "$epoch" --identity-label=false \
-	$platform --build-context build="$tmp/built" -f "$(dirname "$0")/Dockerfile" -t "$name" "$tmp/context" >/dev/null
+	$platform -f "$(dirname "$0")/Dockerfile" -t "$name" "$tmp/context" >/dev/null
 
 mkdir -p "$(dirname "$archive")"
 rm -f "$archive"

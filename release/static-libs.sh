@@ -1,18 +1,18 @@
 #!/bin/sh
 # Builds what the release build links, for one architecture: musl, nghttp2, protobuf-c and BearSSL, as Debian's source
-# packages have them.
+# packages have them. release/sources.sh brings the archives, and says which: its variables OFFLINE and PINS hold here.
 #
-#   [ARCH=aarch64] [CFLAGS=...] [OFFLINE=1] release/static-libs.sh
-#
-# apt checks signatures and hashes, whatever mirror it has; so Debian's security fixes are in. Archives are kept in
-# build/src, and unpacked afresh each time. OFFLINE=1 takes those that are there, after a check of their SHA-256.
+#   [ARCH=aarch64] [CFLAGS=...] release/static-libs.sh
 #
 # Needs dpkg-dev, make and gcc; another ARCH (aarch64, armhf, riscv64, s390x) Debian's gcc-TRIPLET, and for <linux/...>
 # linux-libc-dev-DEBARCH-cross. It leaves a sysroot and a compiler for it, which finds -lnghttp2 -lprotobuf-c -lbearssl:
 #
 #   build/static/ARCH/bin/cc        include/ and lib/ beside it
 #   build/static/ARCH/src           what was compiled
-#   build/static/ARCH/SHA256SUMS    the archives that it came from
+#   build/static/ARCH/SHA256SUMS    the archives that it came from: release/pins, if those were to be had
+#
+# A sysroot of our own, since Debian's musl-tools are for the machine's own architecture, link a dynamic program when asked
+# for -static-pie, and have no source that is pinned here.
 set -eu
 unset MAKEFLAGS MFLAGS MAKELEVEL    # of a Makefile that calls this: its command-line variables are not meant for musl's
 export LC_ALL=C                     # the order of *.c and *.o, hence of the bytes, must not depend on the locale
@@ -35,58 +35,18 @@ die() {
 	exit 1
 }
 
-mkdir -p build/src "build/static/$ARCH"
-SRC=$(cd build/src && pwd)
+mkdir -p "build/static/$ARCH"
 OUT=$(cd "build/static/$ARCH" && pwd)
-
-# fetch SUITES PACKAGE...: the newest archives of the source packages, verified, into $SRC; prints their SHA-256. deb-src
-# entries are rarely configured, and the machine's apt is not ours to change: a configuration of our own asks the mirrors
-# that the machine takes its packages from. SUITES is a sed command on the lines that name them.
-fetch() {
-	suites=$1
-	shift
-	apt=$SRC/apt/$1
-	mkdir -p "$apt/lists/partial" "$apt/cache"
-	# shellcheck disable=SC2016 # these dollars are apt's
-	apt-get indextargets --format '$(ORIGIN)|$(REPO_URI) $(RELEASE) $(COMPONENT)' 'Created-By: Packages' | sort -u |
-		sed -n "s,^Debian|,deb-src [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] ,p" | sed "$suites" >"$apt/sources.list"
-	[ -s "$apt/sources.list" ] || die 'apt knows no Debian suite: run apt-get update'
-	cat >"$apt/conf" <<-END
-		Dir::Etc::sourcelist "$apt/sources.list";
-		Dir::Etc::sourceparts "-";
-		Dir::State::lists "$apt/lists";
-		Dir::Cache "$apt/cache";
-		APT::Sandbox::User "root"; // apt's own user may not be able to write here
-	END
-	export APT_CONFIG="$apt/conf"
-	apt-get -qq update
-	apt-get -qq --download-only source "$@" >&2
-	(cd "$apt" && apt-get -qq --print-uris source "$@") >"$apt/uris"    # where no archive is: it names what is missing
-	cut -d ' ' -f 2 "$apt/uris" | sort | xargs sha256sum
-	unset APT_CONFIG
-}
-
-cd "$SRC"
-if [ -z "${OFFLINE:-}" ]; then
-	rm -f SHA256SUMS
-	{
-		fetch '' nghttp2 protobuf-c bearssl
-		# Debian 12's musl, 1.2.3, does not relocate pointers that the linker has packed, for 8 KB: there it is Debian 13's.
-		fetch 's/\<bookworm/trixie/' musl
-	} >SHA256SUMS.new
-	mv SHA256SUMS.new SHA256SUMS
-fi
-sha256sum --quiet -c SHA256SUMS >&2 || die 'build/src does not hold what it should: build without OFFLINE'
+archives=$(release/sources.sh)
+SRC=$PWD/build/src
 
 rm -rf "$OUT"
 mkdir -p "$OUT/bin" "$OUT/include/nghttp2" "$OUT/include/protobuf-c" "$OUT/lib" "$OUT/src"
 cd "$OUT/src"
-cut -d ' ' -f 3 "$SRC/SHA256SUMS" | grep '\.dsc$' | while read -r dsc; do
+echo "$archives" | sed -n 's/.*  \(.*\.dsc\)$/\1/p' | while read -r dsc; do
 	dpkg-source --no-check -x "$SRC/$dsc" "${dsc%%_*}" >"$OUT/log" 2>&1 || { cat "$OUT/log" >&2; exit 1; }
 done
 
-# musl: Debian's musl-tools serves only the machine's own architecture, and links a dynamic program when asked for
-# -static-pie.
 grep -q DT_RELR musl/ldso/dlstart.c || die 'this musl is older than 1.2.4'
 cd musl
 CC="$CC" AR="$AR" RANLIB=true CFLAGS="-fstack-protector-strong $branches" ./configure \
@@ -146,4 +106,4 @@ bearssl -Os lib
 cp build/libbearssl.a "$OUT/lib"
 
 rm "$OUT/log"
-cp "$SRC/SHA256SUMS" "$OUT/SHA256SUMS"
+echo "$archives" >"$OUT/SHA256SUMS"

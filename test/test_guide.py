@@ -1,67 +1,61 @@
-"""The tables of doc/operate.md against the program: all metrics, all log events, and nothing else."""
+"""The man page's lists against the program: all metrics, all log events, and nothing else; the guide's links."""
 import pathlib
 import re
 
-import grpc
-
-from plugin import KEK, Case, key_id
+from plugin import KEK, Case, RpcError, key_id
 from raw import Raw
 
 HERE = pathlib.Path(__file__).parent
-GUIDE = (HERE / '../doc/operate.md').read_text(encoding='utf-8')
+DOCUMENTS = {path.name: path.read_text(encoding='utf-8') for path in HERE.glob('../doc/*.md')}
 
 
-def table(head):
-    """The rows of the table under this first cell, a list of cells each."""
-    lines = GUIDE.split(f'\n| {head} |', 1)[1].split('\n')[2:]
-    rows = []
-    for line in lines:
-        if not line.startswith('|'):
-            return rows
-        rows.append([cell.strip() for cell in line.strip('|').split('|')])
-    raise AssertionError(head)
+def items(heading):
+    """The list under a heading of the man page: name and kind, and the text of each."""
+    page = (HERE / '../doc/kmsplugin.8').read_text(encoding='utf-8')
+    section = re.split(r'^\.S[sh] ', page.split(f'.Ss {heading}\n')[1], maxsplit=1, flags=re.M)[0]
+    parts = re.split(r'^\.It Sy (.*) Pq (\w+)\n', section, flags=re.M)[1:]
+    return {(name.strip('"'), kind): text for name, kind, text in zip(*[iter(parts)] * 3)}
 
 
-def names(cell):
-    return re.findall('`([^`]+)`', cell)
-
-
-class Tables(Case):
-    def test_metrics(self):
+class Lists(Case):
+    def metrics(self):
         server = self.start()
-        with Raw(server.path) as raw:
-            types = re.findall(r'^# TYPE (\S+) (\S+)$', raw.get('/metrics').data.decode(), re.M)
-        self.assertGreater(len(types), 5)
-        self.assertEqual(sorted((name, row[1]) for row in table('metric') for name in names(row[0])), sorted(types))
-
-    def test_labels(self):
-        """Those that the table names, each metric has."""
-        server = self.start()
-        with self.assertRaises(grpc.RpcError):
+        with self.assertRaises(RpcError):
             self.client(server).decrypt(b'x', key_id(KEK))
         with Raw(server.path) as raw:
-            text = raw.get('/metrics').data.decode()
-        for row in table('metric'):
-            sample = re.search(rf'^{names(row[0])[0]}(?:_bucket)?(?:{{(.*)}})? ', text, re.M)
-            has = set(re.findall(r'(\w+)="', sample[1] or '')) - {'le'} if sample else None
-            self.assertEqual(has, set(names(row[2])), row[0])
+            return raw.get('/metrics').data.decode()
+
+    def test_metrics(self):
+        """Each has its type, and the labels that its text names."""
+        metrics, listed = self.metrics(), items('Metrics')
+        self.assertEqual(sorted(listed), sorted(re.findall(r'^# TYPE (\S+) (\S+)$', metrics, re.M)))
+        self.assertGreater(len(listed), 5)
+        for (name, _), text in listed.items():
+            sample = re.search(rf'^{name}(?:_sum)?(?:{{(.*)}})? ', metrics, re.M)
+            self.assertEqual(set(re.findall(r'(\w+)="', sample[1] or '')), set(re.findall(r'^\.Ql (\w+)', text, re.M)), name)
 
     def test_log(self):
-        """Every event of the source is in the table, with its level, and the other way round."""
+        """Every event of the source is in the list, with its level, and the other way round."""
         source = (HERE / '../kmsplugin.c').read_text(encoding='utf-8')
         calls = re.findall(r'log_line\(LOG_([A-Z]+),((?:\s*"(?:[^"\\]|\\.)*")+)', source)
-        self.assertEqual(len(calls), len(re.findall(r'[^c] log_line\(|^log_line\(', source)) - source.count('void log_line('))
+        self.assertEqual(len(calls), len(re.findall(r' log_line\(', source)) - source.count('void log_line('))
+        uses = re.findall(r'conn_log_use\(c, rpc, "((?:[^"\\]|\\.)*)"\)', source)
         events = set()
         for level, literals in calls:
-            line = ''.join(re.findall(r'"((?:[^"\\]|\\.)*)"', literals)).replace('\\"', '"')
-            events.add((re.match(r'msg=(?:"([^"]*)"|(\w+))', line).expand(r'\1\2'), level.lower()))
-        self.assertEqual(sorted((name, row[1]) for row in table('`msg=`') for name in names(row[0])), sorted(events))
+            line = ''.join(re.findall(r'"((?:[^"\\]|\\.)*)"', literals))
+            for line in [line.replace('msg=%s', 'msg=' + use) for use in uses] if 'msg=%s' in line else [line]:
+                events.add((re.match(r'msg=(?:"([^"]*)"|(\w+))', line.replace('\\"', '"')).expand(r'\1\2'), level.lower()))
+        self.assertEqual(sorted(items('Log')), sorted(events))
 
+
+class Links(Case):
     def test_links(self):
-        """Each link within the guide, and to it from the other documents, has its heading."""
-        headings = {re.sub(r'[^\w -]', '', h.lower()).replace(' ', '-') for h in re.findall(r'^##? (.*)$', GUIDE, re.M)}
-        links = re.findall(r'\]\(#([^)]*)\)', GUIDE)
-        for path in HERE.glob('../doc/*.md'):
-            links += re.findall(r'operate\.md#([\w-]*)', path.read_text(encoding='utf-8'))
-        self.assertGreater(len(links), 30)
-        self.assertEqual([link for link in links if link not in headings], [])
+        """Each link within the documents has its file and its heading."""
+        count = 0
+        for name, text in DOCUMENTS.items():
+            for file, heading in re.findall(r'\]\(([\w-]+\.md)?#([^)]*)\)', text):
+                headings = {re.sub(r'[^\w -]', '', h.lower()).replace(' ', '-')
+                            for h in re.findall(r'^#{1,3} (.*)$', DOCUMENTS[file or name], re.M)}
+                self.assertIn(heading, headings, name)
+                count += 1
+        self.assertGreater(count, 30)

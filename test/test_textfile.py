@@ -6,9 +6,10 @@ import subprocess
 import sys
 import unittest
 
-from plugin import KEK, ROOT, SANITIZED, STRANGER, WAIT, Case, as_user, fresh_dir, needs_root, text
+from plugin import BINARY, KEK, ROOT, SANITIZED, STRANGER, TMP, WAIT, Case, as_user, fresh_dir, needs_root, text
 
-SCRIPT = os.path.join(ROOT, 'deploy/metrics/kmsplugin-textfile')
+# As it is installed: the program beside it.
+SCRIPT = os.path.join(TMP, 'textfile', 'kmsplugin-textfile')
 TRIES = 100
 
 # The folder's owner: in each run of the script puts a link to argv[2] in the place of one file there, in every other run as
@@ -54,6 +55,12 @@ def textfile(folder, socket, path=os.environ['PATH']):
 @unittest.skipIf(SANITIZED, 'the script is the same')
 @unittest.skipUnless(shutil.which('curl'), 'needs curl')
 class Textfile(Case):
+    @classmethod
+    def setUpClass(cls):
+        os.makedirs(os.path.dirname(SCRIPT))
+        shutil.copy(os.path.join(ROOT, 'deploy/metrics/kmsplugin-textfile'), SCRIPT)
+        os.symlink(BINARY, os.path.join(os.path.dirname(SCRIPT), 'kmsplugin'))
+
     def setUp(self):
         self.server = self.start()
         self.folder = fresh_dir()
@@ -123,19 +130,33 @@ class Textfile(Case):
             self.assertRegex(self.read(), r'(?m)\A(#.*\n){2}kmsplugin_up 1\n(.*\n)+kmsplugin_process_start_time_seconds \d+$')
         self.assertNotRegex(self.read(), '(?m)^(# (HELP|TYPE) )?process_')
 
+    def values(self):
+        return [line for line in self.read().splitlines() if not line.startswith('#')]
+
     def test_a_plugin_that_is_down(self):
         status, said = textfile(self.folder, self.folder + '/none')
-        self.assertEqual((status, 'curl' in said), (0, True))
-        self.assertEqual([line for line in self.read().splitlines() if not line.startswith('#')], ['kmsplugin_up 0'])
+        self.assertEqual((status, self.values()), (0, ['kmsplugin_up 0']))
+        self.assertIn('curl:', said)
+        self.assertIn('No such file or directory', said)
+
+    def test_a_curl_that_fails(self):
+        """It is not the plugin that is down; what curl says is let through."""
+        tools = fresh_dir()
+        with open(tools + '/curl', 'w', encoding='ascii') as file:
+            file.write('#!/bin/sh\necho "curl: (2) no HTTP/2 here" >&2\nexit 2\n')
+        os.chmod(tools + '/curl', 0o755)
+        status, said = textfile(self.folder, self.server.path, tools + ':' + os.environ['PATH'])
+        self.assertEqual((status, self.values()), (1, ['kmsplugin_up 1']))
+        self.assertIn('no HTTP/2 here', said)
 
     def test_what_it_refuses(self):
         """Nothing is written, and the file of before stays as it is."""
         link, tools = fresh_dir() + '/link', fresh_dir()
         os.symlink(self.folder, link)
-        for tool in ('sh', 'stat', 'sed', 'setpriv', 'setsid', 'mktemp', 'cat', 'chmod', 'mv', 'rm'):
+        for tool in ('sh', 'stat', 'dirname', 'setpriv', 'setsid'):
             os.symlink(shutil.which(tool), f'{tools}/{tool}')
         for mode, folder, path, word in ((0o755, link, None, 'link'), (0o755, self.folder + '/missing', None, 'missing'),
-                                         (0o755, os.path.relpath(self.folder), None, 'is not the path'), (0o755, self.folder, tools, 'needs curl'),
+                                         (0o755, os.path.relpath(self.folder), None, 'is not the path'), (0o755, self.folder, tools, 'curl: not found'),
                                          (0o775, self.folder, None, 'chown'), (0o1777, self.folder, None, 'chown')):
             with self.subTest(folder=folder, mode=mode):
                 os.chmod(self.folder, mode)
@@ -149,4 +170,4 @@ class Textfile(Case):
         os.chmod(self.folder, 0o555)
         status, said = textfile(self.folder, self.server.path)
         self.assertEqual((status, os.listdir(self.folder)), (1, []))
-        self.assertIn(f'uid {STRANGER} cannot write', said)
+        self.assertRegex(said, f'uid {STRANGER} cannot write there: mktemp: .*Permission denied')

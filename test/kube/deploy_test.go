@@ -113,7 +113,7 @@ func TestDocumentedErrors(t *testing.T) {
 	})
 	t.Run("no socket, v1", func(t *testing.T) {
 		want(t, newAPIServer(t, v1("name", fileEndpoint(t)), identity).check(),
-			"failed to perform encrypt section of the healthz check for KMS Provider", "connect: no such file or directory")
+			"section of the healthz check for KMS Provider", "connect: no such file or directory")
 	})
 	t.Run("nobody listens", func(t *testing.T) {
 		endpoint := fileEndpoint(t)

@@ -315,12 +315,21 @@ nodeRegistration: {criSocket: "unix:///run/containerd/containerd.sock"}
 		t.Errorf("the patch gives\n%s\nthe configuration\n%s", got, want)
 	}
 
-	// On an existing cluster: from the ConfigMap.
-	stored := &corev1.ConfigMap{ObjectMeta: metav1.ObjectMeta{Name: "kubeadm-config"}, Data: map[string]string{"ClusterConfiguration": ours + release}}
+	// On an existing cluster: from the ConfigMap, edited as the page says. (Nobody starts that API server.)
+	stored := &corev1.ConfigMap{ObjectMeta: metav1.ObjectMeta{Name: "kubeadm-config"}, Data: map[string]string{"ClusterConfiguration": "apiServer: {}\n" +
+		"apiVersion: kubeadm.k8s.io/v1beta4\nkind: ClusterConfiguration\n" + release}}
 	must(a.client.CoreV1().ConfigMaps(kubeSystem).Create(context.Background(), stored, metav1.CreateOptions{}))(t)
 	dir := tempDir(t)
-	if code, out := a.operator(t, dir, "reconfigure", `trap 'cp /etc/kubernetes/manifests/kube-apiserver.yaml "$0"' EXIT`); code != 0 {
-		t.Errorf("reconfigure: exit %d\n%s", code, out)
+	added := "    " + strings.ReplaceAll(strings.TrimSpace(ours[strings.Index(ours, "apiServer:"):]), "\n", "\n    ")
+	if err := os.WriteFile(dir+"/added", []byte(added+"\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if code, out := a.operator(t, dir, "edit", `export KUBE_EDITOR="sed -i -e '/^    apiServer: {}$/{r $0/added' -e 'd;}'"`); code != 0 {
+		t.Errorf("edit: exit %d\n%s", code, out)
+	}
+	if code, out := a.operator(t, dir, "apiserver", inEtc+`trap 'cp /etc/kubernetes/manifests/kube-apiserver.yaml "$0"' EXIT
+		kubectl() { [ "$*" = "get --raw /readyz/kms-providers" ] || command kubectl "$@"; }`); code != 0 {
+		t.Errorf("apiserver: exit %d\n%s", code, out)
 	}
 	again := a.admitted(t, mirror(parse(t, string(must(os.ReadFile(dir+"/kube-apiserver.yaml"))(t))), control))
 	address := regexp.MustCompile(`(?m)^--advertise-address=.*\n`) // which kubeadm finds out here

@@ -46,8 +46,8 @@ func TestLostKEK(t *testing.T) {
 	saved = saved.rewrite(t, a)
 	saved.sealed(t, e, "k8s:enc:kms:v2:vault:", next)
 	e.audited(t, []kek{next}, 1, []string{
-		"v2 key_id=" + next.id() + " values=" + count(saved) + " sealing-kek",
-		"v2 key_id=" + gone.id() + " values=" + fmt.Sprint(len(lost)) + " missing-kek"})
+		"key_id=" + next.id() + " values=" + count(saved) + " sealing-kek",
+		"key_id=" + gone.id() + " values=" + fmt.Sprint(len(lost)) + " missing-kek"})
 
 	// After a restart.
 	a.launch(t)
@@ -89,7 +89,7 @@ func TestLostKEK(t *testing.T) {
 	}
 	healed := eventually(t, 100*time.Second, "/readyz, when the unreadable ones are gone", a.ready)
 	saved.read(t, a)
-	e.audited(t, []kek{next}, 0, []string{"v2 key_id=" + next.id() + " values=" + count(saved) + " sealing-kek"})
+	e.audited(t, []kek{next}, 0, []string{"key_id=" + next.id() + " values=" + count(saved) + " sealing-kek"})
 	if raw := e.raw(t, registry); len(raw) != len(saved) {
 		t.Errorf("%d values are left, not %d", len(raw), len(saved))
 	}

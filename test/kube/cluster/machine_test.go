@@ -389,6 +389,7 @@ var callsRE = regexp.MustCompile(`(?m)^kmsplugin_grpc_requests_total\{service="(
 type apiserver struct {
 	*process
 	dir, url string
+	etcd     string // its URL
 	args     []string
 	client   kubernetes.Interface
 	rest     *rest.Config
@@ -410,7 +411,7 @@ func newAPIServer(t *testing.T, e *etcd, args ...string) *apiserver {
 			t.Fatal(err)
 		}
 	}
-	return &apiserver{dir: dir, url: fmt.Sprintf("https://127.0.0.1:%d", port), args: append([]string{
+	return &apiserver{dir: dir, url: fmt.Sprintf("https://127.0.0.1:%d", port), etcd: e.url, args: append([]string{
 		filepath.Join(programs, "kube-apiserver"), "--etcd-servers=" + e.url,
 		"--bind-address=127.0.0.1", fmt.Sprintf("--secure-port=%d", port), "--cert-dir=" + dir + "/tls",
 		"--advertise-address=192.0.2.1", "--endpoint-reconciler-type=none", "--service-cluster-ip-range=10.0.0.0/24",

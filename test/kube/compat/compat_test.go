@@ -1,7 +1,6 @@
 // Package compat has the client halves of several generations of kube-apiserver,
 // each with the grpc-go of its time, write and read through one plugin. Each has
-// a go.mod of its own here, vX.Y.mod: go test -modfile=v0.28.mod. (go.mod itself
-// is there because Go wants one; it equals the newest.)
+// a go.mod of its own here, vX.Y.mod: go test -modfile=v0.28.mod.
 //
 // KMS_COMPAT_APISERVER and KMS_COMPAT_GRPC are the versions (a test cannot find
 // them out by itself), KMS_COMPAT_DIR is a folder with the values that earlier generations stored:
@@ -185,10 +184,10 @@ func TestCompatibility(t *testing.T) {
 	inGuide(t, generation, grpc, seen["v1"], seen["v2"])
 }
 
-// inGuide holds the guide's table to what was seen: this row, and a row for each generation here and for no other.
+// inGuide holds the table to what was seen: this row, and a row for each generation here and for no other.
 func inGuide(t *testing.T, generation string, columns ...string) {
 	t.Helper()
-	text, err := os.ReadFile("../../../doc/operate.md")
+	text, err := os.ReadFile("../../../doc/contributing.md")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -196,17 +195,17 @@ func inGuide(t *testing.T, generation string, columns ...string) {
 	minor := strings.Split(generation, ".")[1]
 	row := "\n| 1." + minor + " | " + strings.Join(append([]string{generation}, columns...), " | ") + " |\n"
 	if !strings.Contains(guide, row) {
-		t.Errorf("doc/operate.md has no row%s", row)
+		t.Errorf("doc/contributing.md has no row%s", row)
 	}
 	if !strings.Contains(guide, refusal) {
-		t.Errorf("doc/operate.md does not have %q", refusal)
+		t.Errorf("doc/contributing.md does not have %q", refusal)
 	}
 	var rows, files []string
 	for _, m := range regexp.MustCompile(`(?m)^\| 1\.(\d+) \| v0\.`).FindAllStringSubmatch(guide, -1) {
 		rows = append(rows, "v0."+m[1]+".mod")
 	}
 	if files, err = filepath.Glob("v*.mod"); err != nil || !slices.Equal(rows, files) {
-		t.Errorf("doc/operate.md has rows for %v, here are %v", rows, files)
+		t.Errorf("doc/contributing.md has rows for %v, here are %v", rows, files)
 	}
 }
 
