@@ -7,6 +7,7 @@ SOURCE_DATE_EPOCH ?= $(shell date -ud "$$(sed -n 's/^ -- .*  //p' $(CHANGELOG) |
 # Placeholders, for who publishes a package to fill in: nowhere else is either named.
 MAINTAINER ?= The kmsplugin authors <kmsplugin@localhost.localdomain>
 HOMEPAGE ?= https://kmsplugin.invalid/
+export MAINTAINER HOMEPAGE
 # BearSSL cannot be asked: this is Debian's. The release build takes it from what it was built from.
 BEARSSL_VERSION ?= 0.6
 
@@ -140,13 +141,13 @@ deb: dist
 	cp build/$(DIST).tar.gz build/deb/kmsplugin_$(VERSION).orig.tar.gz
 	tar -xzf build/$(DIST).tar.gz -C build/deb
 	cp -R release/debian build/deb/$(DIST)/debian
-	cd build/deb/$(DIST)/debian && sed -i 's|@MAINTAINER@|$(MAINTAINER)|; s|@HOMEPAGE@|$(HOMEPAGE)|' control changelog
+	cd build/deb/$(DIST)/debian && sed -i "s|@MAINTAINER@|$$MAINTAINER|; s|@HOMEPAGE@|$$HOMEPAGE|" control changelog
 	cd build/deb/$(DIST) && env -u MAKEFLAGS -u MFLAGS -u MAKELEVEL dpkg-buildpackage -us -uc
 
 # All of it, for all architectures, in one folder: release/release.sh. What a user checks of it: release/verify.sh.
 RELEASE ?= build/release
 release:
-	MAINTAINER='$(MAINTAINER)' HOMEPAGE='$(HOMEPAGE)' SIGN_KEY='$(SIGN_KEY)' release/release.sh $(RELEASE)
+	SIGN_KEY='$(SIGN_KEY)' release/release.sh $(RELEASE)
 
 verify:
 	@release/verify.sh '$(RELEASE)' '$(KEY)'

@@ -1,7 +1,7 @@
 #!/bin/sh
 # Builds and tests all that needs no cluster: the functions (test/unit.c), the
 # generated messages, the running server (test/test_*.py), each program also with
-# sanitizers, and whether doc/tour.md shows what the program says. The last line
+# sanitizers, and whether doc/tour.html shows what the program says. The last line
 # tells how many tests passed and failed.
 #
 #     KMSPLUGIN=PROGRAM ./test.sh     another program than ./kmsplugin
@@ -38,7 +38,25 @@ same_sections() {
     diff "$tmp/contents" "$tmp/sections" && [ "$(wc -l <"$tmp/sections")" -gt 20 ]
 }
 
+# kmsplugin.c stays what a reader finishes in two evenings: its length, its lines of code, its longest function, where its
+# first one is, and at least 22 lines of comment for 100 of code.
+small_enough() {
+    awk '/^ *\/\*/ { comment = 1 }
+        comment { comments++ }
+        !comment && NF { code++ }
+        !comment && /^[a-z_].*\(/ { begin = NR }
+        begin && /\) \{$/ { start = begin; first = first ? first : start; begin = 0 }
+        /^}$/ && start { longest = NR - start + 1 > longest ? NR - start + 1 : longest; functions++; start = 0 }
+        /\*\/$/ { comment = 0 }
+        END {
+            print NR " lines, " code " of code, " comments " of comment; " functions " functions, the longest " longest \
+                ", the first at " first
+            exit !(NR <= 4600 && code <= 3300 && comments * 100 >= code * 22 && functions > 150 && longest <= 50 && first < 330)
+        }' kmsplugin.c
+}
+
 check contents same_sections
+check 'size of kmsplugin.c' small_enough
 check messages same_messages
 check build make -s kmsplugin
 if require build/unit make -s build/unit; then
@@ -55,7 +73,7 @@ suite custody env KMSPLUGIN="$KMSPLUGIN" "$PYTHON" test/custody.py 60
 check build/without make -s build/without
 suite server env KMSPLUGIN="$KMSPLUGIN" "$PYTHON" test/run.py
 if require build/tour/program make -s build/tour/program; then
-    suite tour env KMSPLUGIN="$KMSPLUGIN" "$PYTHON" test/tour/tour.py check
+    suite tour env KMSPLUGIN="$KMSPLUGIN" "$PYTHON" test/tour/page.py check
 fi
 if require build/kmsplugin-asan make -s build/kmsplugin-asan; then
     suite 'server, sanitized' env KMSPLUGIN=build/kmsplugin-asan KMSPLUGIN_SANITIZED=1 \

@@ -1,7 +1,7 @@
 #!/bin/sh
-# The Debian package of make deb: is lintian content; is it installed, does it run, and is it purged again without a
-# trace but the key? That happens on an overlay over this machine's own Debian, of which nothing stays. Needs root,
-# dpkg-dev, debhelper, lintian, and the libraries. A line `ok`, `not ok` or `skip` for each test.
+# The Debian package of make deb: is lintian content; is it installed, does it run, does it notice make install and the
+# reverse, and is it purged without a trace but the key? That happens on an overlay over this machine's own Debian, of which
+# nothing stays. Needs root, dpkg-dev, debhelper, lintian, and the libraries. A line `ok`, `not ok` or `skip` for each test.
 set -eu
 here=$(dirname "$0")
 # shellcheck source=test/lib.sh
@@ -10,12 +10,28 @@ cd "$here/.."
 MAKE=${MAKE:-make}
 label='deb: '
 
-# Inside, chrooted into the overlay: $1 is the .deb, alone in /tmp/deb.
+# says STATUS WORDS COMMAND...
+says() {
+    status=0 wanted=$1 words=$2
+    shift 2
+    "$@" >"$tmp/all" 2>&1 || status=$?
+    cat "$tmp/all"
+    [ "$status" -eq "$wanted" ] && grep -q -e "$words" "$tmp/all"
+}
+
+# Inside, chrooted into the overlay: $1 is the .deb, alone in /tmp/deb, beside the sources.
 inside() {
     export DEBIAN_FRONTEND=noninteractive
+    # shellcheck disable=SC2317 # called by check
+    install() { "$MAKE" -s -C /tmp/deb/sources install INSTALL_PROGRAM=/bin/true; }
     check 'is not here yet' fails dpkg -s kmsplugin
-    check 'installs' dpkg -i "$1"
+    check 'make install, before it' install
+    check 'installs, and says what hides it' says 0 '/usr/local/sbin/kmsplugin, of make install, hides this' dpkg -i "$1"
+    check 'make uninstall' "$MAKE" -s -C /tmp/deb/sources uninstall
+    check 'leaves nothing of make install' silent find /usr/local -name '*kmsplugin*'
     check 'has what it depends on' dpkg --configure --pending
+    check 'make install over it is refused' says 2 '/usr/sbin/kmsplugin is there, of a package' install
+    check 'and has installed nothing' silent find /usr/local -name '*kmsplugin*'
     check 'files as packed' dpkg --verify kmsplugin
     for so in libnghttp2.so.14 libprotobuf-c.so.1 libbearssl.so.0; do
         check "runs on Debian's $so" sh -c "ldd /usr/sbin/kmsplugin | grep '$so => /'"
@@ -26,19 +42,17 @@ inside() {
     check 'units: systemd-analyze verify' silent systemd-analyze verify --man=no kmsplugin.service kmsplugin.socket
     check 'the socket'\''s directory is root'\''s' test "$(stat -c '%a %u' /run/kmsplugin)" = '755 0'
     check 'man finds its page' man --where kmsplugin
-    check 'nothing runs' fails kmsplugin probe --timeout 1
     check 'makes a key' sh -c 'umask 077; kmsplugin genkey >/etc/kmsplugin/kek'
     KMS_KEK_FILE=/etc/kmsplugin/kek setsid kmsplugin serve --sandbox require >/tmp/deb/log 2>&1 &
     server=$!
     check 'answers' soon kmsplugin probe
-    check 'is installed again, as by an upgrade' dpkg -i "$1"
+    check 'is installed again, as by an upgrade, and hides nothing' fails says 0 'make install' dpkg -i "$1"
     check 'answers still' kmsplugin probe
     kill "$server"
     check 'ends well' wait "$server"
     check 'is purged' dpkg --purge kmsplugin
     check 'the key is still there' test -s /etc/kmsplugin/kek
-    rm /etc/kmsplugin/kek
-    rmdir /etc/kmsplugin
+    rm -r /etc/kmsplugin
     check 'dpkg has forgotten it' fails dpkg -s kmsplugin
 }
 if [ "${1:-}" = inside ]; then
@@ -52,6 +66,11 @@ lint() {
         bogus-mail-host,bogus-mail-host-in-debian-changelog,initial-upload-closes-no-bugs build/deb/*.changes
 }
 
+mkdir "$tmp/none"
+for tool in make sh sed date head git tar gzip sort grep find mkdir cut uname dirname id cc; do
+    ln -s "$(command -v "$tool")" "$tmp/none/"
+done
+check 'make deb says what it lacks' says 2 '^make deb needs packages: apt-get install dpkg-dev' env PATH="$tmp/none" "$MAKE" -s deb
 check 'make deb' "$MAKE" -s deb
 cp "$tmp/output" "$tmp/log"
 check 'its build has passed the unit tests' grep '^ok self_test' "$tmp/log"
@@ -59,12 +78,14 @@ check 'lintian' lint
 deb=$(echo build/deb/kmsplugin_*.deb)
 check 'unpacks' dpkg-deb -x "$deb" "$tmp/x"
 check 'hardened' sh -c "readelf -W -d '$tmp/x/usr/sbin/kmsplugin' | grep 'FLAGS_1.*NOW.*PIE'"
+check 'has what the guide copies' test -f "$tmp/x/usr/share/kmsplugin/kubeadm/kmsplugin.yaml" -a -f "$tmp/x/usr/share/kmsplugin/encryption-v2.yaml"
 cp "$deb" "$tmp/first.deb"
 check 'make deb, again' "$MAKE" -s deb
 check 'the same bytes twice' cmp "$deb" "$tmp/first.deb"
 
 mkdir -p "$tmp/deb"
 cp "$deb" test/deb.sh test/lib.sh "$tmp/deb/"
+cp -R "build/deb/kmsplugin-$("$MAKE" -s version)" "$tmp/deb/sources"
 deb=/tmp/deb/$(basename "$deb")
 # shellcheck disable=SC2016 # that is for the inner shell
 unshare --mount --pid --fork --kill-child --net --ipc --uts sh -euc '

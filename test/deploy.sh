@@ -123,6 +123,8 @@ boot() {
 echo '== files'
 require 'build' "$MAKE" -s kmsplugin static
 require 'make install, make deb' stage
+cp "$tmp/output" "$tmp/said"
+check 'make install: says which program' grep -q '^installed build/static/kmsplugin, ' "$tmp/said"
 check 'make install: not over a package' fails "$MAKE" -s install PREFIX="$tmp/prefix" PACKAGED=/bin/sh
 check 'make install: nothing is there' fails test -e "$tmp/prefix"
 check 'make install: unless told to' "$MAKE" -s install PREFIX="$tmp/prefix" PACKAGED=/bin/sh OVER_PACKAGE=1

@@ -11,7 +11,7 @@ unset MAKEFLAGS MFLAGS MAKELEVEL    # of a make that calls this
 . test/lib.sh
 label='dist: '
 
-version=$(sed -n 's/^VERSION = //p' Makefile)
+version=$("$MAKE" -s version)
 release=kmsplugin-$version
 tarball=build/$release.tar.gz
 
@@ -34,7 +34,8 @@ X
 }
 
 check 'make dist' "$MAKE" -s dist
-check 'the version is that of the Debian package' grep -q "^kmsplugin ($version-" release/debian/changelog
+check 'the version is one' sh -c "./kmsplugin --version | grep -qx 'kmsplugin $version' && dpkg-parsechangelog -l release/debian/changelog -S Version | grep -q '^$version-' &&
+    grep -q 'image: localhost/kmsplugin:$version\$' deploy/kubeadm/kmsplugin.yaml"
 cp "$tarball" "$tmp/first.tar.gz"
 check 'make dist, later' env TZ=Asia/Tokyo sh -c "umask 077; sleep 1.1; touch README; '$MAKE' -s dist"
 check 'the same bytes twice' cmp "$tmp/first.tar.gz" "$tarball"

@@ -100,7 +100,7 @@ readme() {
     sed -e ':more' -e '/\\$/{N; s/\\\n *//; b more' -e '}' README | sed -n "s/^    \(apt-get update && .* && $1\)\$/\1/p"
 }
 
-release=kmsplugin-$(sed -n 's/^VERSION = //p' Makefile)
+release=kmsplugin-$("$MAKE" -s version)
 # shellcheck disable=SC2016 # that is for a shell inside
 in_sources='cd "$1" && eval "$2"'
 as_user='setpriv --reuid=user --regid=user --init-groups --reset-env'

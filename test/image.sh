@@ -44,6 +44,7 @@ index = json.load(archive.extractfile('./index.json'))
 manifest = json.loads(get(index['manifests'][0]))
 config = json.loads(get(manifest['config']))
 assert len(index['manifests']) == 1 and len(manifest['layers']) == 1 and len(blobs) == 3
+assert len(config['rootfs']['diff_ids']) == 1, 'it has a base'
 assert config['config'] == {'User': '65521:65521', 'Entrypoint': ['/kmsplugin'], 'Env': config['config']['Env']}, config
 assert [e for e in config['config']['Env'] if not e.startswith('PATH=')] == []
 layer = tarfile.open(fileobj=io.BytesIO(gzip.decompress(get(manifest['layers'][0]))))
@@ -103,6 +104,7 @@ logged() {
     grep -q "$2" "$tmp/log"
 }
 
+check 'no stage has a base image' sh -c "grep '^FROM' release/Dockerfile | grep -vqx 'FROM scratch' && exit 1 || grep -qx 'FROM scratch' release/Dockerfile"
 check 'make' "$MAKE" -s image kmsplugin
 export SOURCE_DATE_EPOCH="$EPOCH"
 check 'the first' release/image.sh build/static/kmsplugin "$tmp/first.tar" "$IMAGE"

@@ -143,7 +143,7 @@ WAITING(ssize_t, read, (int fd, void *p, size_t n), (fd, p, n == 128 ? n : size_
 WRAP(ssize_t, write, (int fd, const void *p, size_t n), (fd, p, fd == 2 ? n : size_of_io(n)), -1,
      (fd != 2 && (interrupted() || fails("write"))))
 WRAP(int, ppoll, (struct pollfd *p, nfds_t n, const struct timespec *wait, const sigset_t *set), (p, n, wait, set), -1,
-     (!(p && p->fd == 2) && (interrupted() || fails("ppoll"))))
+     ((p && p->fd != 2 && interrupted()) || (!(p && p->fd == 2) && fails("ppoll"))))
 
 /* A child has the failures, or the process has them. */
 pid_t __real_fork(void);

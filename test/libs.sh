@@ -13,7 +13,7 @@ set -eu
 cd "$(dirname "$0")/.."
 # shellcheck source=test/lib.sh
 . test/lib.sh
-src=$PWD/$1 apt=$PWD/build/src/apt/nghttp2/conf
+src=$PWD/$1 top=$PWD
 
 # build NAME FLAG...: links $tmp/NAME.
 build() {
@@ -28,9 +28,8 @@ nghttp2() {
     if [ -d munit ]; then
         set -- -Imunit munit/munit.c
     else
-        mkdir "$tmp/cunit"
-        (cd "$tmp/cunit" && APT_CONFIG=$apt apt-get -qq source cunit) || return 1
-        units=$(echo "$tmp"/cunit/cunit-*/CUnit)
+        (cd "$top" && release/sources.sh cunit >/dev/null && dpkg-source --no-check -x build/src/cunit_*.dsc "$tmp/cunit") || return 1
+        units=$tmp/cunit/CUnit
         ln -s "$units/Headers" "$tmp/cunit/CUnit"
         set -- -I"$tmp/cunit" -I"$units/Headers" "$units"/Sources/Framework/*.c "$units"/Sources/Basic/*.c
     fi

@@ -49,7 +49,7 @@ sys.exit(wrong is not None)
 X
 }
 
-version=$(sed -n 's/^VERSION = //p' Makefile)
+version=$("$MAKE" -s version)
 bom=build/sbom/kmsplugin-$version.cdx.json
 require 'make sbom' "$MAKE" -s sbom || exit 0
 cp "$bom" "$tmp/first.json"
@@ -57,6 +57,25 @@ check 'again, at another time' sh -c "sleep 1.1; rm '$bom' && TZ=Asia/Tokyo '$MA
 check 'the same bytes twice' cmp "$tmp/first.json" "$bom"
 check 'versions and hashes are those of what lies here' truth
 tail -n 1 "$tmp/output"
+
+# What is not musl's though musl has it: as the link map tells, as README and doc/security.md tell.
+replaced() {
+    python3 - "build/static/$(uname -m)/lib/libc.a" <<'X'
+import re, subprocess, sys
+names = lambda *of: set(re.findall(r' [TWDVBi] (\w+)$', subprocess.run(['nm', '-g', '--defined-only', *of], capture_output=True, text=True, check=True).stdout, re.M))
+musl, ours, where = names(sys.argv[1]), set(), None
+for line in open('build/static/kmsplugin.map').read().split('Linker script and memory map')[1].splitlines():
+    if file := re.search(r' 0x[0-9a-f]+ +0x[0-9a-f]+ (\S+)$', line):
+        where = file[1]
+    elif (name := re.fullmatch(r' +0x[0-9a-f]+ +(\w+)', line)) and name[1] in musl and not re.search(r'libc\.a\(|crt\w*\.o$', where):
+        ours.add(name[1])
+for path in 'README', 'doc/security.md':
+    told = re.search(r'its own ([\w, ]+) in musl.s place', ' '.join(open(path).read().split()))[1]
+    assert set(re.findall(r'\w+', told)) - {'and'} == ours, (path, told, ours)
+print(*sorted(ours))
+X
+}
+if [ "$(uname -m)" = x86_64 ]; then check "in musl's place is what the text names" replaced; fi
 
 venv=build/sbom/venv
 if [ -x "$venv/bin/pip" ] || python3 -m venv "$venv" >/dev/null 2>&1 &&

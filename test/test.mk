@@ -14,13 +14,14 @@ help::
 	@echo 'make test-arch      the release build on five architectures, under qemu-user and on Debian'\''s kernels'
 	@echo 'make test-kernel    the latter alone, under qemu-system (some 15 minutes)'
 	@echo 'make test-libs      the libraries'\'' own tests, on the objects that make static links'
+	@echo 'make test-browser   doc/tour.html in a browser; needs chromium-driver, tidy and python3-html5lib'
 	@echo 'make test-release   image, tarball, reproducibility, SBOM, Debian package (root)'
 	@echo 'make test-custody   that the test of the key tool notices a tool with one safeguard less (two minutes)'
 	@echo 'make soak           half an hour of load, restarts and hostile peers, an hour of the key tool, or SOAK_SECONDS= each (root)'
 	@echo 'make fuzz           fuzzers, FUZZ_SECONDS=60 each; needs clang'
 	@echo 'make prove          no undefined behaviour in the byte parsers; needs Frama-C'
 	@echo 'make lint           static analysis of C and shell'
-	@echo 'make tour           the octets and pictures of doc/tour.md, captured anew'
+	@echo 'make tour           doc/tour.html, its octets captured anew'
 	@echo
 	@echo 'Measurements of the release build:'
 	@echo 'make size           what makes it up, from the link map'
@@ -57,18 +58,22 @@ build/without: test/without.c $(TESTED)
 	@mkdir -p build
 	$(CC) $(STD) $(WARN) -I. $(CPPFLAGS) $(CFLAGS) -o $@ test/without.c kms.pb-c.c $(LDFLAGS) $(LIBS)
 
-# The tour, doc/tour.md: its octets are captured from a build whose random bytes are fixed and whose calls are logged.
+# The tour, doc/tour.html: its octets are captured from a build whose random bytes and version are fixed and whose calls are logged.
 build/tour/program: test/tour/fixed.c $(TESTED)
 	@mkdir -p build/tour
-	$(CC) $(STD) $(WARN) -I. $(CPPFLAGS) -O0 -g -finstrument-functions -o $@ test/tour/fixed.c kms.pb-c.c $(LDFLAGS) $(LIBS)
+	$(CC) $(STD) -UVERSION -DVERSION='"X.Y.Z"' $(WARN) -I. $(CPPFLAGS) -O0 -g -finstrument-functions -o $@ test/tour/fixed.c kms.pb-c.c $(LDFLAGS) $(LIBS)
 
-build/tour/metric: test/tour/metric.sed $(TESTED)
-	@mkdir -p build/tour
-	sed -f $< kmsplugin.c >$@.c && $(CC) $(STD) -I. $(CPPFLAGS) -O0 -o $@ $@.c kms.pb-c.c $(LDFLAGS) $(LIBS)
-
-.PHONY: tour
+.PHONY: tour tour-record test-browser
 tour: kmsplugin build/tour/program
-	/usr/bin/python3 test/tour/tour.py write
+	/usr/bin/python3 test/tour/page.py write
+
+# What the client says in it, recorded anew: grpc-go as kube-apiserver uses it.
+tour-record: build/tour/program
+	cd test/kube && go build -o $(CURDIR)/build/tour/client ../tour/client.go
+	/usr/bin/python3 test/tour/talk.py record build/tour/client
+
+test-browser:
+	/usr/bin/python3 test/tour/browser.py
 
 build/kmsplugin-asan: $(TESTED)
 	@mkdir -p build
@@ -104,13 +109,14 @@ FUZZ_SECONDS ?= 60
 build/fuzz/%: test/fuzz/%.c test/fuzz/fuzz.h test/responses.h $(TESTED)
 	@mkdir -p build/fuzz
 	clang $(STD) $(WARN) -I. $(CPPFLAGS) -O1 -g -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all \
+		-Dnoreturn= -Wno-return-type \
 		-o $@ $< kms.pb-c.c $(LDFLAGS) $(LIBS)
 
 fuzz: $(FUZZERS:%=build/fuzz/%)
 	FUZZ_SECONDS=$(FUZZ_SECONDS) test/fuzz/run.sh $(FUZZERS)
 
-# The committed seeds anew: what clients say, and what fuzzing has found so far.
-fuzz-seeds: kmsplugin $(FUZZERS:%=build/fuzz/%)
+# Adds what fuzzing has found to the committed seeds.
+fuzz-seeds: $(FUZZERS:%=build/fuzz/%)
 	/usr/bin/python3 test/fuzz/seeds.py $(FUZZERS)
 
 # No undefined behaviour in the byte parsers, for all inputs up to a length: Frama-C.

@@ -5,12 +5,10 @@ import socket
 import subprocess
 import unittest
 
-from hyperframe.frame import DataFrame, HeadersFrame, RstStreamFrame
-
 import sealed
 from plugin import (BINARY, EMULATED, INVALID, KEK, OTHER, OWN_MEMORY, STRANGER, WAIT, Case,
                     as_user, environment, fresh_dir, key_id, needs_root, public_binary, text, until)
-from raw import CANCEL, DECRYPT, DECRYPT_V1, ENCRYPT, ENCRYPT_V1, Raw, field, message, request
+from raw import DATA, DECRYPT, DECRYPT_V1, ENCRYPT, ENCRYPT_V1, END_STREAM, HEADERS, Raw, data, field, message, request, reset
 from sealed import V1, V2
 
 
@@ -104,13 +102,13 @@ class Memory(Case):
             body = message(field(1, plaintext) + field(2, b'uid'))
             with Raw(self.server.path) as raw:
                 stream = raw.open(request(ENCRYPT))
-                raw.send(DataFrame(stream, body[:-2]), RstStreamFrame(stream, error_code=CANCEL))
+                raw.send(data(stream, body[:-2]), reset(stream))
                 self.assertEqual(raw.call(ENCRYPT, body[:-2]).status, 13)
                 self.assertEqual(raw.call(ENCRYPT, body * 2).status, 13)
                 self.assertEqual(raw.call(ENCRYPT, message(field(1, plaintext) + b'\x0a')).status, 13)
                 self.assertEqual(raw.call(ENCRYPT, message(body, flag=1)).status, 12)
                 stream = raw.open(request(ENCRYPT))
-                raw.send(DataFrame(stream, body[:-2]))
+                raw.send(data(stream, body[:-2]))
                 raw.drained()
             with Raw(self.server.path, window=3, grant=0) as raw:
                 v1 = sealed.seal(KEK, plaintext, V1)
@@ -159,30 +157,26 @@ class Snapshot(Case):
             with Raw(server.path) as raw:
                 self.assertTrue(raw.works())
                 raw.ping()
-                stream, encoder = raw.stream + 2, raw.encoder
-                said = HeadersFrame(stream, encoder.encode(request(path)), flags=['END_HEADERS']).serialize() + \
-                    DataFrame(stream, message(body), flags=['END_STREAM']).serialize()
+                stream = raw.expect()
+                said = raw.headers(stream, request(path)) + data(stream, message(body), end=True)
                 saved, nonces = self.state(server), []
                 for _ in range(3):
                     self.put_back(server, saved)        # it waits in epoll_pwait, and knows of nothing since
                     raw.socket.sendall(said)
-                    data = self.answer(raw)
-                    at = data.index(bytes([1]) + bytes.fromhex(key_id(KEK)))
-                    nonces.append(data[at + 17:at + 41])
+                    answer = self.answer(raw)
+                    at = answer.index(bytes([1]) + bytes.fromhex(key_id(KEK)))
+                    nonces.append(answer[at + 17:at + 41])
                 self.assertEqual(len(set(nonces)), 3, nonces)
                 self.put_back(server, saved)
 
     def answer(self, raw):
         """DATA of the next answer, its head not looked at: the server's HPACK has gone back in time, ours has not."""
-        data = b''
-        while True:
-            head = raw.receive(9)
-            payload = raw.receive(int.from_bytes(head[:3], 'big'))
-            kind, flags = head[3], head[4]
-            if kind == DataFrame.type:
-                data += payload
-            if kind in (DataFrame.type, HeadersFrame.type) and flags & 1:
-                return data
+        octets = b''
+        while frame := raw.next_frame():
+            octets += frame.payload if frame.kind == DATA else b''
+            if frame.kind in (DATA, HEADERS) and frame.flags & END_STREAM:
+                return octets
+        raise AssertionError('closed')
 
 
 @unittest.skipIf(EMULATED, 'the environment that /proc shows is the emulator\'s')
@@ -197,24 +191,34 @@ class Environment(Case):
             self.assertNotIn(text(kek)[-9:].encode(), found)
 
     @needs_root
-    def test_probe_overwrites_what_it_does_not_need(self):
+    def test_every_verb_overwrites_it_and_leaves_no_core(self):
+        """Those that wait for something can be looked at: probe, which needs no key, for a server; the others for their input."""
         path = os.path.join(fresh_dir(), 'silent.sock')
         with socket.socket(socket.AF_UNIX) as listener:
             listener.bind(path)
             listener.listen()
-            listener.settimeout(WAIT)
-            probe = subprocess.Popen([BINARY, 'probe', '--timeout', '10', 'unix://' + path],
-                                     env=environment(KEK, {'BESIDE': 'stays'}),
-                                     stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-            try:
-                connection, _ = listener.accept()
-                with connection, open(f'/proc/{probe.pid}/environ', 'rb') as file:
-                    found = file.read()
-            finally:
-                probe.kill()
-                probe.wait()
-        self.assertIn(b'BESIDE=stays', found)
-        self.assertNotIn(text(KEK)[:8].encode(), found)
+            for args in (('probe', '--timeout', '10', 'unix://' + path), ('unseal', '/registry/secrets/a/b'), ('audit',)):
+                process = subprocess.Popen([BINARY, *args], env=environment(KEK, {'BESIDE': 'stays'}), stdin=subprocess.PIPE,
+                                           stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+                try:
+                    def environ(pid=process.pid):
+                        with open(f'/proc/{pid}/environ', 'rb') as file:
+                            return file.read()
+                    until(lambda get=environ: b'BESIDE=stays' in get() and text(KEK)[:8].encode() not in get(), f'{args[0]} wipes it')
+                    with open(f'/proc/{process.pid}/limits', encoding='ascii') as file:
+                        self.assertRegex(file.read(), r'Max core file size +0 +0 ')
+                    self.assertEqual(os.stat(f'/proc/{process.pid}/mem').st_uid, 0)
+                    self.assertIsNone(process.poll())
+                finally:
+                    process.kill()
+                    process.communicate()
+
+    @needs_root
+    def test_the_page_of_the_keks(self):
+        """Locked, and in no core file, whoever makes that."""
+        server = self.start()
+        flags = [line.split()[1:] for line in server.proc('smaps').decode().splitlines() if line.startswith('VmFlags:')]
+        self.assertTrue(any({'lo', 'dd'} <= set(found) for found in flags) or 'cannot be locked' in server.log(), flags)
 
     def test_no_core_dump(self):
         server = self.start()

@@ -1,11 +1,11 @@
 /*
  * Fuzzes connections: bytes into the session, in pieces, over up to four
- * connections of two users, whose sockets may take nothing, at the limits or far
- * from them.
+ * connections of two users, whose sockets may take nothing, near the limit of
+ * memory or far from it.
  *
  *     0   1   what holds: see enum
  *     1   1   seed of the sizes in which bytes arrive
- *     2   1   with HEAP_TIGHT: room on the heap
+ *     2   1   with TIGHT: room for what is held
  *     3   n   bytes as a client sends them; or, with FRAMED, steps:
  *
  *         00-0f  a frame of that type: flags, stream, length, payload
@@ -21,7 +21,7 @@
  */
 #include "fuzz.h"
 
-enum { FRAMED = 1, GREETED = 2, HEAP_TIGHT = 4, BUFFERED_TIGHT = 8, STREAMS_TIGHT = 16, DEAF = 32, LOUD = 64 };
+enum { FRAMED = 1, GREETED = 2, TIGHT = 4, DEAF = 32, LOUD = 64 };
 enum { PEERS = 4, FD = 100, INBOX = 256 * 1024, STEPS_MAX = 400 };
 
 static struct peer {
@@ -148,32 +148,22 @@ static struct conn *peer_conn(const struct peer *p) {
     return NULL;
 }
 
-static size_t base[RESOURCES]; /* what no connection holds, so that the limits are near */
+static size_t base; /* what no connection holds, so that the limit is near */
 
-/* What must hold between turns, whatever has come: every sum is that of its parts, and within its limit. */
+/* What must hold between turns, whatever has come: the sum is that of its parts, and within the limit. */
 static void server_check(void) {
-    size_t sum[RESOURCES] = {0}, of_user[2][RESOURCES] = {{0}};
-    for (struct conn *c = server.conns; c; c = c->next) {
-        HOLDS(!c->closed && c->used[CONNECTIONS] == 1);
-        size_t streams = 0, unread = 0;
+    size_t held = 0, count = 0;
+    for (struct conn *c = server.conns; c; c = c->next, count++) {
+        size_t least = c->out ? c->out_len : 0;
         for (struct stream *s = c->streams; s; s = s->next) {
-            streams++;
-            unread += s->reply_len;
-            HOLDS(s->body_len <= s->body_cap && s->reply_sent <= s->reply_len);
+            least += sizeof *s + s->payload_len + (s->body ? s->body_cap : 0);
+            HOLDS(s->body_len <= s->body_cap && s->payload_sent <= s->payload_len && *s->link == s);
         }
-        HOLDS(c->used[STREAMS] == streams && c->unread == unread && c->used[BUFFERED] <= c->used[HELD]);
-        for (enum resource r = 0; r < RESOURCES; r++) {
-            sum[r] += c->used[r];
-            of_user[c->user - server.users][r] += c->used[r];
-        }
+        HOLDS(!c->closed && least <= c->held);
+        held += c->held;
     }
-    for (enum resource r = 0; r < RESOURCES; r++) {
-        HOLDS(server.used[r] == base[r] + sum[r] && server.used[r] <= server.limit[r]);
-        for (size_t i = 0; i < server.user_count; i++)
-            HOLDS(server.users[i].used[r] == of_user[i][r]);
-    }
-    HOLDS(server.heap.in_use == sum[HELD]);
-    HOLDS(server.kms.arena.used == 0 && server.kms.random.left == 0 && !server.page);
+    HOLDS(server.held == base + held && server.held <= HELD_MAX && server.conn_count == count);
+    HOLDS(server.kms.arena.used == 0);
 }
 
 /* Turns of the loop until nothing is ready. */
@@ -185,16 +175,17 @@ static void turns(void) {
             struct conn *c = peer_conn(p);
             if (!c)
                 continue;
-            if (c->writing && p->room > 0) {
+            if (c->blocked && p->room > 0) {
                 conn_ready(c, EPOLLOUT);
                 busy = true;
-            } else if (!c->writing && (p->in_at < p->in_len || p->ended)) {
+            } else if (!c->blocked && (p->in_at < p->in_len || p->ended)) {
                 conn_ready(c, EPOLLIN);
                 busy = true;
             }
         }
-        server_expire(&server);
-        server_turn_end(&server);
+        server.sweep_ms = 0;
+        server_sweep(&server);
+        server_reap(&server);
         server_check();
     }
 }
@@ -215,19 +206,14 @@ static struct peer *peer_open(struct peer *p, unsigned flags) {
 }
 
 static void server_begin(void) {
+    static const struct serve_options options = {.uids = {0, 1}, .uid_count = 2};
     if (!server.callbacks)
         HOLDS(kms_init(&server.kms, fuzz_ring()) == 0 && sessions_init(&server) == 0);
-    memset(server.users, 0, sizeof server.users);
-    server.user_count = 2;
-    server.users[1].uid = 1;
-    server.limit[CONNECTIONS] = 3;
-    server.limit[STREAMS] = ALL_STREAMS_MAX;
-    server.limit[BUFFERED] = BUFFERED_MAX;
-    server.limit[HELD] = HEAP_MAX;
-    server.metrics.statm = -1;
+    server.options = &options;
+    server.conn_max = 3;
     server.share = IN_BYTES;
-    server.next_ms = server.resume_accept_ms = server.drain_ms = INT64_MAX;
-    server.heap.total = HEAP_KEEP_BYTES; /* none is kept, so that AddressSanitizer sees blocks go */
+    server.drain_ms = INT64_MAX;
+    server.spare_bytes = SPARE_MAX; /* none is kept, so that AddressSanitizer sees blocks go */
     server_clock(&server);
 }
 
@@ -238,11 +224,8 @@ int LLVMFuzzerTestOneInput(const uint8_t *bytes, size_t len) {
     sizes = bytes[1];
     const uint8_t *at = bytes + 3, *end = bytes + len;
     server_begin();
-    log_level = flags & LOUD ? LOG_DEBUG : LOG_ERROR;
-    base[STREAMS] = flags & STREAMS_TIGHT ? ALL_STREAMS_MAX - 3 : 0;
-    base[BUFFERED] = flags & BUFFERED_TIGHT ? BUFFERED_MAX - 2 * 1024 : 0;
-    base[HELD] = flags & HEAP_TIGHT ? HEAP_MAX - 20 * 1024 - bytes[2] * 256u : 0;
-    memcpy(server.used, base, sizeof base);
+    logging.level = flags & LOUD ? LOG_DEBUG : LOG_ERROR;
+    server.held = base = flags & TIGHT ? HELD_MAX - 20 * 1024 - bytes[2] * 256u : 0;
     struct peer *p = peer_open(&peers[0], flags);
     if (!(flags & FRAMED)) {
         peer_say(p, at, (size_t)(end - at));
@@ -295,7 +278,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *bytes, size_t len) {
     }
     for (struct conn *c = server.conns; c; c = c->next)
         conn_close(c, "the end");
-    server_turn_end(&server);
+    server_reap(&server);
     server_check();
     HOLDS(!server.conns);
     return 0;

@@ -63,17 +63,13 @@ func newKEK() kek {
 	return kek(base64.StdEncoding.EncodeToString(key))
 }
 
-func (k kek) bytes() []byte {
+// id computes the key_id from its definition, so that a plugin which changes it is caught.
+func (k kek) id() string {
 	key, err := base64.StdEncoding.DecodeString(string(k))
 	if err != nil {
 		panic(err)
 	}
-	return key
-}
-
-// id computes the key_id from its definition, so that a plugin which changes it is caught.
-func (k kek) id() string {
-	mac := hmac.New(sha256.New, k.bytes())
+	mac := hmac.New(sha256.New, key)
 	mac.Write([]byte("kmsplugin key_id v1"))
 	return hex.EncodeToString(mac.Sum(nil)[:16])
 }

@@ -4,7 +4,6 @@ import (
 	"bytes"
 	"crypto/cipher"
 	"fmt"
-	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -100,11 +99,6 @@ func TestUnseal(t *testing.T) {
 			notUnsealed(t, []kek{old}, rangeResponse(t, []byte(etcdKey+"2"), stored), "")
 			notUnsealed(t, []kek{old}, rangeResponse(t, []byte(etcdKey), stored, []byte(etcdKey+"2"), stored), "")
 			notUnsealed(t, []kek{old}, stored, "")
-			for i := len(prefix); i < len(stored); i++ { // the name in the prefix is not authenticated
-				forged := bytes.Clone(stored)
-				forged[i] ^= 1
-				notUnsealed(t, []kek{old}, forged, "", etcdKey)
-			}
 		})
 	}
 	notUnsealed(t, []kek{old}, secret, "", etcdKey)
@@ -134,40 +128,6 @@ func TestUnsealCBC(t *testing.T) {
 	notUnsealed(t, []kek{key}, stored, "CBC", etcdKey)
 }
 
-// May a KEK be retired? audit's answer before and after the migration.
-func TestAudit(t *testing.T) {
-	t.Parallel()
-	endpoint, old, next := fileEndpoint(t), newKEK(), newKEK()
-	serve(t, endpoint, old)
-	var ours [][]byte
-	for _, stored := range storedForms(t, endpoint) {
-		ours = append(ours, []byte(etcdKey), stored) // etcd has a key once, but these are bound to this one
-	}
-	plain := [][]byte{[]byte("/registry/secrets/default/plain"), secret}
-
-	for _, test := range []struct {
-		ring  []kek
-		pairs [][]byte
-		args  string
-		code  int
-		says  string
-	}{
-		{[]kek{old}, ours, "", 0, old.id()},
-		{[]kek{old, next}, ours, "--strict", 0, old.id()},
-		{[]kek{next, old}, ours, "", 1, old.id()},
-		{[]kek{next, old}, ours, "--list", 1, etcdKey},
-		{[]kek{next}, ours, "", 1, old.id()},
-		{[]kek{old}, slices.Concat(ours, plain), "", 0, old.id()},
-		{[]kek{old}, slices.Concat(ours, plain), "--strict", 1, old.id()},
-		{[]kek{old}, plain, "", 1, ""},
-	} {
-		code, stdout, stderr := run(t, test.ring, rangeResponse(t, test.pairs...), strings.Fields("audit "+test.args)...)
-		if code != test.code || !strings.Contains(string(stdout)+stderr, test.says) {
-			t.Errorf("audit %s: exit %d, want %d and %q in\n%s%s", test.args, code, test.code, test.says, stdout, stderr)
-		}
-	}
-}
-
 // keyid prints what kube-apiserver's metrics show, hashed by its own function.
 func TestKeyID(t *testing.T) {
 	t.Parallel()
@@ -178,31 +138,5 @@ func TestKeyID(t *testing.T) {
 	}
 	if code, stdout, stderr := run(t, ring, nil, "keyid"); code != 0 || string(stdout) != want {
 		t.Errorf("exit %d, %q, want %q\n%s", code, stdout, want, stderr)
-	}
-}
-
-func TestGenkey(t *testing.T) {
-	t.Parallel()
-	_, stdout, _ := run(t, nil, nil, "genkey")
-	endpoint, key := fileEndpoint(t), kek(strings.TrimSpace(string(stdout)))
-	serve(t, endpoint, key)
-	a := newAPIServer(t, v2("vault", endpoint))
-	if o := encryptedObject(t, a.write(t), "k8s:enc:kms:v2:vault:"); o.KeyID != key.id() {
-		t.Errorf("sealed under %s, want %s", o.KeyID, key.id())
-	}
-}
-
-func TestProbe(t *testing.T) {
-	t.Parallel()
-	for _, endpoint := range []string{fileEndpoint(t), abstractEndpoint(t)} {
-		p := serve(t, endpoint, newKEK())
-		code, stdout, stderr := run(t, nil, nil, "probe", endpoint)
-		if code != 0 || len(stdout) == 0 {
-			t.Errorf("exit %d with the plugin up\n%s%s", code, stdout, stderr)
-		}
-		p.stop(t)
-		if code, _, stderr := run(t, nil, nil, "probe", endpoint); code != 1 || stderr == "" {
-			t.Errorf("exit %d with the plugin stopped, %q", code, stderr)
-		}
 	}
 }

@@ -1,8 +1,5 @@
 /* What the functions under proof call and Eva does not see: only what is said here is known of them. */
 
-/*@ assigns \nothing; ensures \false; */
-void die_usage(const char *format, ...);
-
 /* nghttp2's. */
 /*@ requires \valid_read(name + (0 .. len - 1)); assigns \result \from name[0 .. len - 1]; */
 int nghttp2_check_header_name(const uint8_t *name, size_t len);

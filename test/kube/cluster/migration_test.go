@@ -46,28 +46,3 @@ func TestMigration(t *testing.T) {
 	out := e.audited(t, []kek{key}, 0, []string{"key_id=" + key.id() + " values=" + count(everything) + " sealing-kek"})
 	figures(t, "%d Secrets moved to v2: calls since the start %v; of v2 alone %v; audit:\n%s", len(everything), migrated, p.calls(t), out)
 }
-
-// Both APIs over abstract sockets.
-func TestAbstract(t *testing.T) {
-	key := newKEK()
-	e, p := startEtcd(t, tempDir(t)), newPlugin(t)
-	p.endpoint = "unix:///@kmsplugin-cluster" + p.dir[len(p.dir)-8:]
-	p.start(t, key)
-	a := newAPIServer(t, e, "--feature-gates=KMSv1=true")
-	a.configure(t, "secrets: "+v1("first", p, -1))
-	a.start(t)
-	fromV1 := write(t, "v1", 50, a)
-	fromV1.sealed(t, e, "k8s:enc:kms:v1:first:", key)
-	fromV1.read(t, a)
-	a.configure(t, "secrets: "+v2("second", p)+", "+v1("first", p, -1))
-	a.start(t)
-	fromV2 := write(t, "v2", 50, a)
-	fromV2.sealed(t, e, "k8s:enc:kms:v2:second:", key)
-	s := fromV1.andMore(fromV2)
-	s.read(t, a)
-	p.start(t, key)
-	s.read(t, a)
-	a.start(t)
-	s.read(t, a)
-	figures(t, "Kubernetes %s: %d Secrets over %s, half v1 and half v2: calls since the last restart %v", a.version(t), len(s), p.endpoint, p.calls(t))
-}
