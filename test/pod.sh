@@ -94,7 +94,8 @@ check 'podman load' storage load --quiet --input build/image/kmsplugin.tar
 check 'guide: pod-new' block pod-new
 old=$(ids)
 require 'podman kube play' in_folder storage kube play "$PWD/deploy/kubeadm/kmsplugin.yaml"
-check 'answers' soon answers "$old"
+check 'guide: pod' block pod
+check 'answers' answers "$old"
 check 'root without a capability, a read-only root, the KEK read-only' confined
 check 'its own liveness probe' storage exec kmsplugin-kmsplugin /kmsplugin probe
 check 'guide: rotate' block rotate
