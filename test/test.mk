@@ -56,15 +56,15 @@ build/tour/program: test/tour/fixed.c $(TESTED)
 
 .PHONY: tour tour-record test-browser
 tour: kmsplugin build/tour/program
-	/usr/bin/python3 test/tour/page.py write
+	/usr/bin/python3 -B test/tour/page.py write
 
 # What the client says in it, recorded anew: grpc-go as kube-apiserver uses it.
 tour-record: build/tour/program
 	cd test/kube && go build -o $(CURDIR)/build/tour/client ../tour/client.go
-	/usr/bin/python3 test/tour/talk.py record build/tour/client
+	/usr/bin/python3 -B test/tour/talk.py record build/tour/client
 
 test-browser:
-	/usr/bin/python3 test/tour/browser.py
+	/usr/bin/python3 -B test/tour/browser.py
 
 build/kmsplugin-asan: $(TESTED)
 	@mkdir -p build
