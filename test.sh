@@ -69,6 +69,7 @@ if require build/sandbox make -s build/sandbox; then
     suite sandbox build/sandbox
 fi
 suite ring env KMSPLUGIN="$KMSPLUGIN" test/ring.sh
+suite custody env KMSPLUGIN="$KMSPLUGIN" "$PYTHON" test/custody.py 60
 check build/without make -s build/without
 suite server env KMSPLUGIN="$KMSPLUGIN" "$PYTHON" test/run.py
 if require build/tour/program make -s build/tour/program; then

@@ -19,7 +19,7 @@ MAKE=${MAKE:-make}
 . test/lib.sh
 
 PACKAGES=systemd,openrc,curl,sqlite3,xxd,procps,etcd-server,etcd-client,prometheus,prometheus-node-exporter,\
-protobuf-compiler,python3-protobuf,python3-grpcio,python3-cryptography,libbearssl0,libprotobuf-c1
+protobuf-compiler,python3-protobuf,python3-grpcio,python3-cryptography,python3-hpack,libbearssl0,libprotobuf-c1
 MEDIUM=16M              # of a medium for copies of KEKs
 machines='' loops=''    # pids, devices
 

@@ -29,7 +29,6 @@ import sys
 import time
 
 import plugin
-import raw
 from plugin import MEMORY_MAX, WAIT, Server
 from raw import (CONTINUATION, DATA, EMPTY, ENCRYPT, ENCRYPT_V1, GET, GOAWAY, HEADERS, INITIAL_WINDOW_SIZE, OK, PING,
                  PREFACE, PRIORITY, SETTINGS, STATUS, WINDOW_MAX, Raw, block, body_frames, data, encrypt_v1, field, frame,
@@ -67,6 +66,7 @@ def odd(count):
 
 class Peer(Raw):
     """A hostile connection: sends without a look at what comes back, never waits, and counts the frames that come."""
+    preface = PREFACE           # but for an attack that is broken
 
     def __init__(self, path, values=(), hello=True):
         super().__init__(path, hello=False)
@@ -76,7 +76,7 @@ class Peer(Raw):
         self.pings = 0
         self.heard = collections.Counter()  # by type, and whether END_STREAM or ACK was set
         if hello:
-            self.push(raw.PREFACE + settings(values))
+            self.push(Peer.preface + settings(values))
 
     def push(self, octets=b''):
         """As much as the plugin takes now."""
@@ -215,7 +215,7 @@ class Round:
 ATTACKS = {}
 
 
-def attack(least, what, wrong=('PREFACE', 'block')):
+def attack(least, what, wrong=('preface', 'block')):
     """An attack has to reach at least so much; it cannot without what is `wrong` with it when it is broken."""
     def keep(function):
         ATTACKS[function.__name__] = function, least, what, wrong
@@ -260,7 +260,7 @@ def all_ask_for_metrics(on):
     return on.flood(piece, lambda: on.heard(DATA, True), conns=200)
 
 
-@attack(40000, 'PINGs answered where nobody reads', wrong=['PREFACE'])
+@attack(40000, 'PINGs answered where nobody reads', wrong=['preface'])
 def ping_flood_unread(on):
     with on.peers(8) as crowd:
         for peer in crowd:
@@ -289,12 +289,12 @@ def rapid_reset_of_calls(on):
     return calls_and_resets(on, ENCRYPT_V1, encrypt_v1(bytes(32)), on.answered)
 
 
-@attack(200000, 'PINGs answered', wrong=['PREFACE'])
+@attack(200000, 'PINGs answered', wrong=['preface'])
 def ping_flood(on):
     return on.flood(ping(bytes(8)) * 900, lambda: on.heard(PING, True))
 
 
-@attack(100000, 'SETTINGS acknowledged', wrong=['PREFACE'])
+@attack(100000, 'SETTINGS acknowledged', wrong=['preface'])
 def settings_flood(on):
     return on.flood((settings() + settings([(INITIAL_WINDOW_SIZE, 70000)] * 32)) * 50, lambda: on.heard(SETTINGS, True))
 
@@ -305,7 +305,7 @@ def settings_burst(on):
     return on.flood(settings() * 4000, lambda: sum(p.closed and p.heard[HEADERS, True] for p in on.everyone), first=first)
 
 
-@attack(100000, 'PRIORITYs of streams that are not there, handled', wrong=['PREFACE'])
+@attack(100000, 'PRIORITYs of streams that are not there, handled', wrong=['preface'])
 def priority_flood(on):
     return on.handled(b''.join(frame(PRIORITY, 0, n, b'\0\0\xff\xff\xff') for n in odd(500)), 500)
 
@@ -315,7 +315,7 @@ def empty_data_flood(on):
     return on.handled(data(1) * 500, 500, first=headers(1, block(request(ENCRYPT_V1))))
 
 
-@attack(100000, 'frames of no known type and window updates handled', wrong=['PREFACE'])
+@attack(100000, 'frames of no known type and window updates handled', wrong=['preface'])
 def unknown_frames_flood(on):
     return on.handled((frame(0xbe, 0, 0, bytes(100)) + window_update(0, 1)) * 250, 500)
 
@@ -435,7 +435,7 @@ def all_at_once(on):
 @attack(240, 'connections that drip, ended after 10 s and not before')
 def slow(on):
     """Prefaces, header blocks, frames, bodies: a byte now and then is no progress."""
-    greeting, head = raw.PREFACE + settings(), block(request(STATUS))
+    greeting, head = Peer.preface + settings(), block(request(STATUS))
     begun = greeting + frame(HEADERS, 0, 1, head[:20]) + frame(CONTINUATION, 0, 1, head[20:])[:9]
     opened = greeting + headers(1, head) + data(1, encrypt_v1(bytes(100)))[:9]
     starts = ((b'', greeting), (begun, head[20:]), (greeting + headers(1, head)[:4], headers(1, head)[4:]), (opened, encrypt_v1(bytes(100))))
@@ -453,7 +453,7 @@ def slow(on):
         return on.reach(lambda: sum(peer.closed or peer.heard[HEADERS, True] for peer in crowd) - early, crowd)
 
 
-@attack(740, 'idle connections closed, of 1,000 where 256 are allowed', wrong=['PREFACE'])
+@attack(740, 'idle connections closed, of 1,000 where 256 are allowed', wrong=['preface'])
 def idle_connections(on):
     with on.peers(1000) as crowd:
         on.reach(on.closed, crowd)
@@ -463,7 +463,7 @@ def idle_connections(on):
 
 @attack(10000, 'connections that ended in the middle of a request', wrong=[])
 def dropped(on):
-    whole = PREFACE + settings() + headers(1, block(request(ENCRYPT_V1))) + body_frames(1, encrypt_v1(bytes(300)))
+    whole = Peer.preface + settings() + headers(1, block(request(ENCRYPT_V1))) + body_frames(1, encrypt_v1(bytes(300)))
     for i in range(on.least):
         with Raw(on.path, hello=False) as peer:
             peer.send(whole[:i % len(whole)])
@@ -473,8 +473,8 @@ def dropped(on):
 @attack(300, 'connections of noise closed', wrong=[])
 def garbage(on):
     """Other protocols, and random bytes behind a right beginning."""
-    hello, noise = PREFACE + settings(), os.urandom(300)
-    starts = (b'GET / HTTP/1.1\r\n\r\n', b'\x16\x03\x01\x02\x00' + noise, PREFACE + bytes(300), hello + b'\xff' + noise,
+    hello, noise = Peer.preface + settings(), os.urandom(300)
+    starts = (b'GET / HTTP/1.1\r\n\r\n', b'\x16\x03\x01\x02\x00' + noise, Peer.preface + bytes(300), hello + b'\xff' + noise,
               hello + frame(HEADERS, 5, 1, b'\xff' + noise), hello + frame(SETTINGS, 0, 0, noise[:7]))
     with on.peers(60, hello=False) as crowd:
         for _ in range(4):
@@ -497,9 +497,9 @@ def window_overflow(on):
                 (window_update(1, WINDOW_MAX) * 2, False), (window_update(0, 0), True))
     refused = 0
     for octets, fatal in attempts * 50:
-        with Raw(on.path) as peer:
-            peer.answers[1] = raw.Answer()
-            peer.send(stream, ping(bytes(8)))
+        with Raw(on.path, hello=False) as peer:
+            peer.expect()
+            peer.send(Peer.preface, settings(), stream, ping(bytes(8)))
             while not peer.pongs:       # so far all is well
                 if peer.frame() is None:
                     return refused
@@ -647,29 +647,20 @@ def judge_all(names):
 
 def reached_broken(name, part):
     """What an attack reaches whose preface or header blocks are wrong; nothing if it gives up."""
-    function, least, _, _ = ATTACKS[name]
-    right, server = getattr(raw, part), Server()
-    wrong = right[:-1] + b'?' if part == 'PREFACE' else lambda fields: b'\xff' * len(right(fields))
+    global block
+    function, least, *_ = ATTACKS[name]
+    right, server = (Peer.preface, block), Server()
     try:
         on = Round(server, least, BROKEN_SECONDS)
-        if part == 'block':
-            globals()['block'] = wrong
+        if part == 'preface':
+            Peer.preface = b'?' + PREFACE[1:]
         else:
-            raw.PREFACE = wrong
-        ordinary = Round.counters
-
-        def counters(self):         # the test's own client is as ever
-            raw.PREFACE = right if part == 'PREFACE' else raw.PREFACE
-            try:
-                return ordinary(self)
-            finally:
-                raw.PREFACE = wrong if part == 'PREFACE' else raw.PREFACE
-        on.counters = counters.__get__(on)
+            block = lambda fields: b'\xff' * len(right[1](fields))     # of no table
         return function(on)
     except (AssertionError, OSError):
         return 0
     finally:
-        raw.PREFACE, globals()['block'] = (right, block) if part == 'PREFACE' else (raw.PREFACE, right)
+        Peer.preface, block = right
         server.stop()
 
 
@@ -680,7 +671,8 @@ def break_all(names):
         for part in ATTACKS[name][3]:
             reached, least = reached_broken(name, part), ATTACKS[name][1]
             failed += reached >= least
-            print(f'{"not ok" if reached >= least else "ok"} {name} with a wrong {part.lower()}: {reached} of at least {least}', flush=True)
+            print(f'{"not ok" if reached >= least else "ok"} {name} with a wrong {part}: {reached} of at least {least}',
+                  flush=True)
     return failed
 
 

@@ -1,332 +1,280 @@
 #!/bin/bash
-# deploy/kmsplugin-ring, killed before each of its commands: is the ring then the old one or the new, whole, and does the
-# same command come to its end afterwards? On a full disk, twice, by two at once; what it refuses; and that a KEK is
-# neither an argument nor on a terminal. Sealed too, as root where systemd-creds is. Prints the table of the kill points,
-# and a line `ok`, `not ok` or `skip` for each test.
-#
-# (bash, for its DEBUG trap, which stops before a command. The tool itself runs in sh where nothing kills it.)
+# deploy/kmsplugin-ring, what test/custody.py leaves out (there: no verb loses a KEK): the same output in every shell that
+# is a /bin/sh, what it refuses and in which words, what a medium is, full disks; and that a KEK is no argument, in no
+# environment but kmsplugin's, on no terminal and in no trace. Prints a line `ok`, `not ok` or `skip` for each test.
+# shellcheck disable=SC2016,SC2086,SC2317 # a shell of two words; functions that check calls
 set -eu
 cd "$(dirname "$0")/.."
-[ ! -w /dev/shm ] || export TMPDIR=/dev/shm # where a sync takes no time
 # shellcheck source=test/lib.sh
 . test/lib.sh
 label='ring: '
 program=$(realpath "${KMSPLUGIN:-./kmsplugin}")
-export KMSPLUGIN="$program"
 tool=$PWD/deploy/kmsplugin-ring
 
-# Killed before the commands of these functions themselves; ALL=1 for every command, in minutes.
-steps='lock|put|settled|restart'
-[ -z "${ALL:-}" ] || steps='*'
-
-# Whatever is mounted, and systemd-creds' own key, is gone with the namespace.
+# Whatever is mounted is gone with the namespace.
 if [ "${1:-}" != inside ] && unshare --mount true 2>/dev/null; then
     rm -rf "$tmp"
     exec unshare --mount bash "$0" inside
 fi
+shells=()
+for shell in dash bash mksh 'busybox sh'; do
+    if command -v "${shell% *}" >/dev/null; then shells+=("$shell"); else line "skip ring: $shell: is not installed"; fi
+done
 
 umask 077
-id() { KMS_KEK_FILE=$1 "$program" keyid | cut -d ' ' -f 1; }
 for name in old new third; do
     "$program" genkey >"$tmp/$name"
 done
-old=$(id "$tmp/old") new=$(id "$tmp/new")
+id() { KMS_KEK_FILE=$1 "$program" keyid | cut -d ' ' -f 1; }
+old=$(id "$tmp/old") new=$(id "$tmp/new") third=$(id "$tmp/third")
 stranger=00000000000000000000000000000000
-folder=$tmp/etc
-offer=$tmp/run/kek
-none=unix://$tmp/none.sock
+join() { cat "${@/#/$tmp/}" | paste -sd ,; } # NAME...: a ring's text
 
-ring() { sh "$tool" --file "$file" --offer "$offer" --endpoint "$none" "$@"; }
-# join NAME...: a ring's text
-join() { cat "${@/#/$tmp/}" | paste -sd ,; }
-# The ring is made of these, as the tool itself writes it.
-start() {
-    rm -rf "$folder" "$tmp/run"
-    mkdir "$folder" "$tmp/run"
-    if [ "$kind" = sealed ]; then
-        # shellcheck disable=SC2086 # options
-        join "$@" | systemd-creds encrypt --name=kek $KMSPLUGIN_SEAL - "$file"
-    else
-        join "$@" >"$file"
-    fi
-}
-holds() {
-    if [ "$kind" = sealed ]; then systemd-creds decrypt --name=kek "$1" -; else cat "$1"; fi
-}
-is() { # NAME...
-    [ "$(holds "$file")" = "$(join "$@")" ]
-}
-clean_folder() { # what lies there
-    [ "$(cd "$folder" && echo *)" = "$1" ] || { ls -A "$folder"; return 1; }
-}
+# What etcdctl would print: NAME, and the KEKs of its values.
+env PYTHONPATH=test TMPDIR="$tmp" /usr/bin/python3 - "$tmp" <<'END'
+import base64, sys
+import sealed
+tmp = sys.argv[1]
+keks = {name: base64.b64decode(open(f'{tmp}/{name}').read()) for name in ('old', 'new')}
+for dump in ('new new', 'new', 'old new'):
+    entries = [(b'/registry/secrets/default/%d' % n, sealed.etcd_v2(keks[name], b'/registry/secrets/default/%d' % n, b'k8s\0x'))
+               for n, name in enumerate(dump.split())]
+    open(f'{tmp}/{dump.replace(" ", "-")}.dump', 'wb').write(sealed.range_response(*entries))
+END
+
+# genkey as expected: the names in $tmp/next, one after the other. probe, if there is such a file, as a false plugin.
+cat >"$tmp/kmsplugin" <<END
+#!/bin/sh
+case \$1 in
+genkey) name=\$(head -n 1 $tmp/next); sed -i 1d $tmp/next; exec cat "$tmp/\$name" ;;
+probe)  [ ! -e $tmp/false ] || exec cat $tmp/false ;;
+esac
+exec $program "\$@"
+END
+chmod 755 "$tmp/kmsplugin"
+export KMSPLUGIN="$tmp/kmsplugin"
+
+shell='sh'
+ring() { $shell "$tool" --root "$tmp/root" --same-disk "$@"; }
 says() { # PATTERN COMMAND...: fails, and says so
     pattern=$1
     shift
     ! "$@" >"$tmp/said" 2>&1 || { cat "$tmp/said"; return 1; }
     cat "$tmp/said"
-    grep -q "$pattern" "$tmp/said"
+    grep -q -- "$pattern" "$tmp/said"
 }
-
-# ---- killed before each command
-# The count is a file, for subshells count too.
-cat >"$tmp/killer" <<END
-set -T
-killer() {
-    case \${FUNCNAME[1]} in $steps) ;; *) return 0 ;; esac
-    read -r n <"\$COUNT"
-    echo \$((n + 1)) >"\$COUNT"
-    [ "\$n" -ne "\$KILL_AT" ] || { echo "\$1 \${2%%\$'\n'*}" >"\$POINT"; kill -KILL \$\$; }
+begin() { # a ring of these, and a medium that has them
+    rm -rf "$tmp/root" "$tmp/usb"
+    mkdir -p "$tmp/root/etc/kmsplugin" "$tmp/usb"
+    [ $# -eq 0 ] || join "$@" >"$tmp/root/etc/kmsplugin/kek"
+    for each; do cp "$tmp/$each" "$tmp/usb/kek-$(id "$tmp/$each")"; done
+    file=$tmp/root/etc/kmsplugin/kek
+    rm -f "$tmp/false"
+    echo third >"$tmp/next"
 }
-trap 'killer "\$LINENO" "\$BASH_COMMAND"' DEBUG
-END
-# killed N ARGUMENT...: status 137 when it was
-killed() {
-    at=$1
-    shift
-    echo 0 >"$tmp/count"
-    rm -f "$tmp/point"
-    COUNT=$tmp/count POINT=$tmp/point KILL_AT=$at BASH_ENV=$tmp/killer \
-        bash "$tool" --file "$file" --offer "$offer" --endpoint "$none" "$@" >"$tmp/said" 2>&1
-}
-# Old or new and nothing else, with the mode that it had; what stays for later is whole, too.
-whole() { # BEFORE AFTER
-    now=$(holds "$file" 2>/dev/null || echo broken)
-    found=neither
-    # shellcheck disable=SC2086 # names
-    was=$(join $1) becomes=$(join $2)
-    [ "$now" != "$was" ] || found=old
-    [ "$now" != "$becomes" ] || found=new
-    [ $found != neither ] && [ "$(stat -c %a "$file")" = 600 ] &&
-        { [ ! -e "$file.prev" ] || [ "$(holds "$file.prev")" = "$was" ]; } &&
-        { [ ! -e "$offer" ] || cmp "$offer" "$tmp/new"; }
-}
-# survives TITLE BEFORE AFTER OFFER ARGUMENT...
-survives() {
-    title=$1 before=$2 after=$3 input=$4
-    shift 4
-    : >"$tmp/table"
-    at=0
-    while :; do
-        # shellcheck disable=SC2086 # names
-        start $before
-        [ "$input" != offer ] || cp "$tmp/new" "$offer"
-        status=0
-        killed $at "$@" </dev/null 2>/dev/null || status=$?
-        [ "$status" -eq 137 ] || break
-        whole "$before" "$after" || { echo "before: $(cat "$tmp/point")"; ls -l "$folder"; return 1; }
-        echo "$found $(cat "$tmp/point")" >>"$tmp/table"
-        flock "$folder" true # a child of the dead one may still hold it
-        ring "$@" </dev/null >"$tmp/said" 2>&1 || { echo "not done again after $(cat "$tmp/point")"; cat "$tmp/said"; return 1; }
-        # shellcheck disable=SC2086
-        is $after || { echo "done again, it is another ring: $(cat "$tmp/point")"; return 1; }
-        case $(cd "$folder" && echo *) in "${file##*/}" | "${file##*/} ${file##*/}.prev") ;; *) ls -A "$folder"; return 1 ;; esac
-        at=$((at + 1))
-    done
-    [ "$status" -eq 0 ] && [ $at -gt 20 ] && grep -q '^old ' "$tmp/table" && grep -q '^new ' "$tmp/table"
-}
-# What the ring was when the tool was killed before a line of put(), and how often otherwise.
-table() {
-    [ -s "$tmp/table" ] || return 0
-    awk -v title="$kind, $title" -v first="$(grep -n '^put() {' "$tool" | cut -d : -f 1)" '
-        { n[$1]++ }
-        title ~ / add$/ && $2 > first && $2 < first + 40 && $0 != last { lines[++count] = $0; last = $0 }
-        END {
-            printf "# %s: killed before %d commands: %d times the old ring, %d times the new\n", title, NR, n["old"], n["new"]
-            for (i = 1; i <= count; i++) print "#     " lines[i]
-        }' "$tmp/table"
-}
-kills() {
-    check "$kind, killed at each point: add" survives add old 'old new' offer add "$new"
-    table
-    [ $kind = plain ] || [ "${ALL:-}" ] || return 0
-    check "$kind, killed at each point: seal-with" survives seal-with 'old new' 'new old' '' seal-with "$new"
-    table
-    check "$kind, killed at each point: retire" survives retire 'new old' new '' retire --without-audit "$old"
-    table
-}
-
-# ---- a whole life, and what is refused
-life() {
-    rm -rf "$folder" "$tmp/run"
-    check "$kind: no folder, no ring" says 'there is no such folder' ring add
-    check "$kind: create offers a KEK" ring create
-    cp "$tmp/output" "$tmp/said"
-    cp "$offer" "$tmp/first"
-    check "$kind: the offer is for its owner alone" test "$(stat -c '%a' "$offer" "$tmp/run" | tr '\n' ' ')" = '600 700 '
-    check "$kind: which waits for its copy" grep -qF "A new KEK waits in $offer" "$tmp/said"
-    check "$kind: its key_id is not told before" fails grep -E '[0-9a-f]{32}' "$tmp/said"
-    check "$kind: offered twice, it is the same" ring create
-    check "$kind: the same" cmp "$offer" "$tmp/first"
-    check "$kind: no ring yet" fails test -e "$file"
-    first=$(id "$tmp/first")
-    check "$kind: another key_id is no proof" says 'not the KEK with the key_id' ring create "$stranger"
-    check "$kind: the key_id of the copy is" ring create "$first"
-    check "$kind: the ring is that KEK" is first
-    check "$kind: for root alone" test "$(stat -c '%a' "$file")" = 600
-    check "$kind: nothing is on offer any more" fails test -e "$offer"
-    check "$kind: again, it changes nothing" ring create "$first"
-    check "$kind: no second ring" says 'there is a ring already' ring create
-    check "$kind: no third by standard input" says 'there is a ring already' ring create "$new" - <"$tmp/new"
-    check "$kind: seal-with before add" says 'add comes first' ring seal-with "$new"
-    check "$kind: add, with a KEK of another key_id" says 'not the KEK' ring add "$new" - <"$tmp/third"
-    check "$kind: add, with nothing" says 'no KEK; nothing is changed' ring add "$new" - </dev/null
-    check "$kind: add, with a ring" says 'more than one KEK' ring add "$new" - < <(join new third)
-    check "$kind: add, before one is on offer" says 'no KEK is on offer' ring add "$new"
-    check "$kind: still the ring" is first
-    check "$kind: add" ring add "$new" - <"$tmp/new"
-    check "$kind: it comes last" is first new
-    check "$kind: the one before is kept" test "$(holds "$file.prev")" = "$(join first)"
-    check "$kind: again" ring add "$new" - <"$tmp/new"
-    check "$kind: the same" is first new
-    check "$kind: a second rotation waits" says 'the ring has 2 KEKs' ring add
-    check "$kind: the one that seals does not retire" says 'seal-with another one first' ring retire "$first" </dev/null
-    check "$kind: seal-with" ring seal-with "$new"
-    check "$kind: it is in front" is new first
-    check "$kind: again" ring seal-with "$new"
-    check "$kind: retire with nothing audited" says 'audit does not say' ring retire "$first" </dev/null
-    check "$kind: retire of a stranger" says 'no KEK of the ring' ring retire "$stranger" </dev/null
-    check "$kind: run keyid" test "$(ring run keyid | cut -d ' ' -f 1 | tr '\n' ' ')" = "$new $first "
-    check "$kind: print" test "$(ring print)" = "$(join new first)"
-    check "$kind: print of one" test "$(ring print "$first")" = "$(join first)"
-    values "$first"
-    check "$kind: retire, and a value is under it" says "$first.*=1" ring retire "$first" <"$tmp/values"
-    check "$kind: the ring stays" is new first
-    values "$new"
-    check "$kind: retire, and none is" ring retire "$first" <"$tmp/values"
-    check "$kind: it is gone" is new
-    check "$kind: again" ring retire "$first" </dev/null
-    check "$kind: nothing but the ring and the one before lies there" clean_folder "${file##*/} ${file##*/}.prev"
-    rm "$file"
-    check "$kind: the ring lost: not a new one in its place" says 'look at that first' ring create
-}
-# values KEY_ID: what etcdctl would print of one Secret under that KEK of the ring.
-values() {
-    ring print "$1" >"$tmp/kek"
-    env PYTHONPATH=test /usr/bin/python3 - "$tmp/kek" >"$tmp/values" <<'END'
-import base64, sys
-import sealed
-key = b'/registry/secrets/default/a'
-value = sealed.etcd_v2(base64.b64decode(open(sys.argv[1]).read()), key, b'k8s\0object')
-sys.stdout.buffer.write(sealed.range_response((key, value)))
-END
-}
-
-# ---- full disks
-full() {
-    mkdir -p "$tmp/small"
-    good=0 bad=0
-    for blocks in 1 2 3 4; do for inodes in 3 4 5 6; do
-        mount -t tmpfs -o "size=$((blocks * 4))k,nr_inodes=$inodes,mode=700" tmpfs "$tmp/small" || return 77
-        folder=$tmp/small file=$tmp/small/${file##*/}
-        cp "$tmp/ring" "$file"
-        status=0
-        ring add "$new" - <"$tmp/new" >"$tmp/said" 2>&1 || status=$?
-        if is old && [ $status -ne 0 ]; then bad=$((bad + 1)); elif is old new && [ $status -eq 0 ]; then good=$((good + 1)); else
-            echo "$blocks blocks, $inodes files, status $status:"
-            cat "$tmp/said"
-            ls -l "$folder"
-            umount "$tmp/small"
-            return 1
-        fi
-        umount "$tmp/small"
-    done; done
-    folder=$tmp/etc file=$tmp/etc/${file##*/}
-    echo "# $kind, disks of 4 to 16 KiB and 3 to 6 files: $bad times an error and the old ring, $good times the new one" | tee "$tmp/figure"
-    [ $good -gt 0 ] && [ $bad -gt 0 ]
-}
-fulls() {
-    start old
-    cp "$file" "$tmp/ring"
-    if mount -t tmpfs tmpfs "$folder" 2>/dev/null && umount "$folder"; then
-        check "$kind: a full disk" full
-        cat "$tmp/figure" 2>/dev/null || :
-    else
-        line "skip ring: $kind, a full disk: nothing can be mounted here (needs root)"
-    fi
-}
-
-# ---- two at once
-locked() {
-    exec 8<"$folder"
-    flock 8
-    says 'another kmsplugin-ring is changing' ring add "$new" - <"$tmp/new"
-    status=$?
-    exec 8<&-
-    return $status
-}
-crowd() {
-    crowd=''
-    for _ in 1 2 3 4 5 6; do
-        ring add "$new" - <"$tmp/new" >/dev/null 2>>"$tmp/crowd" &
-        crowd="$crowd $!"
-    done
-    done=0
-    for one in $crowd; do
-        wait "$one" && done=$((done + 1))
-    done
-    echo "$done of 6 came to their end"
-    [ $done -gt 0 ] && is old new && [ "$(grep -vc 'another kmsplugin-ring is changing' "$tmp/crowd")" -eq 0 ]
-}
-
-# ---- a plugin that runs
-running() {
-    KMS_KEK_FILE=$file "$program" serve --listen "unix://$tmp/kms.sock" 2>"$tmp/log" &
+serve() { # NAME...: a plugin that has these
+    mkdir -p "$tmp/root/run/kmsplugin"
+    : >"$tmp/log"
+    KMS_KEK=$(join "$@") "$program" serve --listen "unix://$tmp/root/run/kmsplugin/kms.sock" 2>"$tmp/log" &
     pid=$!
     soon grep -q msg=ready "$tmp/log"
-    none=unix://$tmp/kms.sock
-    check 'running: show' ring show
-    cp "$tmp/output" "$tmp/said"
-    check 'running: its key_id' grep -q "^the running plugin: key_id $old " "$tmp/said"
-    check 'running: add says how it is restarted' ring add "$new" - <"$tmp/new"
-    cp "$tmp/output" "$tmp/said"
-    check 'running: it does' grep -q crictl "$tmp/said"
-    check 'running: seal-with' ring seal-with "$new"
-    check 'running: show tells that it seals under another' says "$old" ring show
-    none=unix://$tmp/none.sock
+}
+stop() {
     kill "$pid"
-    wait "$pid"
+    wait "$pid" || :
     pid=
 }
 
-# ---- no KEK where others see it
-arguments() {
-    strace -f -qq -e trace=execve -s 4096 -o "$tmp/trace" sh "$tool" --file "$file" --offer "$offer" --endpoint "$none" add "$new" - <"$tmp/new" &&
-        strace -f -qq -e trace=execve -s 4096 -A -o "$tmp/trace" sh "$tool" --file "$file" --offer "$offer" --endpoint "$none" seal-with "$new" &&
-        strace -f -qq -e trace=execve -s 4096 -A -o "$tmp/trace" sh "$tool" --file "$file" --offer "$offer" --endpoint "$none" retire --without-audit "$old" &&
-        grep -q keyid "$tmp/trace" && ! grep -F -f <(cut -c 1-20 "$tmp/old" "$tmp/new") "$tmp/trace"
+# ---- a whole life, in each shell
+life() {
+    echo 'old' >"$tmp/next"
+    rm -rf "$tmp/root" "$tmp/usb" "$tmp/false"
+    mkdir -p "$tmp/root/etc" "$tmp/usb" "$tmp/two"
+    usb=$tmp/usb
+    run() { echo "\$ $*"; ring "$@" </dev/null || echo "exit $?"; }
+    pipe() { echo "\$ $2 ..."; ring "${@:2}" <"$1" || echo "exit $?"; }
+    run show; run new "$usb"; run new "$usb"; run show; run print; run print "$old"; run run keyid; run copy "$usb"
+    run init "$usb/kek-$old"; run init "$usb"; run init "$usb/kek-$new"; run add "$usb/kek-$old" "$new"
+    pipe "$tmp/new" init -; pipe "$tmp/new" add - "$stranger"; pipe /dev/null add - ; pipe "$tmp/kmsplugin" add -
+    cp "$tmp/third" "$usb/kek-$stranger"; run add "$usb/kek-$stranger"; run add "$usb"; rm "$usb/kek-$stranger"
+    printf 'a\0b' >"$usb/kek-nul"; run add "$usb"; rm "$usb/kek-nul"
+    echo new >"$tmp/next"; run add "$usb"; run add "$usb"; run add "$usb/kek-$new"
+    run seal-with "$third"; run seal-with "$new"; run seal-with "$new"; run retire "$new"; run retire "$old"
+    serve new old
+    run show; run retire "$old"; pipe "$tmp/old-new.dump" retire "$old"; pipe "$tmp/new.dump" retire "$old"
+    pipe "$tmp/new-new.dump" retire "$old"; run retire "$old"; run seal-with "$old"; run add "$usb/kek-$old"; run seal-with "$old"
+    pipe "$tmp/new.dump" retire --one-value "$old"
+    run show
+    mv "$tmp/root/etc/kmsplugin/kek" "$tmp/root/etc/kmsplugin/gone"
+    run show; run new "$tmp/two"; run init "$usb/kek-$old"; run init "$usb/kek-$new"
+    head -c 20 "$tmp/new" >"$tmp/root/etc/kmsplugin/kek"; run show; run init "$usb/kek-$new"
+    stop
+    rm "$tmp/root/etc/kmsplugin/kek"; run new "$tmp/two"; run init "$usb/kek-$old"; rm "$tmp/root/etc/kmsplugin/kek.retired-$old"
+    touch -d '1 hour ago' "$usb/kek-$old"; run init "$usb/kek-$old"; run init "$usb/kek-$old" "$old"
+    run add "$usb"; run add "$usb/kek-$new"
+    chmod 644 "$tmp/root/etc/kmsplugin/kek"; run show; run new "$tmp/two"; run init "$usb/kek-$new"
+    run; run never; run show "$usb"; run --never show; run show --file; run retire 123; run seal "$usb" --with-key=null
+    echo '$ --help'; ring --help
+    find "$tmp/root" "$usb" -type f | sort | xargs sha256sum
 }
-terminal() {
-    script -qec "sh $tool --file $file print" /dev/null >"$tmp/said" && return 1
-    ! grep -F -f <(cut -c 1-20 "$tmp/old" "$tmp/new") "$tmp/said" && grep 'is a terminal' "$tmp/said"
+same_output() { # SHELL
+    shell=$1
+    life 2>&1 | sed -E "s/time=[^ ]* //; s|$tool: [^ ]*: ||" >"$tmp/output-$1"
+    shell='sh'
+    grep -q 'audit does not say' "$tmp/output-$1" && grep -q 'DO NOT RESTART' "$tmp/output-$1" && diff "$tmp/output-${shells[0]}" "$tmp/output-$1"
 }
+for shell in "${shells[@]}"; do
+    check "the same output in $shell" same_output "$shell"
+done
+shell='sh'
+expected() { # COUNT PATTERN: so often in that output
+    found=$(grep -c -- "$2" "$tmp/output-${shells[0]}") || :
+    [ "$found" -eq "$1" ] || { echo "$found times $2"; grep -n -- "$2" "$tmp/output-${shells[0]}"; return 1; }
+}
+check 'show, without a ring' expected 2 "kek: there is no ring; nothing is changed"
+check 'new and copy, done again, make no other KEK' expected 2 "kek-$old: a copy, written and read back"
+check 'a copy under another name' expected 1 "kek-$stranger: has the key_id $third, not $stranger"
+check 'the wrong KEY_ID' expected 1 "standard input: has the key_id $new, not $stranger"
+check 'init where there is a ring' expected 1 'there is a ring already'
+check 'add, done again, makes no other KEK' expected 1 "kek-$new: a copy, written and read back"
+check 'retire: what seals' expected 1 "$new seals: seal-with another one first"
+check 'retire: nothing runs' expected 1 "$old stays: the running plugin seals under nothing"
+check 'retire: a value is under it' expected 2 "$old stays: audit does not say"
+check 'retire: one value' expected 1 "$old stays: this is a single value"
+check 'retire: what audit looked at' expected 4 '^looked at '
+check 'what was retired does not seal again' expected 3 'was retired here'
+check 'the ring is lost, and a plugin runs' expected 5 'DO NOT RESTART'
+check 'the ring is lost: no new one' expected 1 "there was a ring here ($tmp/root/etc/kmsplugin/kek.retired-$old)"
+check 'an older copy' expected 1 "is not newer than"
+check 'the mode of the file is told of' expected 3 'mode 0644 lets others read it'
+check 'a new cluster is no advice where there was a ring' expected 1 'kmsplugin-ring new DIR'
+check 'a NUL in a copy' expected 1 "kek-nul: is no KEK"
+check 'wrong calls' expected 6 'exit 2'
+check 'seal without a key' expected 1 '--with-key=null: no such option of seal'
+check '--help names the man page' expected 1 'man kmsplugin-ring'
+check 'no KEK in all that' fails grep -F -f <(cut -c 1-20 "$tmp/old" "$tmp/new" "$tmp/third") <(grep -v '^[A-Za-z0-9+/,=]*$' "$tmp/output-${shells[0]}")
 
-file=$folder/kek kind=plain
-life
-kills
-fulls
-start old
-check 'one at a time' locked
-check 'six at once' crowd
-start old
-running
-start old new
-check 'print refuses a terminal' terminal
+# ---- no KEK where others see it
+# A shell may trace, and export everything; variables may be there that the tool uses.
+traced() { # SHELL
+    begin
+    export ring=1 kek=1 others=1 rest=1 new=1 longer=1 content=1 back=1 one=1 before=1 wanted=1
+    echo 'old' >"$tmp/next"
+    verb() {
+        strace -f -qq -v -s 4096 -e trace=execve -A -o "$tmp/trace" env KMSPLUGIN="$program" SHELLOPTS=xtrace:verbose:allexport:noglob \
+            $1 -afvx "$tool" --root "$tmp/root" --same-disk "${@:2}" 2>>"$tmp/stderr"
+    }
+    rm -f "$tmp/trace" "$tmp/stderr"
+    verb "$1" new "$tmp/usb" && verb "$1" add "$tmp/usb" && verb "$1" print >"$tmp/ring" || return 1
+    ids=$(KMS_KEK=$(cat "$tmp/ring") "$program" keyid | cut -d ' ' -f 1 | paste -sd ' ')
+    verb "$1" seal-with "${ids#* }" && verb "$1" print "${ids#* }" >"$tmp/one" && verb "$1" add - <"$tmp/third" && verb "$1" copy "$tmp/two" &&
+        verb "$1" init - "${ids#* }" <"$file" || return 1
+    tr , '\n' <"$file" | cut -c 1-20 >"$tmp/keks"
+    [ "$(wc -l <"$tmp/keks")" -eq 3 ] || return 1
+    grep -q '^[0-9]* execve.*kmsplugin", \["[^"]*", "keyid"\].*KMS_KEK=' "$tmp/trace" || return 1 # it sees environments
+    ! sed 's/\], \[.*//' "$tmp/trace" | grep -F -f "$tmp/keks" &&
+        ! grep -v "execve(\"$program\"" "$tmp/trace" | grep -F -f "$tmp/keks" && ! grep -F -f "$tmp/keks" "$tmp/stderr"
+}
 if strace -o /dev/null true 2>/dev/null; then
-    start old
-    check 'no KEK is an argument' arguments
+    for each in "${shells[@]}"; do
+        check "no KEK in an argument, another environment or a trace: $each" traced "$each"
+    done
 else
     line 'skip ring: no KEK is an argument: needs strace, and to be allowed to trace'
 fi
+unset ring kek others rest longer content back one before wanted
+new=$(id "$tmp/new")
+begin old new
+check 'print refuses a terminal' says 'is a terminal' script -qec "sh $tool --root $tmp/root print" /dev/null
+check 'so does standard input' says 'is a terminal' script -qec "sh $tool --root $tmp/root add -" /dev/null
 
-if command -v systemd-creds >/dev/null && mount -t tmpfs tmpfs /var/lib/systemd 2>/dev/null && systemd-creds setup 2>/dev/null; then
-    export KMSPLUGIN_SEAL=--with-key=host
-    file=$folder/kek.cred kind=sealed
-    life
-    kills
-    fulls
-    start old
-    check 'sealed: no KEK lies there in plain' fails grep -rF -f <(cut -c 1-20 "$tmp/old") "$folder"
+# ---- a false plugin does not write to the terminal
+# shellcheck disable=SC2028 # what an echo would make of it
+printf 'x\nkey_id %s version \033]0;\\033[2J\a\\c\x9b1m\n' "$old" >"$tmp/false"
+falsely() {
+    ring show >"$tmp/said" 2>&1 || :
+    cat "$tmp/said"
+    grep -qF "the running plugin: key_id $old version ]0;\\033[2J\\c1m" "$tmp/said" && ! LC_ALL=C grep '[^ -~]' "$tmp/said"
+}
+check 'what a false plugin says is not raw' falsely
+rm "$tmp/false"
+
+# ---- whoever can only read does not hold the lock
+begin old
+locked() { flock "$tmp/root/etc/kmsplugin/.lock" env -u SHELLOPTS sh "$tool" --root "$tmp/root" seal-with "$old"; }
+ring seal-with "$old" >/dev/null
+check 'one at a time' says 'another kmsplugin-ring is changing' locked
+check 'the lock is for root' test "$(stat -c %a "$tmp/root/etc/kmsplugin/.lock")" = 600
+check 'a lock on the folder is nothing' flock "$tmp/root/etc/kmsplugin" sh "$tool" --root "$tmp/root" seal-with "$old"
+crowd() {
+    crowd='' ended=0
+    for _ in 1 2 3 4 5 6; do ring add - <"$tmp/new" >/dev/null 2>>"$tmp/crowd" & crowd="$crowd $!"; done
+    for one in $crowd; do wait "$one" && ended=$((ended + 1)); done
+    [ $ended -gt 0 ] && [ "$(cat "$file")" = "$(join old new)" ] && [ "$(grep -vc 'another kmsplugin-ring' "$tmp/crowd")" -eq 0 ]
+}
+check 'six at once' crowd
+
+# ---- tools
+begin old
+mkdir -p "$tmp/bin"
+check 'PATH of sudo' env PATH=/usr/bin:/bin sh "$tool" --root "$tmp/root" print
+cp "$tool" "$tmp/bin/"
+ln -s "$program" "$tmp/bin/kmsplugin"
+check 'its program is beside it' env -u KMSPLUGIN PATH=/usr/bin:/bin "$tmp/bin/kmsplugin-ring" --root "$tmp/root" run keyid
+sed 's|^PATH=.*|PATH=$NONE|' "$tool" >"$tmp/bin/lacks"
+for each in sh sed grep dirname tr cut; do ln -s "$(command -v $each)" "$tmp/bin/"; done
+check 'a missing tool is named' says 'flock: not found' env NONE="$tmp/bin" "$tmp/bin/sh" "$tmp/bin/lacks" --root "$tmp/root" show
+check 'a symbolic link' says 'is a symbolic link' ring --file "$tmp/bin/kmsplugin" show
+
+if [ "$(command id -u)" -ne 0 ]; then
+    line 'skip ring: other users, media, full disks: needs root'
+    [ "$(count 'not ok')" -eq 0 ]
+    exit
+fi
+chmod 755 "$tmp/root" "$tmp/root/etc"
+check 'an ordinary user is told' says 'this is for root' setpriv --reuid=12345 --regid=12345 --clear-groups env KMSPLUGIN=/bin/true sh "$tool" --root "$tmp/root" show
+
+# ---- a medium
+begin
+mkdir -p "$tmp/memory" "$tmp/disk"
+plainly() { sh "$tool" --root "$tmp/root" "$@"; }
+check 'no medium: the same disk' says "is on this machine's disk; is the medium mounted?" plainly new "$tmp/usb"
+if mount -t tmpfs tmpfs "$tmp/memory" 2>/dev/null; then
+    check 'no medium: memory' says 'is memory; is the medium mounted?' plainly new "$tmp/memory"
+fi
+truncate -s 16M "$tmp/image"
+if mkfs.ext4 -q "$tmp/image" 2>/dev/null && mount -o loop "$tmp/image" "$tmp/disk" 2>/dev/null; then
+    echo third >"$tmp/next"
+    check 'a medium' plainly new "$tmp/disk"
+    check 'it has the KEK before it is unmounted' grep -qaF "$(cat "$tmp/third")" "$tmp/image"
+    if strace -o /dev/null true 2>/dev/null; then
+        check 'it is read past the page cache' sh -c "strace -f -e openat -o $tmp/trace sh $tool --root $tmp/root copy $tmp/disk &&
+            grep 'disk/kek-$third.*O_DIRECT' $tmp/trace"
+    fi
+    umount "$tmp/disk"
 else
-    line 'skip ring: sealed: needs root, and systemd-creds of systemd 250'
+    line 'skip ring: a medium: no loop device can be mounted here'
+fi
+
+# ---- full disks: the old ring and an error, or the new one
+full() {
+    good=0 bad=0
+    for blocks in 1 2 3 4; do for inodes in 3 4 5 6; do
+        mount -t tmpfs -o "size=$((blocks * 4))k,nr_inodes=$inodes,mode=700" tmpfs "$tmp/memory" || return 1
+        cp "$tmp/old" "$tmp/memory/kek"
+        status=0
+        ring --file "$tmp/memory/kek" add - <"$tmp/new" >"$tmp/said" 2>&1 || status=$?
+        now=$(cat "$tmp/memory/kek")
+        umount "$tmp/memory"
+        if [ "$now" = "$(join old)" ] && [ $status -ne 0 ]; then bad=$((bad + 1))
+        elif [ "$now" = "$(join old new)" ] && [ $status -eq 0 ]; then good=$((good + 1))
+        else cat "$tmp/said"; return 1; fi
+    done; done
+    [ $good -gt 0 ] && [ $bad -gt 0 ]
+}
+if umount "$tmp/memory" 2>/dev/null; then
+    check 'full disks' full
+else
+    line 'skip ring: full disks: nothing can be mounted here'
 fi
 [ "$(count 'not ok')" -eq 0 ]

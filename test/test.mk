@@ -16,7 +16,8 @@ help::
 	@echo 'make test-libs      the libraries'\'' own tests, on the objects that make static links'
 	@echo 'make test-browser   doc/tour.html in a browser; needs chromium-driver, tidy and python3-html5lib'
 	@echo 'make test-release   image, tarball, reproducibility, SBOM, Debian package (root)'
-	@echo 'make soak           SOAK_SECONDS=1800 of load, restarts and hostile peers (root)'
+	@echo 'make test-custody   that the test of the key tool notices a tool with one safeguard less (two minutes)'
+	@echo 'make soak           half an hour of load, restarts and hostile peers, an hour of the key tool, or SOAK_SECONDS= each (root)'
 	@echo 'make fuzz           fuzzers, FUZZ_SECONDS=60 each; needs clang'
 	@echo 'make prove          no undefined behaviour in the byte parsers; needs Frama-C'
 	@echo 'make lint           static analysis of C and shell'
@@ -114,8 +115,8 @@ build/fuzz/%: test/fuzz/%.c test/fuzz/fuzz.h test/responses.h $(TESTED)
 fuzz: $(FUZZERS:%=build/fuzz/%)
 	FUZZ_SECONDS=$(FUZZ_SECONDS) test/fuzz/run.sh $(FUZZERS)
 
-# The committed seeds anew: what clients say, and what fuzzing has found so far.
-fuzz-seeds: kmsplugin $(FUZZERS:%=build/fuzz/%)
+# Adds what fuzzing has found to the committed seeds.
+fuzz-seeds: $(FUZZERS:%=build/fuzz/%)
 	/usr/bin/python3 test/fuzz/seeds.py $(FUZZERS)
 
 # No undefined behaviour in the byte parsers, for all inputs up to a length: Frama-C.
@@ -141,6 +142,10 @@ test-hostile: kmsplugin
 SOAK_SECONDS ?= 1800
 soak: kmsplugin
 	/usr/bin/python3 test/soak.py $(SOAK_SECONDS)
+	/usr/bin/python3 test/custody.py $(or $(SOAK_SECONDS),3600)
+
+test-custody: kmsplugin
+	/usr/bin/python3 test/custody.py mutants
 
 test-deploy: kmsplugin
 	test/deploy.sh
@@ -194,5 +199,5 @@ lint:
 	scan-build --status-bugs -o build/scan clang $(STD) -c -o /dev/null kmsplugin.c >/dev/null
 	shellcheck -x $(wildcard *.sh test/*.sh test/*/*.sh release/*.sh) deploy/openrc/kmsplugin deploy/kmsplugin-ring deploy/metrics/kmsplugin-textfile .ci/run
 
-.PHONY: test test-kube test-cluster test-hostile test-inject test-ct test-deploy test-distros test-arch test-kernel test-libs test-release soak fuzz fuzz-seeds \
+.PHONY: test test-kube test-cluster test-hostile test-inject test-ct test-custody test-deploy test-distros test-arch test-kernel test-libs test-release soak fuzz fuzz-seeds \
 	prove lint size gate bench bench-memory bench-doc

@@ -2,9 +2,7 @@
 import pathlib
 import re
 
-import grpc
-
-from plugin import KEK, Case, key_id
+from plugin import KEK, Case, RpcError, key_id
 from raw import Raw
 
 HERE = pathlib.Path(__file__).parent
@@ -22,7 +20,7 @@ def items(heading):
 class Lists(Case):
     def metrics(self):
         server = self.start()
-        with self.assertRaises(grpc.RpcError):
+        with self.assertRaises(RpcError):
             self.client(server).decrypt(b'x', key_id(KEK))
         with Raw(server.path) as raw:
             return raw.get('/metrics').data.decode()

@@ -3,10 +3,12 @@ import json
 import os
 import re
 import signal
+import subprocess
 import time
 
 import sealed
-from plugin import INVALID, KEK, NOT_FOUND, OTHER, STRANGER, Case, as_user, fresh_dir, key_id, needs_root, run, text, until
+from plugin import (BINARY, INVALID, KEK, NOT_FOUND, OTHER, SANITIZED, STRANGER, Case, as_user, environment, fresh_dir, key_id,
+                    needs_root, run, text, until)
 from raw import DECRYPT, DECRYPT_V1, EMPTY, ENCRYPT, STATUS, Raw, data, field, message, request
 
 SAMPLE = re.compile(r'([a-zA-Z_:][a-zA-Z0-9_:]*)(?:\{(.*)\})? (\S+)')
@@ -217,6 +219,14 @@ class Log(Case):
             self.client(server).encrypt(b'x')
             server.stop()
             self.assertNotIn('msg=rpc', server.log())
+
+    def test_errors_alone(self):
+        path = fresh_dir() + '/kms.sock'
+        with subprocess.Popen([BINARY, 'serve', '--listen', 'unix://' + path, '--log-level', 'error', *(('--sandbox', 'off') if SANITIZED else ())],
+                              env=environment(KEK, None), stderr=subprocess.PIPE) as process:
+            until(lambda: os.path.exists(path) and run('probe', 'unix://' + path).returncode == 0, 'it serves')
+            process.terminate()
+            self.assertEqual((process.stderr.read(), process.wait()), (b'', 0))
 
     def test_peer_bytes_are_read_back(self):
         """Whatever a peer sends is one value, as it was sent, to a parser; and no line, no pair, no terminal's command."""

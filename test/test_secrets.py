@@ -191,24 +191,34 @@ class Environment(Case):
             self.assertNotIn(text(kek)[-9:].encode(), found)
 
     @needs_root
-    def test_probe_overwrites_what_it_does_not_need(self):
+    def test_every_verb_overwrites_it_and_leaves_no_core(self):
+        """Those that wait for something can be looked at: probe, which needs no key, for a server; the others for their input."""
         path = os.path.join(fresh_dir(), 'silent.sock')
         with socket.socket(socket.AF_UNIX) as listener:
             listener.bind(path)
             listener.listen()
-            listener.settimeout(WAIT)
-            probe = subprocess.Popen([BINARY, 'probe', '--timeout', '10', 'unix://' + path],
-                                     env=environment(KEK, {'BESIDE': 'stays'}),
-                                     stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-            try:
-                connection, _ = listener.accept()
-                with connection, open(f'/proc/{probe.pid}/environ', 'rb') as file:
-                    found = file.read()
-            finally:
-                probe.kill()
-                probe.wait()
-        self.assertIn(b'BESIDE=stays', found)
-        self.assertNotIn(text(KEK)[:8].encode(), found)
+            for args in (('probe', '--timeout', '10', 'unix://' + path), ('unseal', '/registry/secrets/a/b'), ('audit',)):
+                process = subprocess.Popen([BINARY, *args], env=environment(KEK, {'BESIDE': 'stays'}), stdin=subprocess.PIPE,
+                                           stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+                try:
+                    def environ(pid=process.pid):
+                        with open(f'/proc/{pid}/environ', 'rb') as file:
+                            return file.read()
+                    until(lambda get=environ: b'BESIDE=stays' in get() and text(KEK)[:8].encode() not in get(), f'{args[0]} wipes it')
+                    with open(f'/proc/{process.pid}/limits', encoding='ascii') as file:
+                        self.assertRegex(file.read(), r'Max core file size +0 +0 ')
+                    self.assertEqual(os.stat(f'/proc/{process.pid}/mem').st_uid, 0)
+                    self.assertIsNone(process.poll())
+                finally:
+                    process.kill()
+                    process.communicate()
+
+    @needs_root
+    def test_the_page_of_the_keks(self):
+        """Locked, and in no core file, whoever makes that."""
+        server = self.start()
+        flags = [line.split()[1:] for line in server.proc('smaps').decode().splitlines() if line.startswith('VmFlags:')]
+        self.assertTrue(any({'lo', 'dd'} <= set(found) for found in flags) or 'cannot be locked' in server.log(), flags)
 
     def test_no_core_dump(self):
         server = self.start()

@@ -85,10 +85,11 @@ echo "# $(systemctl --version | head -n 1)"
 cp /test/deb/kmsplugin_*.deb .
 cat >/tmp/editor <<'X'
 #!/bin/sh
-sed -n '/^apiServer:/,$p' /usr/share/kmsplugin/kubeadm/cluster-configuration.yaml >>"$1"
+sed -n '/^apiServer:/,$p' "$(dirname "$(command -v kmsplugin)")/../share/kmsplugin/kubeadm/cluster-configuration.yaml" >>"$1"
 X
 chmod 755 /tmp/editor
 check 'etcd, an API server without flags, and Secrets' eval '/test/test/deploy/cluster.py etcd && soon kubectl get secrets && put default/example plain && put default/older plain'
+kubectl get secrets | grep -q default/older || exit
 
 # ---- the page: one node, from nothing
 began=$(date +%s)
@@ -151,7 +152,7 @@ restored() { check "restored: $1" eval 'same "$(first) $(answers)" "$key_id $key
 rm $kek
 refuses show
 check 'the file is lost, the plugin runs: DO NOT RESTART' says 'DO NOT RESTART'
-sed -n 's/^memory: *//p' "$said" >/tmp/rescue
+sed -n 's/^It is in memory: *//p' "$said" >/tmp/rescue
 check 'the command that it prints' sh -eu /tmp/rescue
 restored 'from memory'
 rm $kek

@@ -13,6 +13,8 @@ SLACK_SECONDS=120       # for start, replay and report
 passed=0
 failed=0
 log=build/fuzz/log
+words=build/fuzz/words  # the dictionary: every string of the program
+grep -o '"[A-Za-z0-9:/@=+_.-]\{2,40\}"' kmsplugin.c | sort -u >"$words"
 
 # run NAME WHAT OPTION...: one run of a fuzzer, with a line on what it came to.
 run() {
@@ -20,7 +22,7 @@ run() {
     what=$2
     shift 2
     if timeout $((FUZZ_SECONDS + SLACK_SECONDS)) "build/fuzz/$name" -artifact_prefix="build/fuzz/$name-" \
-        -timeout=20 -max_len="$INPUT_MAX" -dict="test/fuzz/$name.dict" -print_final_stats=1 "$@" >"$log" 2>&1; then
+        -timeout=20 -max_len="$INPUT_MAX" -dict="$words" -print_final_stats=1 "$@" >"$log" 2>&1; then
         runs=$(sed -n 's/^stat::number_of_executed_units: //p' "$log")
         cov=$(sed -n 's/.* cov: \([0-9]*\) .*/\1/p' "$log" | tail -n 1)
         echo "ok fuzz $name, $what: $runs runs, $cov edges"

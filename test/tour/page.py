@@ -128,7 +128,7 @@ def clients_html(flights, probe):
     def cell(found):
         return f'{escape(found[0])}<br><code>{found[1].hex(" ")}</code>' if found else 'not sent'
     rows = ''.join(f'<tr><td>{name}<td>{cell(blocks[0].get(name))}<td>{cell(blocks[1].get(name))}' for name in {**blocks[0], **blocks[1]})
-    return f'<table class=cut><tr><th>header<th>grpc-go {blocks[0]["user-agent"][0].split("/")[1]}<th>kmsplugin probe{rows}</table>'
+    return f'<table class="cut fit"><tr><th>header<th>grpc-go {blocks[0]["user-agent"][0].split("/")[1]}<th>kmsplugin probe{rows}</table>'
 
 
 def index_html():
@@ -144,7 +144,7 @@ def index_html():
 
 def exercise():
     """The header blocks that a reader is to decode, as frames."""
-    for n, line in enumerate(re.search(r'<exercise>\n(.*?)</exercise>', read(TEMPLATE), re.S)[1].strip().splitlines()):
+    for n, line in enumerate(re.search(r'<exercise>\n(.*?)</exercise>', read(TEMPLATE), re.S)[1].split('\n\n')):
         block = bytes.fromhex(line)
         yield len(block).to_bytes(3, 'big') + bytes([octets.HEADERS, octets.END_HEADERS | octets.END_STREAM, 0, 0, 0, 2 * n + 1]) + block
 
