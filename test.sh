@@ -78,7 +78,7 @@ suite custody env KMSPLUGIN="$KMSPLUGIN" "$PYTHON" test/custody.py 60
 check build/without make -s build/without
 suite server env KMSPLUGIN="$KMSPLUGIN" "$PYTHON" test/run.py
 if require build/tour/program make -s build/tour/program; then
-    suite tour env KMSPLUGIN="$KMSPLUGIN" "$PYTHON" test/tour/page.py check
+    suite tour env KMSPLUGIN="$KMSPLUGIN" "$PYTHON" -B test/tour/page.py check
 fi
 if require build/kmsplugin-asan make -s build/kmsplugin-asan; then
     suite 'server, sanitized' env KMSPLUGIN=build/kmsplugin-asan KMSPLUGIN_SANITIZED=1 \

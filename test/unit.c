@@ -1426,8 +1426,8 @@ TEST(metrics_write_fits) {
     CHECK(t.len < METRICS_BYTES);
     for (unsigned rpc = 0; rpc < RPCS; rpc++)
         for (unsigned code = 0; code < GRPC_CODES; code++)
-            CHECK(strstr(page, grpc_code_name(code)) && strstr(page, rpcs[rpc].method));
-    CHECK(strcmp(grpc_code_name(GRPC_INTERNAL), "INTERNAL") == 0 && strcmp(grpc_code_name(16), "UNAUTHENTICATED") == 0);
+            CHECK(strstr(page, grpc_code_names[code]) && strstr(page, rpcs[rpc].method));
+    CHECK(strcmp(grpc_code_names[GRPC_INTERNAL], "INTERNAL") == 0 && strcmp(grpc_code_names[16], "UNAUTHENTICATED") == 0);
 }
 
 /* -------------------------------------------------------------------- gRPC */
@@ -1761,7 +1761,7 @@ TEST(conn_has_room_sheds) {
     int fds[3];
     for (size_t i = 0; i < 3; i++) {
         CHECK((c[i] = session_open(s, &fds[i])));
-        conn_count(c[i], (ptrdiff_t)(2 * i + 1) * TENTH);
+        conn_hold(c[i], (ptrdiff_t)(2 * i + 1) * TENTH);
     }
     size_t left = HELD_MAX - s->held;
     CHECK(conn_has_room(c[0], left) && !c[1]->closed && !c[2]->closed);
@@ -1777,12 +1777,12 @@ TEST(conn_has_room_sheds) {
 TEST(server_may_log_some) {
     struct server *s = session_server();
     for (unsigned i = 0; i < LINES_A_MINUTE; i++)
-        CHECK(server_may_log(s));
-    CHECK(!server_may_log(s) && !server_may_log(s));
+        CHECK(server_may_log(s, LINES_OF_PEERS));
+    CHECK(!server_may_log(s, LINES_OF_PEERS) && !server_may_log(s, LINES_OF_PEERS));
     s->now_ms = s->minute_ms + MINUTE_MS - 1;
-    CHECK(!server_may_log(s));
+    CHECK(!server_may_log(s, LINES_OF_PEERS));
     s->now_ms++;
-    CHECK(server_may_log(s) && s->minute_lines == 1);
+    CHECK(server_may_log(s, LINES_OF_PEERS) && s->minute_lines[LINES_OF_PEERS] == 1);
     session_server_free(s);
 }
 
@@ -2133,7 +2133,7 @@ TEST(stack_wipe_reaches) {
 
 
 /* There is less and less room: the connection ends or is served, and no memory is lost. */
-TEST(conn_settle_without_room) {
+TEST(conn_has_room_less_and_less) {
     enum { MOST = 100 * 1024, STEP = 97 };
     struct server *s = session_server();
     dialogue_init(s);
