@@ -14,7 +14,8 @@ with no more than an earlier round.
 
 Timing is a bound on starvation and nothing else: the slowest call has to come in under
 LATENCY_MS in one of ATTEMPTS rounds, less the time for which the machine let the client itself
-sleep too long.
+sleep too long. Where the plugin waits for a CPU for more than BUSY of a round, other programs have
+the machine, and the figure (with a ~) is no verdict.
 """
 import collections
 import contextlib
@@ -36,6 +37,7 @@ from raw import (CONTINUATION, DATA, EMPTY, ENCRYPT, ENCRYPT_V1, GET, GOAWAY, HE
 
 LATENCY_MS = 100        # of another client's slowest call
 ATTEMPTS = 6            # rounds, until one is within all bounds
+BUSY = 0.2              # of the time
 RETRIES = 20            # of one call of the other client
 REACH_SECONDS = 60      # for an attack to reach what it has to
 BROKEN_SECONDS = 1.5    # the same where it must not
@@ -575,6 +577,10 @@ class Subject:
         self.before = self.calm((self.server.descriptors(), 0), 3)
         self.before = self.server.descriptors(), self.before[1]
 
+    def starved(self):
+        """Seconds for which the plugin has waited for a CPU since it began."""
+        return int(self.server.proc('schedstat').split()[1]) / 1e9
+
     def memory(self, name):
         return 1024 * int(re.search(rf'^{name}:\s*(\d+) kB$', self.server.proc('status').decode(), re.M)[1])
 
@@ -589,11 +595,11 @@ class Subject:
             time.sleep(1)
 
     def attempt(self, name):
-        """One round: what was reached, peak memory, the other client's slowest call, how late that client was itself."""
+        """One round: what was reached, peak memory, the other client's slowest call, as the plugin is to blame for it, and as it was."""
         function, least, what, _ = ATTACKS[name]
         with open(f'/proc/{self.server.pid}/clear_refs', 'w', encoding='ascii') as file:
             file.write('5')     # a new peak
-        meter, reached = Meter(self.server.path), None
+        meter, reached, begin, starved = Meter(self.server.path), None, time.monotonic(), self.starved()
         try:
             reached = function(Round(self.server, least))
         finally:
@@ -601,24 +607,25 @@ class Subject:
                 worst, late = meter.stop()
         assert self.server.process.poll() is None, 'the plugin is gone:\n' + self.server.log()[-2000:]
         assert reached >= least, f'{reached} of at least {least} {what}'
-        return reached, self.memory('VmHWM'), worst, late
+        calm = self.starved() - starved < BUSY * (time.monotonic() - begin)
+        return reached, self.memory('VmHWM'), worst - late if calm else 0.0, f'{worst:.1f}{" " if calm else "~"}'
 
     def judge(self, name):
         """A row of the table; an AssertionError says what is wrong."""
         rows, kept = [], []
         for _ in range(ATTEMPTS):
-            reached, peak, worst, late = self.attempt(name)
-            rows.append((worst - late, worst, reached, peak))
+            reached, peak, own, worst = self.attempt(name)
+            rows.append((own, worst, reached, peak))
             assert peak <= MEMORY_MAX, f'{peak >> 10} KiB at the peak'
             after = self.calm(self.before)
             assert after[0] == self.before[0], f'{after[0]} descriptors, {self.before[0]} before'
             kept.append(after[1])
             steady = kept[-1] <= max([self.before[1] + SLACK, *(size + SLACK // 4 for size in kept[:-1])])
-            if steady and rows[-1][0] < LATENCY_MS:
+            if steady and own < LATENCY_MS:
                 break
         assert steady, f'{self.before[1]} bytes of memory before, and after each round {kept}'
         own, worst, reached, _ = min(rows)
-        assert own < LATENCY_MS, f'another client waited {worst:.0f} ms'
+        assert own < LATENCY_MS, f'another client waited {worst}ms'
         with Raw(self.server.path) as client:
             assert client.works()
         return reached, max(row[3] for row in rows), kept[-1] - self.before[1], worst
@@ -632,7 +639,7 @@ def judge_all(names):
         try:
             reached, peak, kept, worst = subject.judge(name)
             _, least, what, _ = ATTACKS[name]
-            rows.append(f'{name:21} {reached:8} {least:8} {peak >> 10:8} {kept >> 10:8} {worst:8.1f}  {what}')
+            rows.append(f'{name:21} {reached:8} {least:8} {peak >> 10:8} {kept >> 10:8} {worst:>9} {what}')
             print(f'ok {name}', flush=True)
         except Exception as error:
             print(f'not ok {name}: {type(error).__name__}: {error}', flush=True)
@@ -641,7 +648,7 @@ def judge_all(names):
             subject = Subject()
         signal.alarm(0)
     subject.server.stop()
-    print(f'\n{"case":21} {"reached":>8} {"at least":>8} {"peak KiB":>8} {"kept KiB":>8} {"worst ms":>8}', *rows, sep='\n')
+    print(f'\n{"case":21} {"reached":>8} {"at least":>8} {"peak KiB":>8} {"kept KiB":>8} {"worst ms":>8} ', *rows, sep='\n')
     return failed
 
 
