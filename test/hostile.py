@@ -301,25 +301,14 @@ def settings_flood(on):
     return on.flood((settings() + settings([(INITIAL_WINDOW_SIZE, 70000)] * 32)) * 50, lambda: on.heard(SETTINGS, True))
 
 
-@attack(200, 'connections closed that sent more SETTINGS than are answered at once')
-def settings_burst(on):
-    first = get(1, ASKED)       # its answer shows that all was well before
-    return on.flood(settings() * 4000, lambda: sum(p.closed and p.heard[HEADERS, True] for p in on.everyone), first=first)
-
-
-@attack(100000, 'PRIORITYs of streams that are not there, handled', wrong=['preface'])
-def priority_flood(on):
-    return on.handled(b''.join(frame(PRIORITY, 0, n, b'\0\0\xff\xff\xff') for n in odd(500)), 500)
-
-
 @attack(100000, 'empty DATA frames handled')
 def empty_data_flood(on):
     return on.handled(data(1) * 500, 500, first=headers(1, block(request(ENCRYPT_V1))))
 
 
-@attack(100000, 'frames of no known type and window updates handled', wrong=['preface'])
-def unknown_frames_flood(on):
-    return on.handled((frame(0xbe, 0, 0, bytes(100)) + window_update(0, 1)) * 250, 500)
+@attack(100000, 'frames handled that mean nothing: of no known type, PRIORITYs, window updates', wrong=['preface'])
+def idle_frames_flood(on):
+    return on.handled((frame(0xbe, 0, 0, bytes(100)) + window_update(0, 1) + frame(PRIORITY, 0, 5, b'\0\0\0\7\xff')) * 200, 600)
 
 
 @attack(50000, 'calls on 240 connections, as fast as they can')
@@ -401,12 +390,6 @@ def long_values(on):
 @attack(2500, 'bodies of 1,000 bytes kept at once, of 16,000 sent on 250 connections')
 def half_sent(on):
     return on.hold(CONNECTIONS - 6, 64, encrypt_v1(bytes(960)))
-
-
-@attack(1000, 'bodies of 1,025 bytes kept at once, beside 180 idle connections')
-def bodies_of_1025(on):
-    with on.peers(180):
-        return on.hold(20, STREAMS, encrypt_v1(bytes(1013)))
 
 
 @attack(60, 'bodies of 64 KiB kept at once, of 320 sent on 40 connections')
