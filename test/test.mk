@@ -128,6 +128,7 @@ HOSTILE = ./kmsplugin $(wildcard build/static/kmsplugin)
 test-hostile: kmsplugin
 	for p in $(HOSTILE); do \
 		KMSPLUGIN=$$p /usr/bin/python3 test/hostile.py || exit 1; done
+	/usr/bin/python3 test/hostile.py --broken
 
 # Half an hour of mixed load, restarts and hostile peers.
 SOAK_SECONDS ?= 1800
