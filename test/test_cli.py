@@ -45,7 +45,7 @@ class Usage(Case):
         self.assertEqual(self.client(self.start()).version().runtime_version, done.stdout.split()[1].decode())
 
     def test_bad_usage(self):
-        wrong = {'--mode': ('8', '0888', 'rw', '', '77777', '-1', '01000'), '--log-level': ('loud', ''), '--sandbox': ('maybe', ''),
+        wrong = {'--mode': ('8', '0888', 'rw', '', '77777', '-1', '01000'), '--log-level': ('loud', 'warn', ''), '--sandbox': ('maybe', ''),
                  '--max-connections': ('0', '-1', 'many', '1x', '99999999999999999999', '', ' 1', '+1'),
                  '--allow-uid': ('', '0,,1', ',', '0,')}
         usages = [('serve', option, value) for option, values in wrong.items() for value in values]
