@@ -80,15 +80,14 @@ ARCH ?= $(MACHINE)
 ARCH_DIR = $(addsuffix /,$(filter-out $(MACHINE),$(ARCH)))
 STATIC = build/static/$(ARCH_DIR)kmsplugin
 STATIC_CC = build/static/$(ARCH)/bin/cc
-# Each flag is here for 5 % of an Encrypt's CPU or 8 KB of the program, or for the hardening that make has, too
-# (doc/contributing.md has the figures). LTO leaves out what is never called. -Os but on x86_64, whose -O2 is what is
-# measured. Nothing unwinds, so there are no tables for it.
+# Each flag is here for its share of an Encrypt's CPU or of the program's bytes (doc/contributing.md, The release build), or for
+# the hardening that make has, too. -O2 is for x86_64, which is what is measured.
 STATIC_FLAGS = $(if $(filter x86_64,$(ARCH)),-O2,-Os) -flto -fPIE -fno-asynchronous-unwind-tables -fno-unwind-tables \
 	-fstack-protector-strong -fno-inline-small-functions
-# gc-sections: without what musl has more. exclude-libs: s390x' linker else leaves relocations by name, which a static-pie's
-# start does not do. noseparate-code, the default but on x86: less padding between pages. pack-relative-relocs, which
-# Debian 12's linker has for x86 alone. partition=one: gcc else warns that it could have used more processors.
-# -static-pie is not known to gcc 12's specs for ARM and RISC-V: so -static, no-dynamic-linker and text say what it means.
+# exclude-libs: s390x' linker else leaves relocations by name, which a static-pie's start does not do. noseparate-code is the
+# default but on x86. Debian 12's linker has pack-relative-relocs for x86 alone. partition=one: else gcc warns that it could
+# use more processors. -static-pie is not known to gcc 12's specs for ARM and RISC-V: so -static, no-dynamic-linker and text
+# say what it means.
 STATIC_LD = -static-pie -Wl,-static,--no-dynamic-linker,-z,text -flto-partition=one -Wl,--gc-sections \
 	-Wl,--exclude-libs,ALL -Wl,-z,relro,-z,now -Wl,-z,noexecstack -Wl,-z,noseparate-code $(STATIC_LD_$(ARCH)) \
 	-Wl,--build-id=none -s
@@ -123,7 +122,7 @@ build/image/$(ARCH_DIR)kmsplugin.tar: $(STATIC) release/Dockerfile release/image
 DIST = kmsplugin-$(VERSION)
 dist:
 	@mkdir -p build
-	{ git ls-files | grep . || find * .[a-z]* -path build -prune -o -type f ! -path kmsplugin -print; } | LC_ALL=C sort | \
+	{ git ls-files 2>/dev/null | grep . || find * .[a-z]* -path build -prune -o -type f ! -path kmsplugin -print; } | LC_ALL=C sort | \
 		tar -c --files-from=- --transform='s,^,$(DIST)/,' --mtime=@$(SOURCE_DATE_EPOCH) \
 		--owner=0 --group=0 --numeric-owner --mode=u=rwX,go=rX --format=ustar | gzip -9n >build/$(DIST).tar.gz
 
@@ -135,7 +134,7 @@ build/sbom/$(ARCH_DIR)kmsplugin-$(VERSION).cdx.json: $(STATIC) release/sbom.py
 # Built where it does not touch the tree; the .deb is left in build/deb.
 deb: dist
 	@dpkg-checkbuilddeps release/debian/control 2>/dev/null && command -v dh >/dev/null || { echo 'make deb needs packages:' \
-		'apt-get install dpkg-dev debhelper libnghttp2-dev libprotobuf-c-dev libbearssl-dev' >&2; exit 1; }
+		'apt-get install build-essential debhelper libnghttp2-dev libprotobuf-c-dev libbearssl-dev' >&2; exit 1; }
 	rm -rf build/deb
 	mkdir -p build/deb
 	cp build/$(DIST).tar.gz build/deb/kmsplugin_$(VERSION).orig.tar.gz

@@ -41,7 +41,7 @@ if [ "${FORMAT:-oci}" = docker ]; then
 fi
 storage push --quiet --compression-format gzip "$name" "oci:$tmp/layout:$name"
 
-# The layer again as zopfli packs it, which is gzip too, and 12 KB less. Blobs go by the name of their digest: layer,
+# The layer again as zopfli packs it, which is gzip too, and 17 KB less than buildah's (9 KB less than gzip -9). Blobs go by the name of their digest: layer,
 # manifest and index are written anew; the configuration knows the layer unpacked, and stays.
 python3 - "$tmp/layout" >"$tmp/digest" <<'END'
 import gzip, hashlib, json, pathlib, subprocess, sys
