@@ -122,7 +122,7 @@ build/image/$(ARCH_DIR)kmsplugin.tar: $(STATIC) release/Dockerfile release/image
 DIST = kmsplugin-$(VERSION)
 dist:
 	@mkdir -p build
-	{ git ls-files | grep . || find * .[a-z]* -path build -prune -o -type f ! -path kmsplugin -print; } | LC_ALL=C sort | \
+	{ git ls-files 2>/dev/null | grep . || find * .[a-z]* -path build -prune -o -type f ! -path kmsplugin -print; } | LC_ALL=C sort | \
 		tar -c --files-from=- --transform='s,^,$(DIST)/,' --mtime=@$(SOURCE_DATE_EPOCH) \
 		--owner=0 --group=0 --numeric-owner --mode=u=rwX,go=rX --format=ustar | gzip -9n >build/$(DIST).tar.gz
 
@@ -134,7 +134,7 @@ build/sbom/$(ARCH_DIR)kmsplugin-$(VERSION).cdx.json: $(STATIC) release/sbom.py
 # Built where it does not touch the tree; the .deb is left in build/deb.
 deb: dist
 	@dpkg-checkbuilddeps release/debian/control 2>/dev/null && command -v dh >/dev/null || { echo 'make deb needs packages:' \
-		'apt-get install dpkg-dev debhelper libnghttp2-dev libprotobuf-c-dev libbearssl-dev' >&2; exit 1; }
+		'apt-get install build-essential debhelper libnghttp2-dev libprotobuf-c-dev libbearssl-dev' >&2; exit 1; }
 	rm -rf build/deb
 	mkdir -p build/deb
 	cp build/$(DIST).tar.gz build/deb/kmsplugin_$(VERSION).orig.tar.gz

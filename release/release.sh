@@ -44,6 +44,8 @@ tar -xzf "$out/kmsplugin-$version.tar.gz" -C "$work"
 mkdir "$work/kmsplugin-$version/build"
 cp -R build/src "$work/kmsplugin-$version/build/src"
 cd "$work/kmsplugin-$version"
+"$MAKE" -s deb >"$work/log" 2>&1 || { cat "$work/log" >&2; die 'deb: not built'; }
+cp "build/deb/kmsplugin_$version"-*.deb "$out/"
 for arch in $ARCHES; do
     dir=$arch/
     [ "$arch" != "$(uname -m)" ] || dir=
@@ -54,8 +56,6 @@ for arch in $ARCHES; do
     digest=$(tar -xOf "$out/kmsplugin-$version-$arch.oci.tar" ./index.json | sed 's/.*"digest":"\(sha256:[0-9a-f]*\)".*/\1/')
     echo "$digest  localhost/kmsplugin:$version  $arch" | tee -a "$out/IMAGES"
 done
-"$MAKE" -s deb >"$work/log" 2>&1 || { cat "$work/log" >&2; die 'deb: not built'; }
-cp "build/deb/kmsplugin_$version"-*.deb "$out/"
 
 cd "$out"
 sha256sum -- * >"$work/SHA256SUMS"

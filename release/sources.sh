@@ -74,7 +74,7 @@ take() {
 	is_here "$package" && [ "${PINS:-}" != renew ] && { cat .pinned; return; }
 	[ -z "${OFFLINE:-}" ] || die "OFFLINE=1, and build/src lacks ${missing:-the archives of $package}"
 	apt_for "$1"
-	if [ "${PINS:-}" != renew ] && uris "$package=$wanted" >/dev/null 2>&1; then
+	if [ -n "$wanted" ] && [ "${PINS:-}" != renew ] && uris "$package=$wanted" >/dev/null 2>&1; then
 		apt-get -qq --download-only --only-source source "$package=$wanted" >&2
 		is_here "$package" || die "build/src lacks $missing"
 		cat .pinned

@@ -70,7 +70,7 @@ mkdir "$tmp/none"
 for tool in make sh sed date head git tar gzip sort grep find mkdir cut uname dirname id cc; do
     ln -s "$(command -v "$tool")" "$tmp/none/"
 done
-check 'make deb says what it lacks' says 2 '^make deb needs packages: apt-get install dpkg-dev' env PATH="$tmp/none" "$MAKE" -s deb
+check 'make deb says what it lacks' says 2 '^make deb needs packages: apt-get install build-essential' env PATH="$tmp/none" "$MAKE" -s deb
 check 'make deb' "$MAKE" -s deb
 cp "$tmp/output" "$tmp/log"
 check 'its build has passed the unit tests' grep '^ok self_test' "$tmp/log"

@@ -24,8 +24,8 @@ help::
 	@echo 'make tour           doc/tour.html, its octets captured anew'
 	@echo
 	@echo 'Measurements of the release build:'
-	@echo 'make gate           instructions an Encrypt takes, against a limit (valgrind, h2load)'
-	@echo 'make bench          beside a Go and a Rust plugin (Go, h2load; Rust: cargo, protoc; QUICK=1: short)'
+	@echo 'make gate           instructions an Encrypt takes, against a limit (valgrind)'
+	@echo 'make bench          beside a Go and a Rust plugin (Go, valgrind; Rust: cargo, protoc; QUICK=1: short)'
 	@echo 'make bench-memory   bytes, memory and start time'
 	@echo 'make bench-doc      what make bench found, into doc/'
 
@@ -141,8 +141,8 @@ test-custody: kmsplugin
 test-deploy: kmsplugin
 	test/deploy.sh
 
-bench-memory: $(STATIC)
-	/usr/bin/python3 test/bench/memory.py $(sort $(STATIC) $(wildcard build/static/*/kmsplugin))
+bench-memory: $(STATIC) build/bench/load build/bench/start
+	/usr/bin/python3 test/bench/run.py memory $(sort $(STATIC) $(wildcard build/static/*/kmsplugin))
 
 test-distros:
 	test/distros.sh $(DISTROS)
@@ -162,7 +162,7 @@ test-libs: $(STATIC_NEEDS)
 # Measurements, of the release build unless KMSPLUGIN=./kmsplugin or another asks for it.
 KMSPLUGIN ?= build/static/kmsplugin
 
-gate: $(KMSPLUGIN)
+gate: $(KMSPLUGIN) build/bench/load
 	test/bench/gate.sh $(KMSPLUGIN)
 
 build/bench/%: test/bench/%.c test/test.mk
@@ -170,11 +170,11 @@ build/bench/%: test/bench/%.c test/test.mk
 	$(CC) -std=c11 $(WARN) -O2 -o $@ $< -lnghttp2
 
 RUST = test/bench/rust
-bench: $(KMSPLUGIN) build/bench/floor build/bench/load
+bench: $(KMSPLUGIN) build/bench/start build/bench/load
 	cd test/bench/go && go build -trimpath -ldflags='-s -w' -o $(CURDIR)/build/bench/ ./peer ./client
 	rm -f build/bench/rust/release/peer
 	! command -v cargo >/dev/null || cargo build --release --locked --manifest-path $(RUST)/Cargo.toml --target-dir build/bench/rust
-	test/bench/run.py $(KMSPLUGIN) build/bench
+	/usr/bin/python3 test/bench/run.py $(KMSPLUGIN) build/bench
 
 bench-doc:
 	sed -n '/^## Size and memory/,$$p' doc/bench.md >build/bench/size.md
