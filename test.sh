@@ -31,11 +31,16 @@ ASAN_OPTIONS=${ASAN_OPTIONS:-detect_stack_use_after_return=1:strict_string_check
 UBSAN_OPTIONS=${UBSAN_OPTIONS:-print_stacktrace=1}
 export ASAN_OPTIONS UBSAN_OPTIONS
 
-# The contents at the head of kmsplugin.c name its sections, each in its place.
+# The contents at the head of kmsplugin.c name its sections, each in its place, and test/unit.c has the same.
+sections() {
+    sed -n 's|^/\* -\{5,\} \([^*]*[^* ]\).*|\1|p' "$1"
+}
 same_sections() {
-    sed -n '/^#define/q; s/^ \*     \([^ ]\{1,\}\( [^ ]\{1,\}\)\{0,1\}\)  .*/\1/p' kmsplugin.c >"$tmp/contents"
-    sed -n 's|^/\* -\{5,\} \([^*]*[^* ]\).*|\1|p' kmsplugin.c >"$tmp/sections"
-    diff "$tmp/contents" "$tmp/sections" && [ "$(wc -l <"$tmp/sections")" -gt 20 ]
+    sed -n '/^ \* A request takes/q; s/^ \*     \([^ ]\{1,\}\( [^ ]\{1,\}\)\{0,1\}\)  .*/\1/p' kmsplugin.c >"$tmp/contents"
+    sections kmsplugin.c >"$tmp/sections"
+    { echo Harness; sed 1d "$tmp/sections"; echo Tests; } >"$tmp/tested" # the first, Shared, has no function
+    diff "$tmp/contents" "$tmp/sections" && [ "$(wc -l <"$tmp/sections")" -gt 20 ] &&
+        sections test/unit.c | diff "$tmp/tested" -
 }
 
 # kmsplugin.c stays what a reader finishes in two evenings: its length, its lines of code, its longest function, where its
@@ -73,7 +78,7 @@ suite custody env KMSPLUGIN="$KMSPLUGIN" "$PYTHON" test/custody.py 60
 check build/without make -s build/without
 suite server env KMSPLUGIN="$KMSPLUGIN" "$PYTHON" test/run.py
 if require build/tour/program make -s build/tour/program; then
-    suite tour env KMSPLUGIN="$KMSPLUGIN" "$PYTHON" test/tour/page.py check
+    suite tour env KMSPLUGIN="$KMSPLUGIN" "$PYTHON" -B test/tour/page.py check
 fi
 if require build/kmsplugin-asan make -s build/kmsplugin-asan; then
     suite 'server, sanitized' env KMSPLUGIN=build/kmsplugin-asan KMSPLUGIN_SANITIZED=1 \

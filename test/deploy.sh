@@ -39,8 +39,8 @@ lint_man() {
     [ ! -s "$tmp/lint" ]
 }
 
-# Every block of shell in the guide has a name, under which inside.sh or test/kube runs it, or says that it is not run. No
-# two have the same.
+# Every block of shell in the guide has a name, under which inside.sh, test/kube or pod.sh runs it, or says that it is not
+# run. No two have the same.
 blocks() {
     mkdir -p "$tmp/stage/test/doc"
     awk -v to="$tmp/stage/test/doc/" '
@@ -113,7 +113,8 @@ boot() {
     require "$1: the tests came to their end" grep -qx end "$folder/out" || { cat "$folder"/*.log; return 0; }
     for block in "$tmp"/stage/test/doc/*; do
         name=${block##*/}
-        grep -q "(t, \(dir, \)\?\"$name\"" test/kube/cluster/*_test.go || check "$1: guide, $name was run" grep -qx "ran $name" "$folder/out"
+        grep -q -e "\(guide\|operator\|recipe\|answers\)(t, [^\"]*\"$name\"" -e "^check .* block $name\$" test/kube/cluster/*_test.go test/pod.sh ||
+            check "$1: guide, $name was run" grep -qx "ran $name" "$folder/out"
     done
 }
 

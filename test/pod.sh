@@ -1,7 +1,7 @@
 #!/bin/sh
 # The static pod of deploy/kubeadm/kmsplugin.yaml in podman, from the image of make image: does it run as the manifest has
-# it, and is a KEK rotated under it by the guide's own blocks? podman stands for the kubelet, and a script for crictl and
-# etcdctl. Needs root, podman, crun, catatonit and what make image needs. A line `ok`, `not ok` or `skip` for each test.
+# it, and is a KEK rotated under it by the guide's own blocks? podman stands for the kubelet, and scripts for crictl and
+# the medium. Needs root, podman, crun, catatonit and what make image needs. A line `ok`, `not ok` or `skip` for each test.
 set -eu
 cd "$(dirname "$0")/.."
 
@@ -22,33 +22,32 @@ MAKE=${MAKE:-make}
 . test/lib.sh
 label='pod: '
 bin=$tmp/bin
-offline=/mnt/offline    # as the guide has it
 
 storage() { "$bin/podman" "$@"; }
 clean() {
+    /bin/umount /mnt 2>/dev/null || :
     storage pod rm --all --force --time 0 >/dev/null 2>&1 || :
     soon rm -rf "$tmp" 2>/dev/null # podman cleans up by a process of its own
 }
-# block NAME: the guide's.
 # podman would take ./kmsplugin for the folder of an image.
 in_folder() { (cd "$tmp" && "$@"); }
+# block NAME: the guide's; mount and umount stand for the medium, which is a file system of its own already.
 block() {
-    awk -v name="<!-- run: $1 -->" '$0 == name { named = 1 } named && /^```$/ { exit } named && inside { print } named && /^```sh$/ { inside = 1 }' \
-        doc/operate.md >"$tmp/block"
-    [ -s "$tmp/block" ] || return 1
-    old=$old new=$new sh -eu "$tmp/block"
+    awk -v name="\`\`\`sh $1" '/^```$/ { inside = 0 } inside { print } $0 == name { inside = 1 }' doc/operate.md doc/variants.md |
+        sed "s/OLD/$old/; s/NEW/$new/; s,/usr/share/kmsplugin,$PWD/deploy," >"$tmp/block"
+    [ -s "$tmp/block" ] && sh -eu "$tmp/block"
 }
 ids() { kmsplugin-ring run keyid | cut -d ' ' -f 1; }
 answers() { kmsplugin probe --expect-key-id "$1"; }
-# What etcdctl will print of one Secret, under the KEK with this key_id.
+# What etcdctl will print of two Secrets, under the KEK with this key_id.
 values() {
     kmsplugin-ring print "$1" >"$tmp/kek"
     env PYTHONPATH=test /usr/bin/python3 - "$tmp/kek" >"$tmp/values" <<'END'
 import base64, sys
 import sealed
-key = b'/registry/secrets/default/a'
-value = sealed.etcd_v2(base64.b64decode(open(sys.argv[1]).read()), key, b'k8s\0object')
-sys.stdout.buffer.write(sealed.range_response((key, value)))
+kek = base64.b64decode(open(sys.argv[1]).read())
+keys = b'/registry/secrets/default/a', b'/registry/secrets/default/b'
+sys.stdout.buffer.write(sealed.range_response(*((key, sealed.etcd_v2(kek, key, b'k8s\0object')) for key in keys)))
 END
 }
 # What the kernel says of the process in the container.
@@ -74,42 +73,43 @@ cat >"$bin/podman" <<X
 CONTAINERS_CONF=$tmp/containers.conf exec $podman --storage-driver vfs --root "$tmp/root" --runroot "$tmp/runroot" --tmpdir "$tmp/tmp" \\
     --cgroup-manager cgroupfs --events-backend file "\$@"
 X
-cat >"$bin/crictl" <<'X'
+sed "s,VALUES,$tmp/values," >"$bin/crictl" <<'X'
 #!/bin/sh
 # a container that ends is started again by the kubelet
-case $1 in
-ps)   podman ps --quiet --filter name=kmsplugin-kmsplugin ;;
-stop) podman stop --time 10 "$2" && podman pod stop kmsplugin && podman pod start kmsplugin ;;
+case $* in
+exec*)  cat VALUES ;;
+*etcd*) echo etcd ;;
+ps*)    podman ps --quiet --filter name=kmsplugin-kmsplugin ;;
+stop*)  podman stop --time 10 "$2" && podman pod stop kmsplugin && podman pod start kmsplugin ;;
 esac
 X
-printf '#!/bin/sh\ncat %s/values\n' "$tmp" >"$bin/etcdctl"
-chmod +x "$bin/podman" "$bin/crictl" "$bin/etcdctl"
+truncate -s 16M "$tmp/medium" && mkfs.ext4 -q "$tmp/medium" && mount -o loop "$tmp/medium" /mnt
+printf '#!/bin/sh\n' | tee "$bin/mount" >"$bin/umount"
+chmod +x "$bin"/*
 export PATH="$bin:$PATH"
-mkdir -p /run/kmsplugin "$tmp/offline"
-[ -d $offline ] || { mount -t tmpfs tmpfs /mnt && mkdir $offline; }
+mkdir -p /run/kmsplugin
 old='' new=''
 
 check 'podman load' storage load --quiet --input build/image/kmsplugin.tar
-check 'guide: kek-offer' block kek-offer
-check 'guide: kek-create' block kek-create
+check 'guide: pod-new' block pod-new
 old=$(ids)
 require 'podman kube play' in_folder storage kube play "$PWD/deploy/kubeadm/kmsplugin.yaml"
-check 'answers' soon answers "$old"
+check 'guide: pod' block pod
+check 'answers' answers "$old"
 check 'root without a capability, a read-only root, the KEK read-only' confined
 check 'its own liveness probe' storage exec kmsplugin-kmsplugin /kmsplugin probe
-check 'guide: rotate-offer' block rotate-offer
-check 'guide: rotate-add' block rotate-add
+check 'guide: rotate' block rotate
 check 'guide: pod-restart' block pod-restart
 new=$(ids | tail -n 1)
 check 'two KEKs' fails test "$old" = "$new"
 check 'the container has both' soon sh -c "podman logs kmsplugin-kmsplugin 2>&1 | grep 'key_id=$old keks=2'"
-check 'guide: rotate-seal' block rotate-seal
+check 'seal-with' kmsplugin-ring seal-with "$new"
 check 'guide: pod-restart' block pod-restart
 check 'the new one seals' answers "$new"
 values "$old"
-check 'guide: rotate-retire says no' fails block rotate-retire
+check 'guide: retire says no' fails block retire
 values "$new"
-check 'guide: rotate-retire' block rotate-retire
+check 'guide: retire' block retire
 check 'guide: pod-restart' block pod-restart
 check 'the container has the new one alone' soon sh -c "podman logs kmsplugin-kmsplugin 2>&1 | grep 'key_id=$new keks=1'"
 check 'the new one seals still' answers "$new"

@@ -64,8 +64,8 @@ says() { # PATTERN COMMAND...: fails, and says so
     grep -q -- "$pattern" "$tmp/said"
 }
 begin() { # a ring of these, and a medium that has them
-    rm -rf "$tmp/root" "$tmp/usb"
-    mkdir -p "$tmp/root/etc/kmsplugin" "$tmp/usb"
+    rm -rf "$tmp/root" "$tmp/usb" "$tmp/two"
+    mkdir -p "$tmp/root/etc/kmsplugin" "$tmp/usb" "$tmp/two"
     [ $# -eq 0 ] || join "$@" >"$tmp/root/etc/kmsplugin/kek"
     for each; do cp "$tmp/$each" "$tmp/usb/kek-$(id "$tmp/$each")"; done
     file=$tmp/root/etc/kmsplugin/kek
@@ -152,6 +152,18 @@ check 'a NUL in a copy' expected 1 "kek-nul: is no KEK"
 check 'wrong calls' expected 6 'exit 2'
 check 'seal without a key' expected 1 '--with-key=null: no such option of seal'
 check '--help names the man page' expected 1 'man kmsplugin-ring'
+man_page() {
+    ring --help | sed -nE 's/^(--)?([a-z-]+) +[^ ].*/\1\2/p' | grep -v '^kmsplugin' | sort -u >"$tmp/words"
+    [ "$(wc -l <"$tmp/words")" -eq 17 ] || { cat "$tmp/words"; return 1; }
+    while read -r word; do
+        case $word in --*) said="Fl ${word#-}" ;; *) said="Cm $word" ;; esac
+        grep -qE -- "^\.It $said( |$)" doc/kmsplugin-ring.8 || { echo "$word"; return 1; }
+    done <"$tmp/words"
+}
+check 'the man page has each verb and option' man_page
+if command -v mandoc >/dev/null; then
+    check 'the man page is clean' fails grep -v 'lacks\|referenced manual not found' <(mandoc -T lint doc/kmsplugin-ring.8 2>&1)
+fi
 check 'no KEK in all that' fails grep -F -f <(cut -c 1-20 "$tmp/old" "$tmp/new" "$tmp/third") <(grep -v '^[A-Za-z0-9+/,=]*$' "$tmp/output-${shells[0]}")
 
 # ---- no KEK where others see it
@@ -171,7 +183,7 @@ traced() { # SHELL
         verb "$1" init - "${ids#* }" <"$file" || return 1
     tr , '\n' <"$file" | cut -c 1-20 >"$tmp/keks"
     [ "$(wc -l <"$tmp/keks")" -eq 3 ] || return 1
-    grep -q '^[0-9]* execve.*kmsplugin", \["[^"]*", "keyid"\].*KMS_KEK=' "$tmp/trace" || return 1 # it sees environments
+    grep -q '^[0-9]* *execve.*kmsplugin", \["[^"]*", "keyid"\].*KMS_KEK=' "$tmp/trace" || return 1 # it sees environments
     ! sed 's/\], \[.*//' "$tmp/trace" | grep -F -f "$tmp/keks" &&
         ! grep -v "execve(\"$program\"" "$tmp/trace" | grep -F -f "$tmp/keks" && ! grep -F -f "$tmp/keks" "$tmp/stderr"
 }

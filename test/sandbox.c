@@ -36,6 +36,9 @@ static const int allowed[] = {
 #ifdef SYS_lstat
     SYS_lstat,
 #endif
+#ifdef SYS_lstat64
+    SYS_lstat64,
+#endif
 #ifdef SYS_clock_gettime
     SYS_clock_gettime,
 #endif

@@ -24,9 +24,8 @@ help::
 	@echo 'make tour           doc/tour.html, its octets captured anew'
 	@echo
 	@echo 'Measurements of the release build:'
-	@echo 'make size           what makes it up, from the link map'
-	@echo 'make gate           instructions an Encrypt takes, against a limit (valgrind, h2load)'
-	@echo 'make bench          beside a Go and a Rust plugin (Go, h2load; Rust: cargo, protoc; QUICK=1: short)'
+	@echo 'make gate           instructions an Encrypt takes, against a limit (valgrind)'
+	@echo 'make bench          beside a Go and a Rust plugin (Go, valgrind; Rust: cargo, protoc; QUICK=1: short)'
 	@echo 'make bench-memory   bytes, memory and start time'
 	@echo 'make bench-doc      what make bench found, into doc/'
 
@@ -36,10 +35,10 @@ SANITIZE = -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all -fno-om
 	-Dnoreturn= -fno-ipa-pure-const -Wno-return-type -Wno-maybe-uninitialized
 TESTED = $(SOURCES) $(HEADERS) test/test.mk
 
-# Unit tests include kmsplugin.c, so they are built as it is.
-build/unit: test/unit.c test/responses.h $(TESTED)
+# What includes kmsplugin.c is built as it is.
+build/unit build/sandbox build/without: build/%: test/%.c test/responses.h $(TESTED)
 	@mkdir -p build
-	$(CC) $(STD) $(WARN) -I. $(CPPFLAGS) $(CFLAGS) -o $@ test/unit.c kms.pb-c.c $(LDFLAGS) $(LIBS)
+	$(CC) $(STD) $(WARN) -I. $(CPPFLAGS) $(CFLAGS) -o $@ $< kms.pb-c.c $(LDFLAGS) $(LIBS)
 
 build/unit-asan: test/unit.c test/responses.h $(TESTED)
 	@mkdir -p build
@@ -50,14 +49,6 @@ STATIC_TESTS = $(addprefix build/static/$(ARCH_DIR),unit sandbox without)
 $(STATIC_TESTS): build/static/$(ARCH_DIR)%: test/%.c test/responses.h $(TESTED) $(STATIC_NEEDS)
 	$(STATIC_CC) $(STD) $(WARN) -I. $(STATIC_FLAGS) -o $@ $< kms.pb-c.c $(STATIC_STRING) $(STATIC_LD) $(LIBS)
 
-build/sandbox: test/sandbox.c $(TESTED)
-	@mkdir -p build
-	$(CC) $(STD) $(WARN) -I. $(CPPFLAGS) $(CFLAGS) -o $@ test/sandbox.c kms.pb-c.c $(LDFLAGS) $(LIBS)
-
-build/without: test/without.c $(TESTED)
-	@mkdir -p build
-	$(CC) $(STD) $(WARN) -I. $(CPPFLAGS) $(CFLAGS) -o $@ test/without.c kms.pb-c.c $(LDFLAGS) $(LIBS)
-
 # The tour, doc/tour.html: its octets are captured from a build whose random bytes and version are fixed and whose calls are logged.
 build/tour/program: test/tour/fixed.c $(TESTED)
 	@mkdir -p build/tour
@@ -65,15 +56,15 @@ build/tour/program: test/tour/fixed.c $(TESTED)
 
 .PHONY: tour tour-record test-browser
 tour: kmsplugin build/tour/program
-	/usr/bin/python3 test/tour/page.py write
+	/usr/bin/python3 -B test/tour/page.py write
 
 # What the client says in it, recorded anew: grpc-go as kube-apiserver uses it.
 tour-record: build/tour/program
 	cd test/kube && go build -o $(CURDIR)/build/tour/client ../tour/client.go
-	/usr/bin/python3 test/tour/talk.py record build/tour/client
+	/usr/bin/python3 -B test/tour/talk.py record build/tour/client
 
 test-browser:
-	/usr/bin/python3 test/tour/browser.py
+	/usr/bin/python3 -B test/tour/browser.py
 
 build/kmsplugin-asan: $(TESTED)
 	@mkdir -p build
@@ -150,11 +141,8 @@ test-custody: kmsplugin
 test-deploy: kmsplugin
 	test/deploy.sh
 
-size: $(STATIC)
-	test/size.py $(STATIC)
-
-bench-memory: $(STATIC)
-	/usr/bin/python3 test/bench/memory.py $(sort $(STATIC) $(wildcard build/static/*/kmsplugin))
+bench-memory: $(STATIC) build/bench/load build/bench/start
+	/usr/bin/python3 test/bench/run.py memory $(sort $(STATIC) $(wildcard build/static/*/kmsplugin))
 
 test-distros:
 	test/distros.sh $(DISTROS)
@@ -174,7 +162,7 @@ test-libs: $(STATIC_NEEDS)
 # Measurements, of the release build unless KMSPLUGIN=./kmsplugin or another asks for it.
 KMSPLUGIN ?= build/static/kmsplugin
 
-gate: $(KMSPLUGIN)
+gate: $(KMSPLUGIN) build/bench/load
 	test/bench/gate.sh $(KMSPLUGIN)
 
 build/bench/%: test/bench/%.c test/test.mk
@@ -182,11 +170,11 @@ build/bench/%: test/bench/%.c test/test.mk
 	$(CC) -std=c11 $(WARN) -O2 -o $@ $< -lnghttp2
 
 RUST = test/bench/rust
-bench: $(KMSPLUGIN) build/bench/floor build/bench/load
+bench: $(KMSPLUGIN) build/bench/start build/bench/load
 	cd test/bench/go && go build -trimpath -ldflags='-s -w' -o $(CURDIR)/build/bench/ ./peer ./client
 	rm -f build/bench/rust/release/peer
 	! command -v cargo >/dev/null || cargo build --release --locked --manifest-path $(RUST)/Cargo.toml --target-dir build/bench/rust
-	test/bench/run.py $(KMSPLUGIN) build/bench
+	/usr/bin/python3 test/bench/run.py $(KMSPLUGIN) build/bench
 
 bench-doc:
 	sed -n '/^## Size and memory/,$$p' doc/bench.md >build/bench/size.md
@@ -200,4 +188,4 @@ lint:
 	shellcheck -x $(wildcard *.sh test/*.sh test/*/*.sh release/*.sh) deploy/openrc/kmsplugin deploy/kmsplugin-ring deploy/metrics/kmsplugin-textfile .ci/run
 
 .PHONY: test test-kube test-cluster test-hostile test-inject test-ct test-custody test-deploy test-distros test-arch test-kernel test-libs test-release soak fuzz fuzz-seeds \
-	prove lint size gate bench bench-memory bench-doc
+	prove lint gate bench bench-memory bench-doc

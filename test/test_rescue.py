@@ -196,7 +196,6 @@ class Inputs(Case):
                 with self.subTest(name=name):
                     self.assert_told(kind, '', value, 'unseal', K)
                     self.assert_told(kind, '', sealed.range_response((ETCD_KEY, value)), 'unseal')
-        self.assert_told('text', 'base64', sealed.range_response((ETCD_KEY, base64.b64encode(V2))), 'unseal')
 
     def test_a_terminal_is_told(self):
         """Whatever it did to a value or a response: the remedy is to fetch it again, without -t."""

@@ -276,7 +276,10 @@ static void shake_squeeze(struct shake *s, uint8_t *out, size_t len) {
     }
 }
 
-/* -------------------------------------------------------------------- Text */
+/* -------------------------------------------------------------------- Text
+ *
+ * Lines as they are written (line_write, log_init, complain, die, die_usage): test_observe.py, test_cli.py.
+ */
 
 TEST(text_add_cuts) {
     static const char want[] = "sentence -12345 0abc";
@@ -338,31 +341,6 @@ TEST(text_value_reads_back) {
         text_value(&t, (char *)value, len);
         row("round %d: %.100s", i, line);
         CHECK(logfmt_parse(line, t.len, back) == (long)len && memcmp(value, back, len) == 0);
-    }
-}
-
-static void body_log(const void *uid) {
-    char words[LOG_LINE_MAX / 2];
-    struct text t = {.buf = words, .cap = sizeof words};
-    logging.level = LOG_DEBUG;
-    text_pair(&t, "request_uid", uid);
-    log_line(LOG_DEBUG, "msg=rpc method=%s%s", "/x", words);
-}
-
-TEST(log_line_cannot_be_forged) {
-    static char endless[3000];
-    memset(endless, '\n', sizeof endless - 1);
-    const char *const uids[] = {"quiet", "a\nb", "a\r\nlevel=error", "\"", " msg=x", endless};
-    for (size_t i = 0; i < LEN(uids); i++) {
-        const struct child *c = child_run(body_log, uids[i]);
-        size_t len = strlen(c->err);
-        row("row %zu: %.100s", i, c->err);
-        CHECK(c->code == CHILD_RETURNED);
-        CHECK(lines_of(c->err) == 1 && c->err[len - 1] == '\n' && len <= LOG_LINE_MAX);
-        CHECK(strncmp(c->err, "time=2", 6) == 0 && c->err[5 + 4] == '-' && c->err[5 + 23] == 'Z');
-        CHECK(strstr(c->err, " level=debug msg=rpc method=/x request_uid=") == c->err + 5 + 24);
-        for (size_t k = 0; k + 1 < len; k++)
-            CHECK(c->err[k] >= ' ' && c->err[k] <= '~');
     }
 }
 
@@ -495,28 +473,20 @@ TEST(memcpy_and_others) {
     void *(*volatile set)(void *, int, size_t) = memset;
     void *(*volatile copy)(void *restrict, const void *restrict, size_t) = memcpy;
     void *(*volatile move)(void *, const void *, size_t) = memmove;
-    int (*volatile compare)(const void *, const void *, size_t) = memcmp;
     uint8_t from[ROOM], moved[ROOM], copied[ROOM], filled[ROOM];
-    for (size_t n = 0; n < LENGTHS; n++) {
-        for (size_t i = 0; i < OFFSETS * OFFSETS; i++) {
-            size_t at = i / OFFSETS, to = 2 * (i % OFFSETS); /* to lower and to higher addresses */
-            for (size_t k = 0; k < ROOM; k++)
-                from[k] = moved[k] = copied[k] = filled[k] = (uint8_t)(k * 11);
-            bool right = move(moved + to, moved + at, n) == moved + to && copy(copied + to, from + at, n) == copied + to &&
-                         set(filled + to, 0xa5, n) == filled + to && compare(moved + to, from + at, n) == 0;
-            for (size_t k = 0; k < ROOM; k++) {
-                uint8_t want = k >= to && k < to + n ? from[k - to + at] : from[k];
-                right = right && moved[k] == want && copied[k] == want;
-                right = right && filled[k] == (k >= to && k < to + n ? 0xa5 : from[k]);
-            }
-            row("%zu bytes from %zu to %zu", n, at, to);
-            CHECK(right);
+    for (size_t i = 0; i < LENGTHS * OFFSETS * OFFSETS; i++) {
+        size_t n = i / OFFSETS / OFFSETS, at = i / OFFSETS % OFFSETS, to = 2 * (i % OFFSETS); /* to lower and to higher addresses */
+        for (size_t k = 0; k < ROOM; k++)
+            from[k] = moved[k] = copied[k] = filled[k] = (uint8_t)(k * 11);
+        bool right = move(moved + to, moved + at, n) == moved + to && copy(copied + to, from + at, n) == copied + to &&
+                     set(filled + to, 0xa5, n) == filled + to;
+        for (size_t k = 0; k < ROOM; k++) {
+            bool in = k >= to && k < to + n;
+            right = right && moved[k] == from[in ? k - to + at : k] && copied[k] == moved[k];
+            right = right && filled[k] == (in ? 0xa5 : from[k]);
         }
-        for (size_t i = 0; i < n; i++) {
-            copy(copied, from, n);
-            copied[i] ^= 0x80;
-            CHECK((compare(copied, from, n) < 0) == (copied[i] < from[i]) && compare(copied, from, n) != 0);
-        }
+        row("%zu bytes from %zu to %zu", n, at, to);
+        CHECK(right);
     }
 }
 
@@ -920,7 +890,10 @@ TEST(seal_nonces_differ) {
     ring_free(ring);
 }
 
-/* -------------------------------------------------------------------- Keys */
+/* -------------------------------------------------------------------- Keys
+ *
+ * Where keys come from (ring_load, key_file_read), and what is told of wrong ones (key_mistake): test_keys.py, too.
+ */
 
 /* 32 bytes in base64: one repeated, or a password. */
 #define KEY_ZEROS "AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA="
@@ -1098,57 +1071,10 @@ TEST(environment_take_wipes) {
     }
 }
 
-struct load_case {
-    const char *name, *variable, *file; /* NULL: not set */
-    const char *out; /* key_ids, or NULL: refused */
-};
-
-static void body_ring_load(const void *load) {
-    const struct load_case *l = load;
-    unsetenv("KMS_KEK");
-    unsetenv("KMS_KEK_FILE");
-    if (l->variable)
-        setenv("KMS_KEK", l->variable, 1);
-    if (l->file)
-        setenv("KMS_KEK_FILE", unit_path(l->file), 1);
-    struct ring *ring = ring_new();
-    ring_load(ring);
-    for (size_t i = 0; i < ring->count; i++)
-        print("%s\n", ring->keks[i].key_id);
-    print("%s", l->variable && getenv("KMS_KEK")[0] ? "still in the environment" : "");
-    print("%s", all_zero((uint8_t *)ring->text, sizeof ring->text) ? "" : "text not wiped");
-}
-
-TEST(ring_load_sources) {
-    static char longest[KEK_TEXT_MAX + 1], too_long[KEK_TEXT_MAX + 2]; /* a key, white space, and another key at the end */
-    memset(longest, ' ', KEK_TEXT_MAX);
-    memcpy(longest, KEY_GOOD, 44);
-    memcpy(longest + KEK_TEXT_MAX - 45, "," KEY_OTHER, 45);
-    snprintf(too_long, sizeof too_long, " %s", longest);
-    file_write("one", KEY_OTHER "\n", 45, 0600);
-    file_write("bad", "not a key", 9, 0600);
-    file_write("longest", longest, KEK_TEXT_MAX, 0600);
-    file_write("too long", too_long, KEK_TEXT_MAX + 1, 0600);
-    static const char both[] = "14c740c2e9cfd299daba6c1dd0a86c1f\n0779863873c3f6576cc25424c8a33e60\n";
-    const struct load_case rows[] = {
-        {"variable", KEY_GOOD, NULL, "14c740c2e9cfd299daba6c1dd0a86c1f\n"}, {"two in the variable", KEY_TWO, NULL, both},
-        {"file", NULL, "one", "0779863873c3f6576cc25424c8a33e60\n"}, {"the longest variable", longest, NULL, both},
-        {"the longest file", NULL, "longest", both}, {"a variable too long", too_long, NULL, NULL},
-        {"a file too long", NULL, "too long", NULL}, {"both", KEY_GOOD, "one", NULL}, {"neither", NULL, NULL, NULL},
-        {"an empty variable", "", NULL, NULL}, {"a bad variable", "not a key", NULL, NULL}, {"a bad file", NULL, "bad", NULL},
-        {"no such file", NULL, "absent", NULL},
-    };
-    for (size_t i = 0; i < LEN(rows); i++) {
-        const struct child *c = child_run(body_ring_load, &rows[i]);
-        row("%s: %.80s", rows[i].name, c->out[0] ? c->out : c->err);
-        if (rows[i].out)
-            CHECK(c->code == CHILD_RETURNED && strcmp(c->out, rows[i].out) == 0);
-        else
-            CHECK(child_died(c) && strstr(c->err, "KMS_KEK") && !echoes(c->err, KEY_TWO) && !strstr(c->err, "not a key"));
-    }
-}
-
-/* ------------------------------------------------------------- KMS service */
+/* ------------------------------------------------------------- KMS service
+ *
+ * Through kms_call, which leads to kms_seal, kms_open, answer_error, answer_no_memory and answer_message.
+ */
 
 /* A service with its ring, and the answer to the last call. */
 struct service {
@@ -1487,7 +1413,7 @@ TEST(kms_done_wipes) {
 
 /* ----------------------------------------------------------------- Metrics
  *
- * What the page says is for test/test_observe.py.
+ * What the page says (metrics_metric, metrics_single, metrics_durations): test_observe.py.
  */
 
 TEST(metrics_write_fits) {
@@ -1820,7 +1746,12 @@ static void session_feed(struct conn *c, int fd, const uint8_t *bytes, size_t le
     session_drain(fd, out);
 }
 
-/* ------------------------------------------------------------------- Room */
+/* ------------------------------------------------------------------- Room
+ *
+ * Blocks (held_malloc, held_calloc, held_realloc, held_free, block_class, server_spare_free) and streams (stream_new,
+ * stream_free) are those of the sessions below, under AddressSanitizer in build/unit-asan, and of make test-inject. The trace
+ * of uses (conn_use) and server_minute_end: test_observe.py.
+ */
 
 /* The connection that holds most gives way; never the one that asks. */
 TEST(conn_has_room_sheds) {
@@ -1855,7 +1786,12 @@ TEST(server_may_log_some) {
     session_server_free(s);
 }
 
-/* ------------------------------------------------------------------ HTTP/2 */
+/* ------------------------------------------------------------------ HTTP/2
+ *
+ * A dialogue leads through all callbacks: on_begin_headers, on_header, stream_head_end, on_data_chunk_recv, stream_prefix_end,
+ * stream_end, stream_metrics, stream_http_error, stream_fail, stream_reset, on_data_source_read, on_send_data, out_append,
+ * on_frame_send, on_stream_close, session_init. The rest is for fuzz/session.c and test_http2.py.
+ */
 
 /* What the client asks, and what it must be told. */
 enum { PING_PLAIN = 4, MESSAGE_ROOM = 600, FRAME_HEAD = 9, PADDING = 20 };
@@ -2226,7 +2162,10 @@ TEST(conn_settle_without_room) {
     session_server_free(s);
 }
 
-/* ------------------------------------------------------------- Connections */
+/* ------------------------------------------------------------- Connections
+ *
+ * Every session goes through conn_fill, conn_watch and buffer_new.
+ */
 
 /* A peer that takes its answers a few bytes at a time gets them whole. */
 TEST(conn_flush_slow_reader) {
@@ -2277,7 +2216,12 @@ TEST(server_make_way_for_new) {
     session_server_free(s);
 }
 
-/* --------------------------------------------------------------- Endpoints */
+/* --------------------------------------------------------------- Endpoints
+ *
+ * Sockets made, replaced and inherited (listener_open, listener_made, socket_clear, directory_check, owner_check,
+ * endpoint_mistake, listeners_open, listeners_inherit, listener_inherit, listeners_close, notify_open): test_socket.py,
+ * test_cli.py and, for each call that fails, inject.py.
+ */
 
 #define X10 "xxxxxxxxxx"
 #define X100 X10 X10 X10 X10 X10 X10 X10 X10 X10 X10
@@ -2344,7 +2288,12 @@ TEST(way_check_links) {
     CHECK(c->code == CHILD_RETURNED || child_died(c)); /* the sanitized tests see what it reads */
 }
 
-/* -------------------------------------------------------------- Event loop */
+/* -------------------------------------------------------------- Event loop
+ *
+ * Deadlines. The loop itself (server_run, server_wait, server_guard, listener_ready, server_admit, server_log_refused,
+ * server_accept_from, server_signal, server_stop, server_capacity, signals_open) runs in all tests of the running server:
+ * test_socket.py, test_bounds.py, test_surroundings.py.
+ */
 
 
 /* What is not finished in time: a preface, a head, an answer that the peer does not take. */
@@ -2413,21 +2362,26 @@ TEST(server_sweep_rests) {
 
 /* ------------------------------------------------------------ Confinement
  *
- * test/sandbox.c makes every system call under the filter. test/without.c leaves out each call
- * that the filter allows.
+ * sandbox.c makes every system call under the filter (seccomp_install, capabilities_drop). without.c leaves out each call that
+ * the filter allows.
  */
 
 /* --------------------------------------------------------------- Rehearsal
  *
- * test/test_sandbox.py starts servers whose rehearsal must fail, by test/without.c and test/inject.c.
+ * test_sandbox.py starts servers whose rehearsal fails (rehearse_request, rehearse_calls) by without.c, inject.py those that
+ * cannot hold one (rehearse, rehearsal_passes).
  */
 
 /* ------------------------------------------------------------------- Probe
  *
- * test/test_cli.py and test/inject.py call probe on a running server.
+ * probe_open, probe_call, probe_run, probe_v2, probe_v1 and what they lose (probe_lost): test_cli.py, inject.py.
  */
 
-/* ------------------------------------------------------------------ Rescue */
+/* ------------------------------------------------------------------ Rescue
+ *
+ * Values, by way of value_open: value_open_data, value_open_object, value_read_v1, value_open_encrypted. The verbs (unseal,
+ * audit) and what they say of wrong input (input_name): test_rescue.py, fuzz/rescue.c.
+ */
 
 /* An etcd value as kube-apiserver would write it. What is NULL or 0 is as it should be. */
 struct stored {
@@ -2578,29 +2532,6 @@ TEST(value_open_others) {
     ring_free(ring);
 }
 
-TEST(input_name_rows) {
-    static const struct {
-        const char *bytes;
-        size_t len;
-        const char *name;
-    } rows[] = {
-        {"", 0, "empty"}, {" \n", 2, "white space"}, {"k8s\0\n", 5, "not encrypted"},
-        {"{\"kind\":\"Secret\"}", 17, "not encrypted"}, {"\xd9\xd9\xf7\xa1", 4, "not encrypted"},
-        {"{\"header\":{", 11, "-w protobuf"}, {"k8s:enc:aescbc:v1:k:xx", 22, "another provider"},
-        {"azhzOmVuYzprbXM6djI6dmF1bHQ6", 28, "base64"}, {"6b38733a656e633a\n", 17, "hexadecimal"},
-        {"no-such-key!\n", 13, "text"}, {"\r\n\x02\x08\x01", 5, "terminal"}, {"\n\x02\x08\x01", 4, "RangeResponse"},
-        {"/registry/a\nk8s", 15, "etcd key"}, {"SQLite format 3", 15, "database"}, {"\xff\xfek\0", 4, "UTF-16"},
-        {"\xef\xbb\xbfk8s", 6, "byte order mark"}, {"\x01\x02\x03\xff", 4, "none of the forms"},
-    };
-    for (size_t i = 0; i < LEN(rows); i++) {
-        uint8_t *exact = copy_of(rows[i].bytes, rows[i].len);
-        const char *name = input_name(exact, rows[i].len);
-        row("row %zu: %s", i, name);
-        CHECK(strstr(name, rows[i].name));
-        free(exact);
-    }
-}
-
 /* Names of v1's providers that hold colons: the tag tells where they end. Of v2's, none does. */
 TEST(value_open_v1_names) {
     static const char *const names[] = {"vault", ":", "a:b", "::::",
@@ -2695,55 +2626,13 @@ TEST(range_next_cut_anywhere) {
 
 /* ----------------------------------------------------------------- Options
  *
- * What is wrong on a command line is for test/test_cli.py, since it ends the program.
+ * option_set, serve_option_set, options_allow, id_parse, mode_parse, number_parse, word_parse: test_cli.py.
  */
-
-enum { ARGS = 40 };
-
-/* Splits at spaces; '' is an empty argument. */
-static int split_args(const char *line, char **argv) {
-    static char words[4096];
-    int argc = 0;
-    char *save = NULL;
-    snprintf(words, sizeof words, "kmsplugin %s", line);
-    for (char *w = strtok_r(words, " ", &save); w && argc < ARGS - 1; w = strtok_r(NULL, " ", &save))
-        argv[argc++] = strcmp(w, "''") == 0 ? w + 2 : w;
-    argv[argc] = NULL;
-    return argc;
-}
-
-TEST(options_parse_defaults) {
-    struct options o;
-    char *argv[ARGS];
-    CHECK(options_parse(&o, split_args("", argv), argv) == SERVE);
-    CHECK(o.serve.endpoint_count == 0 && o.serve.mode == 0600 && !o.serve.has_group && o.serve.uid_count == 0);
-    CHECK(o.serve.max_connections == 256 && o.timeout_s == 3 && !o.argument && !o.strict && !o.list);
-    CHECK(logging.level == LOG_INFO);
-    options_allow_default(&o.serve);
-    CHECK(o.serve.uids[0] == 0 && (o.serve.uid_count == 1 || (o.serve.uid_count == 2 && o.serve.uids[1] == geteuid())));
-    CHECK(options_parse(&o, 0, (char *[]){NULL}) == SERVE); /* execve can leave even argv[0] out */
-}
-
-/* Every option of serve; the last of a kind counts, and --listen adds. */
-TEST(serve_option_set_values) {
-    static const char line[] = "serve --listen unix:///a --listen=unix:///@b --mode 0 --mode 0660 --group=0 --allow-uid 7 "
-                               "--allow-uid root,1000,4294967294 --max-connections=12 --sandbox require --log-level debug";
-    for (unsigned defaulted = 0; defaulted < 2; defaulted++) { /* "serve" may be left out */
-        struct options o;
-        char *argv[ARGS];
-        row("%s", line + 6 * defaulted);
-        CHECK(options_parse(&o, split_args(line + 6 * defaulted, argv), argv) == SERVE);
-        CHECK(o.serve.endpoint_count == 2 && o.serve.mode == 0660 && o.serve.has_group && o.serve.group == 0);
-        CHECK(strcmp(o.serve.endpoints[0], "unix:///a") == 0 && strcmp(o.serve.endpoints[1], "unix:///@b") == 0);
-        CHECK(o.serve.max_connections == 12 && o.serve.sandbox == SANDBOX_REQUIRE && logging.level == LOG_DEBUG);
-        CHECK(o.serve.uid_count == 3 && o.serve.uids[0] == 0 && o.serve.uids[2] == 4294967294u);
-        logging.level = LOG_INFO;
-    }
-}
 
 /* -------------------------------------------------------------------- Main
  *
- * test/test_cli.py and test/test_keys.py run the verbs.
+ * The verbs (serve, genkey, keyid) and what surrounds them (descriptors_open, dump_protect, relro_protect, random_wait):
+ * test_cli.py, test_keys.py, test_surroundings.py, test_secrets.py.
  */
 
 /* ------------------------------------------------------------------- Tests */

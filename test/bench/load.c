@@ -1,13 +1,14 @@
 /*
  * load - sends unary gRPC requests over UNIX sockets and measures the answers.
  *
- *     load [-c CONNECTIONS] [-m STREAMS] [-n ROUNDS] [-w] [-o FILE] SOCKET PATH BODY
+ *     load [-c CONNECTIONS] [-m STREAMS] [-n ROUNDS] [-w] SOCKET PATH BODY
+ *     load pingpong ROUNDS       150 bytes each way between two processes: the least that a request can take
  *
  * A round is a batch on each connection: STREAMS requests in one write(2), and then all their answers. BODY is a file
- * with a gRPC frame. -w keeps the connections until standard input ends; -o writes the last answer's frame.
+ * with a gRPC frame. -w keeps the connections until standard input ends.
  *
- * It is here for what h2load and grpc-go cannot show, as they cost more than a fast server: how long one request takes
- * when client and server share a core, and how many a second keep a server's core busy. So requests are bytes made in
+ * It is here for what other clients cannot show, as they cost more than a fast server: how long one request takes when
+ * client and server share a core, and how many a second keep a server's core busy. So requests are bytes made in
  * advance (RFC 9113, RFC 7541). Answers are all checked, with nghttp2's HPACK decoder, outside of what p50 measures.
  */
 #define _GNU_SOURCE
@@ -26,6 +27,7 @@ enum {
     DATA, HEADERS, RST_STREAM = 3, SETTINGS, PING = 6, GOAWAY, WINDOW_UPDATE,
     END_STREAM = 1, ACK = 1, END_HEADERS = 4, PADDED_OR_PRIORITY = 0x28,
     FRAME_HEAD = 9,
+    PING_BYTES = 150,           /* about as long as an Encrypt and its answer */
     IN_BYTES = 256 * 1024,
     OUT_BYTES = 128 * 1024,
     BATCH_MAX = 32 * 1024,      /* body bytes: half of the least window a server can have */
@@ -42,8 +44,8 @@ struct conn {
     uint8_t in[IN_BYTES], out[OUT_BYTES];
 };
 
-static uint8_t body[BATCH_MAX], message[IN_BYTES];
-static size_t body_len, message_len;
+static uint8_t body[BATCH_MAX];
+static size_t body_len;
 static uint8_t first_block[1024], next_block[32];   /* a connection's first request, and all others */
 static size_t first_len, next_len;
 
@@ -191,9 +193,8 @@ static void check(struct conn *c, size_t end, size_t answers) {
             die("a frame of an unexpected form");
         if (frame[3] == HEADERS) {
             good += check_fields(c, payload, len - FRAME_HEAD);
-        } else if (len > FRAME_HEAD) {
-            messages++;
-            memcpy(message, payload, message_len = len - FRAME_HEAD);
+        } else {
+            messages += len > FRAME_HEAD;
         }
     }
     if (messages != answers || good != 2 * answers)
@@ -238,18 +239,48 @@ static int by_value(const void *a, const void *b) {
     return (x > y) - (x < y);
 }
 
+static void report(size_t requests, double seconds, uint32_t *samples, size_t count) {
+    qsort(samples, count, sizeof *samples, by_value);
+    printf("requests=%zu seconds=%.6f p50_us=%.3f\n", requests, seconds, samples[count / 2] / 1e3);
+    fflush(stdout);
+}
+
+static int pingpong(size_t rounds) {
+    int pair[2];
+    char bytes[PING_BYTES] = {0};
+    uint32_t *samples = calloc(rounds, sizeof *samples);
+    if (!samples || rounds == 0 || socketpair(AF_UNIX, SOCK_STREAM, 0, pair) < 0)
+        die("no memory, or nothing to do");
+    pid_t child = fork();
+    if (child < 0)
+        die("fork");
+    close(pair[child != 0]);
+    while (child == 0 && read(pair[1], bytes, sizeof bytes) > 0)
+        if (write(pair[1], bytes, sizeof bytes) < 0)
+            break;
+    for (size_t i = 0; child > 0 && i < rounds; i++) {
+        uint64_t begin = now_ns();
+        if (write(pair[0], bytes, sizeof bytes) < 0 || read(pair[0], bytes, sizeof bytes) != sizeof bytes)
+            die("pingpong");
+        samples[i] = (uint32_t)(now_ns() - begin);
+    }
+    if (child > 0)
+        report(rounds, 0, samples, rounds);
+    return 0;
+}
+
 int main(int argc, char **argv) {
     size_t conns = 1, streams = 1, rounds = 1;
     bool wait = false;
-    const char *out = NULL;
-    for (int option; (option = getopt(argc, argv, "c:m:n:wo:")) != -1;) {
+    if (argc == 3 && strcmp(argv[1], "pingpong") == 0)
+        return pingpong(strtoul(argv[2], NULL, 10));
+    for (int option; (option = getopt(argc, argv, "c:m:n:w")) != -1;) {
         switch (option) {
         case 'c': conns = strtoul(optarg, NULL, 10); break;
         case 'm': streams = strtoul(optarg, NULL, 10); break;
         case 'n': rounds = strtoul(optarg, NULL, 10); break;
         case 'w': wait = true; break;
-        case 'o': out = optarg; break;
-        default: die("usage: load [-c N] [-m N] [-n N] [-w] [-o FILE] SOCKET PATH BODY");
+        default: die("usage: load [-c N] [-m N] [-n N] [-w] SOCKET PATH BODY | pingpong N");
         }
     }
     argv += optind;
@@ -275,14 +306,7 @@ int main(int argc, char **argv) {
         if (i < count)
             send_batch(all[i % conns], streams);
     }
-    double seconds = (double)(now_ns() - begin) / 1e9;
-    qsort(samples, count, sizeof *samples, by_value);
-    printf("requests=%zu seconds=%.6f p50_us=%.3f p99_us=%.3f\n", count * streams, seconds, samples[count / 2] / 1e3,
-           samples[count * 99 / 100] / 1e3);
-    fflush(stdout);
-    if (out && (!(file = fopen(out, "wb")) || fwrite(message, 1, message_len, file) != message_len ||
-                fclose(file) != 0))
-        die("cannot write the answer");
+    report(count * streams, (double)(now_ns() - begin) / 1e9, samples, count);
     while (wait && getchar() != EOF)
         continue;
     return 0;

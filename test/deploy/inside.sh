@@ -329,41 +329,8 @@ systemctl daemon-reload
 systemctl restart kmsplugin.socket
 check 'the drop-ins are gone' kmsplugin probe
 
-# ---- k3s' SQLite (kine's table)
+# ---- k3s: what is copied is there (kine itself: test/kube/cluster/kine_test.go)
 doc k3s-config
-mkdir -p /var/lib/rancher/k3s/server/db
-blob() { PATH="$wrapper$PATH" etcdctl get --print-value-only "/registry/secrets/default/$1" | head -c -1 | od -An -v -tx1 | tr -d ' \n'; }
-row() { echo "INSERT INTO kine (name, created, deleted, value) VALUES ('/registry/secrets/default/$1', 1, $2, x'$3');"; }
-put default/older v1
-put default/stranger stranger
-plain=$(od -An -v -tx1 /tmp/object | tr -d ' \n')
-put default/example v2
-{
-    echo 'CREATE TABLE kine (id INTEGER PRIMARY KEY AUTOINCREMENT, name INTEGER, created INTEGER, deleted INTEGER,'
-    echo '  create_revision INTEGER, prev_revision INTEGER, lease INTEGER, value BLOB, old_value BLOB);'
-    row example 0 00
-    row example 0 "$(blob example)"
-    row older 0 "$(blob older)"
-    row gone 0 "$plain"
-    row gone 1 "$plain"
-    row plain 0 "$plain"
-    row stranger 0 "$(blob stranger)"
-} | sqlite3 /var/lib/rancher/k3s/server/db/state.db
-rm -f example.bin
-doc sqlite
-check 'opened from SQLite' cmp example.bin /tmp/object
-docfails sqlite-audit
-check 'SQLite: names what does not open' same "$(grep ' /registry/secrets' "$said" | grep -e missing-kek -e '^plaintext' | sort | tr '\n' ' ')" \
-    'missing-kek /registry/secrets/default/stranger plaintext /registry/secrets/default/plain '
-docfails sqlite-history
-check 'SQLite: plaintext of a row that was deleted' grep -q '^plaintext.* values=3$' "$said"
-doc sqlite-all
-check 'SQLite: all that open' same "$(cd objects && find . -type f | sort | tr '\n' ' ')" \
-    './_registry_secrets_default_example ./_registry_secrets_default_older '
-check 'SQLite: as they were' cmp objects/_registry_secrets_default_older /tmp/object
-rm -r objects
-doc sqlite-copy
-check 'SQLite: a copy' test "$(sqlite3 -readonly copy.db 'SELECT count(*) FROM kine')" = 7
 
 # ---- metrics
 check 'alert rules: syntax' promtool check rules /test/deploy/metrics/kmsplugin.rules.yaml
@@ -454,7 +421,6 @@ check 'deb: is upgraded, and not running' eval 'dpkg -i kmsplugin_*.deb && not s
 systemctl start kmsplugin.socket kmsplugin.service
 doc prepare
 doc encrypt
-for gone in gone plain; do PATH="$wrapper$PATH" etcdctl del /registry/secrets/default/$gone >/dev/null; done
 doc audit-off
 ls /etc/kmsplugin >/tmp/keys
 doc uninstall
@@ -474,48 +440,6 @@ doc readme
 check 'README: the release build runs' cmp "/proc/$(property kmsplugin.service MainPID)/exe" /test/local/usr/local/sbin/kmsplugin
 check 'README: all is encrypted, says audit' eval 'says sealing-kek && root=$(stat -c "%a %u" $kek) && same "$root" "600 0"'
 systemctl disable --now kmsplugin.service kmsplugin.socket
-
-# ---- a static pod: root without any capability and with nothing to write, as its manifest has it
-mount /dev/sdX1 /mnt && rm -f /mnt/kek-* && umount /mnt
-rm -rf /etc/kmsplugin /usr/local/lib/systemd/system/kmsplugin.*
-ln -s /usr/local/share/kmsplugin /usr/share/kmsplugin
-cat >/etc/systemd/system/pod.service <<'X'
-[Service]
-Type=notify
-CapabilityBoundingSet=
-NoNewPrivileges=yes
-ProtectSystem=strict
-ReadWritePaths=/run/kmsplugin
-BindReadOnlyPaths=/etc/kmsplugin:/etc/kmsplugin
-Environment=KMS_KEK_FILE=/etc/kmsplugin/kek
-ExecStart=kmsplugin serve --sandbox require
-Restart=always
-X
-systemctl daemon-reload
-doc pod-new
-{ soon test -e /etc/kubernetes/manifests/kmsplugin.yaml && systemctl start pod.service; } &
-doc pod
-wait
-old=$(first)
-check 'pod: mode 0600, root' same "$(stat -c '%a %U' /run/kmsplugin/kms.sock)" '600 root'
-doc rotate
-doc pod-restart
-new=$(ids | tail -n 1)
-check 'pod: seal-with says how it is restarted' eval 'kmsplugin-ring seal-with "$new" | grep crictl'
-doc pod-restart
-check 'pod: the new one seals' same "$(answers)" "$new"
-# for an API server that is not root; without capabilities a socket is not given away
-pod_as() {
-    printf '[Service]\nGroup=kube-apiserver\nExecStart=\nExecStart=kmsplugin serve --mode 0660 --allow-uid 0,%s%s\n' \
-        "$(id -u kube-apiserver)" "$1" >/etc/systemd/system/pod.service.d/group.conf
-    systemctl daemon-reload
-    systemctl restart pod.service
-}
-mkdir /etc/systemd/system/pod.service.d
-check 'pod: runAsGroup' pod_as ''
-check 'pod: lets in who is of the group' setpriv --reuid=kube-apiserver --regid=kube-apiserver --clear-groups kmsplugin probe
-check 'pod: --group cannot (which is why)' not pod_as ' --group daemon'
-systemctl stop pod.service
 
 # ---- OpenRC
 rm -rf /run/kmsplugin

@@ -142,44 +142,6 @@ func encryptedObject(t *testing.T, stored []byte, prefix string) *kmstypes.Encry
 	return object
 }
 
-// One Secret in its life: written, read by another API server, not readable
-// under another name, read after the plugin came back with a rotated ring.
-func TestSecret(t *testing.T) {
-	for api, provider := range apis {
-		for socket, newEndpoint := range map[string]func(*testing.T) string{"file": fileEndpoint, "abstract": abstractEndpoint} {
-			t.Run(api+"/"+socket, func(t *testing.T) {
-				t.Parallel()
-				endpoint, first, second := newEndpoint(t), newKEK(), newKEK()
-				p := serve(t, endpoint, first)
-				a := newAPIServer(t, provider("vault", endpoint))
-				if err := a.check(); err != nil {
-					t.Errorf("health: %v", err)
-				}
-				stored := a.write(t)
-				t.Logf("etcd: %+.60q", stored)
-				prefix := "k8s:enc:kms:" + api + ":vault:"
-				if !bytes.HasPrefix(stored, []byte(prefix)) || bytes.Contains(stored, []byte("horse")) {
-					t.Errorf("want %s and a ciphertext, got %q", prefix, stored)
-				}
-				if api == "v2" {
-					o := encryptedObject(t, stored, prefix)
-					if o.KeyID != first.id() || len(o.Annotations) != 0 ||
-						o.EncryptedDEKSourceType != kmstypes.EncryptedDEKSourceType_HKDF_SHA256_XNONCE_AES_GCM_SEED {
-						t.Errorf("stored under %+v, want key_id %s", o, first.id())
-					}
-				}
-				newAPIServer(t, provider("vault", endpoint)).read(t, stored, false)
-				a.refuse(t, stored, etcdKey+"2")
-
-				p.stop(t)
-				serve(t, endpoint, second, first)
-				// v1 has no key_id: its values never look stale, which is what audit is for.
-				newAPIServer(t, provider("vault", endpoint)).read(t, stored, api == "v2")
-			})
-		}
-	}
-}
-
 // The rotation of README, step by step, each with a restart of the plugin on the same socket.
 func TestRotation(t *testing.T) {
 	for api, provider := range apis {

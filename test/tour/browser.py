@@ -172,9 +172,9 @@ def test_valid(_):
 
 def check():
     """Gives how many tests pass, and how many fail."""
-    missing = [name for name in ('chromedriver', 'chromium', 'tidy') if not shutil.which(name)]
-    if missing or not importlib.util.find_spec('html5lib'):
-        print(f'skip tour in a browser: needs {", ".join(missing) or "python3-html5lib"}')
+    needs = {'chromium-driver': shutil.which('chromedriver'), 'tidy': shutil.which('tidy'), 'python3-html5lib': importlib.util.find_spec('html5lib')}
+    if not all(needs.values()):
+        print('skip tour in a browser: lacks ' + ', '.join(package for package, found in needs.items() if not found))
         return 0, 0
     failed, tests = 0, (test_valid, test_fits, test_contrast, test_open, test_network, test_print)
     with tempfile.TemporaryDirectory(prefix='kmsplugin-tour-', ignore_cleanup_errors=True) as profile:

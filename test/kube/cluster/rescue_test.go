@@ -11,6 +11,7 @@ import (
 	"time"
 
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/client-go/rest"
 )
 
 // Neither plugin nor apiserver starts any more, but there is etcd, and the KEK.
@@ -78,19 +79,16 @@ func TestRescue(t *testing.T) {
 	figures(t, "Kubernetes %s: 10 Secrets of v1 and 10 of v2 unsealed, put back with etcdctl, served under identity", a.version(t))
 }
 
-// All of it into files, and one of them into YAML and into another cluster; and a custom resource.
+// All of it into files, and one of them into YAML and into another cluster.
 func TestRescueElsewhere(t *testing.T) {
 	needsNamespaces(t)
 	key := newKEK()
 	e, p := startEtcd(t, tempDir(t)), newPlugin(t)
 	p.start(t, key)
 	a := newAPIServer(t, e)
-	a.configure(t, "secrets, widgets.example.com: "+v2("vault", p))
+	a.configure(t, "secrets: "+v2("vault", p))
 	a.start(t)
 	s := write(t, "good", many(), a).withExample(t, a)
-	a.kubectl(t, 0, widgets, "create", "-f", "-")
-	a.kubectl(t, 0, "", "wait", "--for=condition=Established", "crd/widgets.example.com")
-	a.kubectl(t, 0, widget, "create", "-f", "-")
 	a.stop(t)
 	p.stop(t)
 	dir := tempDir(t)
@@ -119,22 +117,11 @@ func TestRescueElsewhere(t *testing.T) {
 	if err := os.Rename(name(registry+"example"), dir+"/example.bin"); err != nil {
 		t.Fatal(err)
 	}
-	code, object, stderr := verb(t, []kek{key}, e.ctl(t, nil, "get", "/registry/example.com/widgets/"+namespace+"/w", "-w", "protobuf"), "unseal")
-	if code != 0 || !bytes.HasPrefix(object, []byte("{")) {
-		t.Errorf("a custom resource is no JSON: exit %d, %.80q %s", code, object, stderr)
-	}
-
 	other, q, next := startEtcd(t, tempDir(t)), newPlugin(t), newKEK()
 	q.start(t, next)
 	b := newAPIServer(t, other)
-	b.configure(t, "secrets, widgets.example.com: "+v2("other", q))
+	b.configure(t, "secrets: "+v2("other", q))
 	b.start(t)
-	b.kubectl(t, 0, widgets, "create", "-f", "-")
-	b.kubectl(t, 0, "", "wait", "--for=condition=Established", "crd/widgets.example.com")
-	b.kubectl(t, 0, string(object), "create", "-f", "-")
-	if back := b.kubectl(t, 0, "", "-n", namespace, "get", "widget", "w", "-o", "jsonpath={.spec.size}"); back != "7" {
-		t.Errorf("the custom resource came back as %q", back)
-	}
 	if code, out := b.operator(t, dir, "yaml", ""); code != 0 {
 		t.Fatalf("yaml: exit %d\n%s", code, out)
 	}
@@ -165,16 +152,54 @@ func TestRescueElsewhere(t *testing.T) {
 		t.Errorf("restored %v", restored)
 	}
 	secrets{"example": restored}.sealed(t, other, "k8s:enc:kms:v2:other:", next)
-	figures(t, "Kubernetes %s: %d Secrets unsealed into files in %v, one made YAML of and restored in another cluster, with a custom resource",
+	figures(t, "Kubernetes %s: %d Secrets unsealed into files in %v, one made YAML of and restored in another cluster",
 		b.version(t), len(s), took)
 }
 
-const (
-	widgets = `{apiVersion: apiextensions.k8s.io/v1, kind: CustomResourceDefinition, metadata: {name: widgets.example.com}, spec: {group: example.com,
+// A custom resource is stored, rescued, and goes into another cluster, as JSON or as CBOR.
+func TestRescueCustomResource(t *testing.T) {
+	const crd = `{apiVersion: apiextensions.k8s.io/v1, kind: CustomResourceDefinition, metadata: {name: widgets.example.com}, spec: {group: example.com,
 		scope: Namespaced, names: {plural: widgets, kind: Widget}, versions: [{name: v1, served: true, storage: true, schema:
 		{openAPIV3Schema: {type: object, x-kubernetes-preserve-unknown-fields: true}}}]}}`
-	widget = `{apiVersion: example.com/v1, kind: Widget, metadata: {name: w, namespace: ` + namespace + `}, spec: {size: 7}}`
-)
+	const widget = `{apiVersion: example.com/v1, kind: Widget, metadata: {name: w, namespace: ` + namespace + `}, spec: {size: 7}}`
+	for gate, magic := range map[string]string{"false": "{", "true": "\xd9\xd9\xf7"} {
+		t.Run("CBORServingAndStorage="+gate, func(t *testing.T) {
+			key := newKEK()
+			p := newPlugin(t)
+			p.start(t, key)
+			cluster := func() (*etcd, *apiserver) {
+				e := startEtcd(t, tempDir(t))
+				a := newAPIServer(t, e, "--feature-gates=CBORServingAndStorage="+gate)
+				a.configure(t, "widgets.example.com: "+v2("vault", p))
+				a.start(t)
+				a.kubectl(t, 0, crd, "create", "-f", "-")
+				a.kubectl(t, 0, "", "wait", "--for=condition=Established", "crd/widgets.example.com")
+				return e, a
+			}
+			e, a := cluster()
+			a.kubectl(t, 0, widget, "create", "-f", "-")
+			code, object, stderr := verb(t, []kek{key}, e.ctl(t, nil, "get", "/registry/example.com/widgets/"+namespace+"/w", "-w", "protobuf"), "unseal")
+			if code != 0 || !strings.HasPrefix(string(object), magic) {
+				t.Fatalf("exit %d, %.80q %s", code, object, stderr)
+			}
+			a.stop(t)
+			_, b := cluster()
+			if gate == "false" {
+				b.kubectl(t, 0, string(object), "create", "-f", "-")
+			} else {
+				client := must(rest.HTTPClientFor(b.rest))(t)
+				response := must(client.Post(b.url+"/apis/example.com/v1/namespaces/"+namespace+"/widgets", "application/cbor", bytes.NewReader(object)))(t)
+				response.Body.Close()
+				if response.StatusCode != 201 {
+					t.Errorf("status %d", response.StatusCode)
+				}
+			}
+			if size := b.kubectl(t, 0, "", "-n", namespace, "get", "widget", "w", "-o", "jsonpath={.spec.size}"); size != "7" {
+				t.Errorf("it came back as %q", size)
+			}
+		})
+	}
+}
 
 // "Does this backup open?" after damage of every kind that etcd can hold.
 func TestDamage(t *testing.T) {

@@ -2,7 +2,6 @@
 // library, AES-256-GCM from the standard library, and nothing else.
 //
 //	peer SOCKET        KMS v2
-//	peer -v1 SOCKET    KMS v1beta1, for which there is no library
 package main
 
 import (
@@ -13,13 +12,10 @@ import (
 	"crypto/sha256"
 	"encoding/hex"
 	"errors"
-	"flag"
 	"log"
-	"net"
+	"os"
 	"time"
 
-	"google.golang.org/grpc"
-	"k8s.io/kms/apis/v1beta1"
 	"k8s.io/kms/pkg/service"
 )
 
@@ -55,8 +51,6 @@ func (p *plugin) open(ciphertext []byte) ([]byte, error) {
 	return p.aead.Open(nil, ciphertext[:n], ciphertext[n:], nil)
 }
 
-// KMS v2.
-
 func (p *plugin) Status(context.Context) (*service.StatusResponse, error) {
 	return &service.StatusResponse{Version: "v2", Healthz: "ok", KeyID: p.keyID}, nil
 }
@@ -72,47 +66,12 @@ func (p *plugin) Decrypt(_ context.Context, _ string, request *service.DecryptRe
 	return p.open(request.Ciphertext)
 }
 
-// KMS v1beta1.
-
-type pluginV1 struct {
-	v1beta1.UnimplementedKeyManagementServiceServer
-	*plugin
-}
-
-func (p pluginV1) Version(context.Context, *v1beta1.VersionRequest) (*v1beta1.VersionResponse, error) {
-	return &v1beta1.VersionResponse{Version: "v1beta1", RuntimeName: "peer", RuntimeVersion: "0.1.0"}, nil
-}
-
-func (p pluginV1) Encrypt(_ context.Context, request *v1beta1.EncryptRequest) (*v1beta1.EncryptResponse, error) {
-	return &v1beta1.EncryptResponse{Cipher: p.seal(request.Plain)}, nil
-}
-
-func (p pluginV1) Decrypt(_ context.Context, request *v1beta1.DecryptRequest) (*v1beta1.DecryptResponse, error) {
-	plain, err := p.open(request.Cipher)
-	return &v1beta1.DecryptResponse{Plain: plain}, err
-}
-
-func serveV1(p *plugin, path string) error {
-	listener, err := net.Listen("unix", path)
-	if err != nil {
-		return err
-	}
-	server := grpc.NewServer()
-	v1beta1.RegisterKeyManagementServiceServer(server, pluginV1{plugin: p})
-	return server.Serve(listener)
-}
-
 func main() {
-	v1 := flag.Bool("v1", false, "serve v1beta1")
-	flag.Parse()
 	kek := make([]byte, 32)
 	rand.Read(kek)
 	p, err := newPlugin(kek)
 	if err != nil {
 		log.Fatal(err)
 	}
-	if *v1 {
-		log.Fatal(serveV1(p, flag.Arg(0)))
-	}
-	log.Fatal(service.NewGRPCService(flag.Arg(0), 3*time.Second, p).ListenAndServe())
+	log.Fatal(service.NewGRPCService(os.Args[1], 3*time.Second, p).ListenAndServe())
 }

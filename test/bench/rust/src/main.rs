@@ -1,11 +1,10 @@
 //! peer is a KMS plugin as a Rust programmer writes one today: tonic for gRPC, ring for AES-256-GCM,
 //! tokio's current-thread runtime, and nothing else. It does what the Go peer does.
 //!
-//!     peer SOCKET        KMS v2 and v1beta1
+//!     peer SOCKET        KMS v2
 
 use std::collections::HashMap;
 use std::error::Error;
-use std::sync::Arc;
 
 use ring::aead::{Aad, LessSafeKey, Nonce, UnboundKey, AES_256_GCM, NONCE_LEN};
 use ring::digest::{digest, SHA256};
@@ -15,20 +14,15 @@ use tokio_stream::wrappers::UnixListenerStream;
 use tonic::transport::Server;
 use tonic::{Request, Response, Status};
 
-use v1beta1::key_management_service_server as v1_server;
 use v2::key_management_service_server::{KeyManagementService, KeyManagementServiceServer};
 use v2::{
-    v1beta1 as v1, DecryptRequest, DecryptResponse, EncryptRequest, EncryptResponse, StatusRequest,
+    DecryptRequest, DecryptResponse, EncryptRequest, EncryptResponse, StatusRequest,
     StatusResponse,
 };
 
 #[allow(dead_code)] // what lies in etcd is in kms.proto, too
 mod v2 {
     tonic::include_proto!("v2");
-}
-
-mod v1beta1 {
-    include!(concat!(env!("OUT_DIR"), "/v1beta1.KeyManagementService.rs"));
 }
 
 const STREAMS: u32 = 256; // a connection, as the plugin allows; hyper's default is 200
@@ -125,47 +119,14 @@ impl KeyManagementService for Plugin {
     }
 }
 
-#[tonic::async_trait]
-impl v1_server::KeyManagementService for Plugin {
-    async fn version(
-        &self,
-        _: Request<v1::VersionRequest>,
-    ) -> Result<Response<v1::VersionResponse>, Status> {
-        Ok(Response::new(v1::VersionResponse {
-            version: "v1beta1".into(),
-            runtime_name: "peer".into(),
-            runtime_version: env!("CARGO_PKG_VERSION").into(),
-        }))
-    }
-
-    async fn encrypt(
-        &self,
-        request: Request<v1::EncryptRequest>,
-    ) -> Result<Response<v1::EncryptResponse>, Status> {
-        Ok(Response::new(v1::EncryptResponse {
-            cipher: self.seal(&request.get_ref().plain)?,
-        }))
-    }
-
-    async fn decrypt(
-        &self,
-        request: Request<v1::DecryptRequest>,
-    ) -> Result<Response<v1::DecryptResponse>, Status> {
-        Ok(Response::new(v1::DecryptResponse {
-            plain: self.open(request.into_inner().cipher)?,
-        }))
-    }
-}
-
 #[tokio::main(flavor = "current_thread")]
 async fn main() -> Result<(), Box<dyn Error>> {
     let path = std::env::args_os().nth(1).ok_or("usage: peer SOCKET")?;
-    let plugin = Arc::new(Plugin::new().map_err(|_| "no random bytes")?);
+    let plugin = Plugin::new().map_err(|_| "no random bytes")?;
     let listener = UnixListener::bind(path)?;
     Server::builder()
         .max_concurrent_streams(STREAMS)
-        .add_service(KeyManagementServiceServer::from_arc(plugin.clone()))
-        .add_service(v1_server::KeyManagementServiceServer::from_arc(plugin))
+        .add_service(KeyManagementServiceServer::new(plugin))
         .serve_with_incoming(UnixListenerStream::new(listener))
         .await?;
     Ok(())
