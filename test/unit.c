@@ -475,7 +475,7 @@ TEST(memcpy_and_others) {
     void *(*volatile move)(void *, const void *, size_t) = memmove;
     uint8_t from[ROOM], moved[ROOM], copied[ROOM], filled[ROOM];
     for (size_t i = 0; i < LENGTHS * OFFSETS * OFFSETS; i++) {
-        size_t n = i / OFFSETS / OFFSETS, at = i / OFFSETS % OFFSETS, to = 2 * (i % OFFSETS); /* to lower and to higher addresses */
+        size_t n = i / OFFSETS / OFFSETS, at = i / OFFSETS % OFFSETS, to = 2 * (i % OFFSETS); /* lower, higher */
         for (size_t k = 0; k < ROOM; k++)
             from[k] = moved[k] = copied[k] = filled[k] = (uint8_t)(k * 11);
         bool right = move(moved + to, moved + at, n) == moved + to && copy(copied + to, from + at, n) == copied + to &&
@@ -1463,99 +1463,12 @@ TEST(grpc_prefix_roundtrip) {
 }
 
 
-/* ----------------------------------------------------------- HTTP requests */
+/* ----------------------------------------------------------- HTTP requests
+ *
+ * The rules for heads, trailers and their size (request_header, request_known, request_head_end): test_http2.py.
+ */
 
 #define REQUEST_NONE {.rpc = RPC_UNKNOWN, .content_length = -1, .timeout_ms = INT64_MAX}
-#define STATUS_PATH "/v2.KeyManagementService/Status"
-#define POST ":method: POST"
-#define HTTP ":scheme: http"
-#define PATH ":path: " STATUS_PATH
-#define LOCAL ":authority: localhost"
-#define HEAD POST, HTTP, PATH, LOCAL
-
-/* Judges one field, "name: value"; the name may be empty, or start with a colon. */
-static void judge_field(struct request *r, const char *field) {
-    const char *colon = strstr(field + (field[0] == ':' && field[1] != ' '), ": ");
-    size_t name_len = (size_t)(colon - field), len = strlen(colon + 2);
-    uint8_t *name = copy_of(field, name_len), *value = copy_of(colon + 2, len);
-    request_header(r, name, name_len, value, len);
-    free(name);
-    free(value);
-}
-
-/* Whole heads. */
-static const struct {
-    bool malformed;
-    const char *name, *fields[8];
-} heads[] = {
-    {false, "as grpc-go sends it", {POST, HTTP, PATH, LOCAL, "content-type: application/grpc", "user-agent: grpc-go/1.65.0",
-                                    "te: trailers", "grpc-timeout: 2999943u"}},
-    {false, ":authority the path, percent-encoded", {POST, HTTP, PATH, ":authority: %2Frun%2Fkms.sock"}},
-    {false, ":authority the path", {POST, HTTP, PATH, ":authority: /run/kms.sock"}},
-    {false, ":authority the abstract name", {POST, HTTP, PATH, ":authority: @kms"}},
-    {false, ":authority empty", {POST, HTTP, PATH, ":authority: "}},
-    {false, ":authority absent", {POST, HTTP, PATH}},
-    {false, "pseudo-header fields in another order", {LOCAL, PATH, HTTP, POST}},
-    {false, "another scheme", {POST, ":scheme: https", PATH}},
-    {false, "GET", {":method: GET", HTTP, ":path: /metrics", LOCAL}},
-    {false, "any other method", {":method: BREW", HTTP, PATH}},
-    {false, "OPTIONS *", {":method: OPTIONS", HTTP, ":path: *"}},
-    {true, "nothing", {NULL}},
-    {true, "no :method", {HTTP, PATH, LOCAL}},
-    {true, "no :scheme", {POST, PATH, LOCAL}},
-    {true, "no :path", {POST, HTTP, LOCAL}},
-    {true, "an empty :method", {":method: ", HTTP, PATH}},
-    {true, "an empty :scheme", {POST, ":scheme: ", PATH}},
-    {true, "an empty :path", {POST, HTTP, ":path: "}},
-    {true, "a relative :path", {POST, HTTP, ":path: v2.KeyManagementService/Status"}},
-    {true, "an absolute URL as :path", {POST, HTTP, ":path: http://localhost/x"}},
-    {true, "another :method", {":method: GET", POST, HTTP, PATH}},
-    {true, "pseudo behind regular", {POST, HTTP, "x-a: b", PATH}},
-    {true, "upper case in a pseudo-header field", {":Method: POST", HTTP, PATH}},
-};
-
-TEST(request_head_end_rules) {
-    for (size_t i = 0; i < LEN(heads); i++) {
-        struct request r = REQUEST_NONE;
-        for (size_t k = 0; k < LEN(heads[i].fields) && heads[i].fields[k]; k++)
-            judge_field(&r, heads[i].fields[k]);
-        request_head_end(&r);
-        row("%s", heads[i].name);
-        CHECK(r.malformed == heads[i].malformed);
-    }
-}
-
-/* Fields behind a good head, each a good one, or one of the list behind: malformed. */
-TEST(request_header_rules) {
-    static const char *const good[] = {
-        "host: localhost", "cookie: a=1", "x-empty: ", "x-a: one two\tthree", "x-a: caf\xc3\xa9", "te: trailers",
-        "abcdefghijklmnopqrstuvwxyz0123456789!#$%&'*+-.^_`|~: x", "user-agent: a", "content-length: 0", "content-length: 5",
-        "content-length: 0000000005", "content-length: 9999999999999999",
-    };
-    static const char *const bad[] = {
-        POST, HTTP, PATH, LOCAL, ":authority: ", ":status: 200", ":protocol: websocket", ":x: y", ":: y", ": y",
-        "Content-Type: application/grpc", "x-A: b", "x:a: b", "x a: b", "x-a : b", " x-a: b", "caf\xc3\xa9: x", "x-a:  b",
-        "x-a: b ", "x-a: \tb", "x-a: b\t", "x-a:  ", "x-a: b\r\nx-c: d", "x-a: b\x01", "connection: keep-alive",
-        "connection: ", "proxy-connection: keep-alive", "keep-alive: timeout=5", "transfer-encoding: chunked",
-        "upgrade: h2c", "te: gzip", "te: trailers, gzip", "te: ", "content-length: ", "content-length: -1",
-        "content-length: +5", "content-length: 0x5", "content-length: 5, 5", "content-length: 5.0", "content-length: 5a",
-        "content-length: 18446744073709551621", "content-length: 99999999999999999999999999999999999999",
-    };
-    static const char *const once[] = {"content-type: application/grpc", "content-length: 5"}; /* not twice */
-    static const char *const head[] = {HEAD};
-    for (size_t i = 0; i < LEN(good) + LEN(bad) + LEN(once); i++) {
-        const char *field = i < LEN(good) ? good[i] : i < LEN(good) + LEN(bad) ? bad[i - LEN(good)] : once[i - LEN(good) - LEN(bad)];
-        struct request r = REQUEST_NONE;
-        for (size_t k = 0; k < LEN(head); k++)
-            judge_field(&r, head[k]);
-        judge_field(&r, field);
-        row("%s", field);
-        CHECK(r.malformed == (i >= LEN(good) && i < LEN(good) + LEN(bad)));
-        bool twice = strncmp(field, "content-", 8) == 0; /* else a field may come again */
-        judge_field(&r, field);
-        CHECK(r.malformed == (i >= LEN(good) || twice));
-    }
-}
 
 /* Each byte at the start, the middle and the end of a name and of a value (RFC 9113 8.2.1). */
 TEST(request_header_bytes) {
@@ -1609,47 +1522,6 @@ TEST(is_grpc_rows) {
         row("%s", types[i]);
         CHECK(is_grpc(exact, strlen(types[i])) == (i < RIGHT));
         free(exact);
-    }
-}
-
-TEST(request_header_in_trailers) {
-    static const struct {
-        const char *field;
-        bool malformed;
-    } rows[] = {
-        {"x-checksum: 7", false}, {"content-type: text/plain", false}, {"content-length: 7", false},
-        {"grpc-timeout: x", false}, {":path: /", true}, {":status: 200", true}, {"X-A: b", true},
-        {"connection: close", true}, {"transfer-encoding: gzip", true}, {"x-a:  b", true},
-    };
-    for (size_t i = 0; i < LEN(rows); i++) {
-        static const char *const head[] = {HEAD, "content-type: application/grpc", "content-length: 5"};
-        struct request r = REQUEST_NONE;
-        for (size_t k = 0; k < LEN(head); k++)
-            judge_field(&r, head[k]);
-        request_head_end(&r);
-        row("%s", rows[i].field);
-        CHECK(!r.malformed);
-        judge_field(&r, rows[i].field);
-        CHECK(r.malformed == rows[i].malformed);
-        /* trailers change nothing of the head */
-        CHECK(r.rpc == V2_STATUS && r.grpc);
-    }
-}
-
-/* A list is measured as RFC 9113 6.5.2 does: names, values, and 32 bytes a field. */
-TEST(request_header_size) {
-    static uint8_t value[HEADER_LIST_MAX];
-    static const char *const head[] = {HEAD};
-    memset(value, 'v', sizeof value);
-    for (int over = -1; over <= 1; over++) {
-        struct request r = REQUEST_NONE;
-        for (size_t k = 0; k < LEN(head); k++)
-            judge_field(&r, head[k]);
-        row("%d over the limit", over);
-        CHECK(r.header_bytes == 7 + 4 + 7 + 4 + 5 + strlen(STATUS_PATH) + 10 + 9 + LEN(head) * 32);
-        request_header(&r, (const uint8_t *)"x", 1, value, HEADER_LIST_MAX - r.header_bytes - 33 + (size_t)(over + 1) - 1);
-        request_head_end(&r);
-        CHECK(!r.malformed && (int)r.header_bytes - HEADER_LIST_MAX == over);
     }
 }
 
@@ -2290,58 +2162,11 @@ TEST(way_check_links) {
 
 /* -------------------------------------------------------------- Event loop
  *
- * Deadlines. The loop itself (server_run, server_wait, server_guard, listener_ready, server_admit, server_log_refused,
- * server_accept_from, server_signal, server_stop, server_capacity, signals_open) runs in all tests of the running server:
+ * Deadlines (conn_expire): test_deadlines.py. The loop itself (server_run, server_wait, server_guard, listener_ready,
+ * server_admit, server_log_refused, server_accept_from, server_signal, server_stop, server_capacity, signals_open) runs in all tests of the running server:
  * test_socket.py, test_bounds.py, test_surroundings.py.
  */
 
-
-/* What is not finished in time: a preface, a head, an answer that the peer does not take. */
-TEST(conn_expire_deadlines) {
-    static const uint8_t bytes[] = "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" "\0\0\0\4\0\0\0\0\0"
-                                   "\0\0\x0d\1\4\0\0\0\1\x83\x86\x44\x08/v2.Keys"; /* POST, no DATA */
-    static const struct {
-        const char *name;
-        size_t len;
-        int64_t after_ms;
-        bool greeted;
-    } rows[] = {
-        {"nothing at all", 0, PREFACE_TIMEOUT_MS, false},
-        {"half a preface", 12, PREFACE_TIMEOUT_MS, false},
-        {"a preface without SETTINGS", 24, PREFACE_TIMEOUT_MS, false},
-        {"half a head", 24 + 9 + 9 + 4, REQUEST_TIMEOUT_MS, true},
-    };
-    struct server *s = session_server();
-    for (size_t i = 0; i < LEN(rows); i++) {
-        int fd;
-        struct conn *c = session_open(s, &fd);
-        CHECK(c);
-        session_feed(c, fd, bytes, rows[i].len, NULL);
-        row("%s", rows[i].name);
-        CHECK(!c->closed && c->greeted == rows[i].greeted);
-        session_sweep(s, rows[i].after_ms - 1);
-        CHECK(!c->closed && s->waiting);
-        session_sweep(s, 1);
-        CHECK(c->closed);
-        session_close(s, c, fd);
-    }
-    row("a peer that takes nothing");
-    int fd, small = 1;
-    dialogue_init(s);
-    struct conn *c = session_open(s, &fd);
-    CHECK(c && setsockopt(c->source.fd, SOL_SOCKET, SO_SNDBUF, &small, sizeof small) == 0);
-    size_t len = peer_first_words(said, sizeof said);
-    CHECK(write(fd, said, len) == (ssize_t)len);
-    for (int turns = 0; turns < 100 && !c->blocked; turns++)
-        conn_ready(c, EPOLLIN);
-    CHECK(c->blocked && !c->closed);
-    session_sweep(s, UNREAD_TIMEOUT_MS - 1);
-    CHECK(!c->closed);
-    session_sweep(s, 1);
-    CHECK(c->closed);
-    session_close(s, c, fd);
-    session_server_free(s);
-}
 
 /* Nothing that waits for nothing wakes the loop: a connection that is greeted and idle has no deadline. */
 TEST(server_sweep_rests) {
@@ -2519,7 +2344,7 @@ TEST(value_open_others) {
         {VALUE_FOREIGN, "v1, half a length", "k8s:enc:kms:v1:vault:\x01", 0},
         {VALUE_FOREIGN, "v1, a length too large", "k8s:enc:kms:v1:vault:\xff\xffxyz", 0},
         {VALUE_FOREIGN, "v1, a DEK that is text", "k8s:enc:kms:v1:vault:\0\x0avault:v1:xnonce-tag", 40},
-        {VALUE_FOREIGN, "v1, a DEK that begins as ours", "k8s:enc:kms:v1:aws:\0\x20\x01xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx", 60},
+        {VALUE_FOREIGN, "v1, a DEK that begins as ours", "k8s:enc:kms:v1:aws:\0\x20\x01xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx", 56},
     };
     struct ring *ring = ring_of(0, 1);
     for (size_t i = 0; i < LEN(rows); i++) {
