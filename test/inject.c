@@ -3,7 +3,7 @@
  * test/test.mk), and told by the environment what to do.
  *
  *     INJECT=CALL:N[:ERRNO[:COUNT]]   the N-th CALL and the COUNT-1 after it fail with this
- *                                     errno (ENOMEM; 1); CALL is alloc, getrandom, capset, or a name below
+ *                                     errno (ENOMEM; 1); CALL is alloc, or a name below
  *     INJECT=short                    read and write take one byte at a time
  *     INJECT=eintr                    half of the system calls that can wait are interrupted
  *     INJECT_CHILD=1                  all of this for forked children instead of the process
@@ -110,7 +110,6 @@ CALL(epoll_create1, (int flags), (flags))
 CALL(epoll_ctl, (int fd, int op, int on, struct epoll_event *e), (fd, op, on, e))
 CALL(fcntl64, (int fd, int command, long argument), (fd, command, argument))
 CALL(fstat64, (int fd, struct stat *st), (fd, st))
-CALL(getrlimit64, (int resource, struct rlimit *limit), (resource, limit))
 CALL(getsockname, (int fd, struct sockaddr *a, socklen_t *n), (fd, a, n))
 CALL(getsockopt, (int fd, int level, int name, void *v, socklen_t *n), (fd, level, name, v, n))
 CALL(lchown, (const char *path, uid_t uid, gid_t gid), (path, uid, gid))
@@ -127,7 +126,6 @@ CALL(setitimer, (int which, const struct itimerval *new, struct itimerval *old),
 CALL(setsockopt, (int fd, int level, int name, const void *v, socklen_t n), (fd, level, name, v, n))
 CALL(shutdown, (int fd, int how), (fd, how))
 CALL(sigaction, (int signal, const struct sigaction *new, struct sigaction *old), (signal, new, old))
-CALL(signalfd, (int fd, const sigset_t *set, int flags), (fd, set, flags))
 CALL(sigprocmask, (int how, const sigset_t *set, sigset_t *old), (how, set, old))
 CALL(socket, (int family, int type, int protocol), (family, type, protocol))
 CALL(socketpair, (int family, int type, int protocol, int *pair), (family, type, protocol, pair))
@@ -158,10 +156,12 @@ pid_t __wrap_fork(void) {
 }
 
 /* The calls that kmsplugin.c makes by their numbers. */
-long __real_syscall(long number, long a, long b, long c);
-long __wrap_syscall(long number, long a, long b, long c);
-long __wrap_syscall(long number, long a, long b, long c) {
-    if (number == SYS_getrandom)
-        return interrupted() || fails("getrandom") ? -1 : __real_syscall(number, a, b, c);
-    return number == SYS_capset && fails("capset") ? -1 : __real_syscall(number, a, b, c);
+long __real_syscall(long number, long a, long b, long c, long d);
+long __wrap_syscall(long number, long a, long b, long c, long d);
+long __wrap_syscall(long number, long a, long b, long c, long d) {
+    bool failed = number == SYS_getrandom  ? interrupted() || fails("getrandom")
+                  : number == SYS_signalfd4 ? fails("signalfd")
+                  : number == SYS_capset    ? fails("capset")
+                                            : fails("syscall");
+    return failed ? -1 : __real_syscall(number, a, b, c, d);
 }
