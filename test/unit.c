@@ -1034,7 +1034,7 @@ TEST(kek_init_holds_no_text) {
 static char unit_dir[] = "/tmp/kmsplugin-unit-XXXXXX";
 
 static const char *unit_path(const char *name) {
-    static char path[200];
+    static char path[300];
     snprintf(path, sizeof path, "%s/%s", unit_dir, name);
     return path;
 }
