@@ -29,9 +29,8 @@ import subprocess
 import sys
 import time
 
-import plugin
-from plugin import MEMORY_MAX, WAIT, Server
-from raw import (CONTINUATION, DATA, EMPTY, ENCRYPT, ENCRYPT_V1, GET, GOAWAY, HEADERS, INITIAL_WINDOW_SIZE, OK, PING,
+from plugin import MEMORY_MAX, Server
+from raw import (CONTINUATION, DATA, ENCRYPT, ENCRYPT_V1, GET, GOAWAY, HEADERS, INITIAL_WINDOW_SIZE, OK, PING,
                  PREFACE, PRIORITY, SETTINGS, STATUS, WINDOW_MAX, Raw, block, body_frames, data, encrypt_v1, field, frame,
                  headers, message, ping, request, reset, settings, until, window_update)
 
@@ -59,6 +58,15 @@ TABLE = b''.join(b'\x40\x04k%03d\x01v' % i for i in range(110))    # HPACK: fiel
 
 def get(stream, fields):
     return headers(stream, block(fields), end=True)
+
+
+def opened(stream, path, *extra):
+    return headers(stream, block(request(path, *extra)))
+
+
+def encrypts(streams, size, path=ENCRYPT_V1, more=lambda stream: b''):
+    """Whole calls on these streams, and what is to come behind each."""
+    return b''.join(opened(n, path) + (body_frames(n, encrypt_v1(bytes(size))) if size else b'') + more(n) for n in streams)
 
 
 def odd(count):
@@ -171,7 +179,7 @@ class Round:
         self.pump(crowd, lambda: all(peer.closed or peer.heard[PING, True] == peer.pings for peer in crowd))
 
     def flood(self, piece, count, conns=8, first=b'', hello=True):
-        """The same over and over, on connections that are made anew when they are closed. `piece` is bytes, or gives them for a peer."""
+        """The same over and over, on connections that are made anew when they are closed. `piece` may give bytes for a peer."""
         end, look, crowd = time.monotonic() + self.seconds, 0, []
         try:
             while time.monotonic() < end:
@@ -206,7 +214,7 @@ class Round:
             for n in odd(streams):
                 mine = part.replace(frame(DATA, 0, 1)[4:9], frame(DATA, 0, n)[4:9])
                 for peer in crowd:
-                    peer.push(headers(n, block(request(ENCRYPT_V1))) + mine)
+                    peer.push(opened(n, ENCRYPT_V1) + mine)
             self.sent(crowd)
             for peer in crowd:
                 peer.push(b''.join(data(n, body[-1:], end=True) for n in odd(streams)))
@@ -231,8 +239,7 @@ def attack(least, what, wrong=('preface', 'block')):
 def never_reads(on):
     with on.peers(20, WIDE) as crowd:
         for peer in crowd:
-            peer.push(window_update(0, 0x7fff0000) + b''.join(
-                headers(n, block(request(ENCRYPT_V1))) + body_frames(n, encrypt_v1(bytes(60000))) for n in odd(32)))
+            peer.push(window_update(0, 0x7fff0000) + encrypts(odd(32), 60000))
         return on.reach(on.answered, crowd, deaf=True)
 
 
@@ -241,7 +248,7 @@ def zero_window(on):
     with on.peers(20, SHUT) as crowd:
         for n in odd(STREAMS):
             for peer in crowd:
-                peer.push(headers(n, block(request(ENCRYPT_V1))) + body_frames(n, encrypt_v1(bytes(200))))
+                peer.push(encrypts([n], 200))
         return on.reach(on.answered, crowd)
 
 
@@ -256,10 +263,8 @@ def metrics_hoard(on):
 
 @attack(10000, 'pages of /metrics on 200 connections')
 def all_ask_for_metrics(on):
-    def piece(peer):
-        peer.stream += 2
-        return window_update(0, 1 << 20) + get(peer.stream, METRICS)
-    return on.flood(piece, lambda: on.heard(DATA, True), conns=200)
+    return on.flood(lambda peer: window_update(0, 1 << 20) + get(*next_streams(peer, 1), METRICS),
+                    lambda: on.heard(DATA, True), conns=200)
 
 
 @attack(40000, 'PINGs answered where nobody reads', wrong=['preface'])
@@ -273,22 +278,20 @@ def ping_flood_unread(on):
 
 # ------------------------------------------------------------------- Attacks: more than anybody needs
 
-def calls_and_resets(on, path, body, count):
-    """CVE-2023-44487. nghttp2 closes after some thousand; who means it comes back."""
-    def piece(peer):
-        begin, peer.stream = peer.stream + 2, peer.stream + 200
-        return b''.join(headers(n, block(request(path))) + body_frames(n, body) + reset(n) for n in range(begin, begin + 200, 2))
-    return on.flood(piece, count, conns=4)
+def next_streams(peer, count):
+    peer.stream += 2 * count
+    return range(peer.stream - 2 * count + 2, peer.stream + 1, 2)
 
 
 @attack(20000, 'streams opened and reset')
 def rapid_reset(on):
-    return calls_and_resets(on, '/x', b'', on.unknown)
+    """CVE-2023-44487. nghttp2 closes after some thousand; who means it comes back."""
+    return on.flood(lambda peer: encrypts(next_streams(peer, 100), 0, '/x', reset), on.unknown, conns=4)
 
 
 @attack(20000, 'calls made and reset')
 def rapid_reset_of_calls(on):
-    return calls_and_resets(on, ENCRYPT_V1, encrypt_v1(bytes(32)), on.answered)
+    return on.flood(lambda peer: encrypts(next_streams(peer, 100), 32, more=reset), on.answered, conns=4)
 
 
 @attack(200000, 'PINGs answered', wrong=['preface'])
@@ -303,7 +306,7 @@ def settings_flood(on):
 
 @attack(100000, 'empty DATA frames handled')
 def empty_data_flood(on):
-    return on.handled(data(1) * 500, 500, first=headers(1, block(request(ENCRYPT_V1))))
+    return on.handled(data(1) * 500, 500, first=opened(1, ENCRYPT_V1))
 
 
 @attack(100000, 'frames handled that mean nothing: of no known type, PRIORITYs, window updates', wrong=['preface'])
@@ -313,11 +316,7 @@ def idle_frames_flood(on):
 
 @attack(50000, 'calls on 240 connections, as fast as they can')
 def flooders(on):
-    def piece(peer):
-        begin, peer.stream = peer.stream + 2, peer.stream + 20
-        return b''.join(headers(n, block(request(ENCRYPT_V1))) + body_frames(n, encrypt_v1(bytes(400)))
-                        for n in range(begin, begin + 20, 2))
-    return on.flood(piece, on.answered, conns=240)
+    return on.flood(lambda peer: encrypts(next_streams(peer, 10), 400), on.answered, conns=240)
 
 
 @attack(200000, 'GETs answered, sockets full of them on 240 connections')
@@ -325,10 +324,10 @@ def short_calls(on):
     pieces = {}
 
     def piece(peer):
-        begin, peer.stream = peer.stream + 2, peer.stream + 2000
-        if begin not in pieces:
-            pieces[begin] = b''.join(get(n, ASKED) for n in range(begin, begin + 2000, 2))
-        return pieces[begin]
+        streams = next_streams(peer, 1000)
+        if streams[0] not in pieces:
+            pieces[streams[0]] = b''.join(get(n, ASKED) for n in streams)
+        return pieces[streams[0]]
     return on.flood(piece, lambda: on.heard(HEADERS, True), conns=240)
 
 
@@ -337,7 +336,7 @@ def short_deadlines(on):
     with on.peers(16) as crowd:
         for n in odd(STREAMS):
             for peer in crowd:
-                peer.push(headers(n, block(request(STATUS, ('grpc-timeout', '1m')))))
+                peer.push(opened(n, STATUS, ('grpc-timeout', '1m')))
         return on.reach(lambda: on.answered('DEADLINE_EXCEEDED', 'Status', 'v2'), crowd)
 
 
@@ -360,18 +359,15 @@ def continuation_flood(on):
 @attack(400, 'header blocks of 16 KB that stand for 48 MB each, refused')
 def hpack_bomb(on):
     """One field of 4,000 bytes in the table, called up by one byte as often as fits."""
-    def piece(peer):
-        peer.stream += 2
-        return headers(peer.stream, block(request(STATUS)) + b'\x40\x01x\x7f\xa1\x1e' + b'y' * 4000 + b'\xbe' * 12000)
-    return on.flood(piece, lambda: on.answered('RESOURCE_EXHAUSTED', 'Status', 'v2'))
+    bomb = block(request(STATUS)) + b'\x40\x01x\x7f\xa1\x1e' + b'y' * 4000 + b'\xbe' * 12000
+    return on.flood(lambda peer: headers(*next_streams(peer, 1), bomb), lambda: on.answered('RESOURCE_EXHAUSTED', 'Status', 'v2'))
 
 
 @attack(8000, 'header blocks that fill the table and resize it')
 def hpack_table(on):
-    def piece(peer):
-        peer.stream += 2
-        return headers(peer.stream, (b'\x20\x3f\xe1\x1f' if peer.stream % 4 == 1 else b'') + block(request('/x')) + TABLE)
-    return on.flood(piece, on.unknown, conns=10)
+    full = block(request('/x')) + TABLE
+    return on.flood(lambda peer: headers(*next_streams(peer, 1), full) + headers(*next_streams(peer, 1), b'\x20\x3f\xe1\x1f' + full),
+                    on.unknown, conns=10)
 
 
 @attack(60, 'header values of 60,000 bytes announced on 250 connections, and held until they came')
@@ -400,7 +396,8 @@ def large_bodies(on):
 @attack(15000, 'bodies of 60 to 14,000 bytes kept, one size after the other')
 def sizes_in_turn(on):
     """Blocks that are kept for reuse, of each size, would add up."""
-    return sum(on.hold(16, STREAMS if size <= 1000 else 17, encrypt_v1(bytes(size))) for size in (60, 120, 250, 500, 1000, 14000))
+    return sum(on.hold(16, STREAMS if size <= 1000 else 17, encrypt_v1(bytes(size)))
+               for size in (60, 120, 250, 500, 1000, 14000))
 
 
 @attack(400, 'answers made on 250 connections that hold all they may: tables, bodies, answers')
@@ -410,8 +407,7 @@ def all_at_once(on):
             peer.push(headers(1, block(request('/x')) + TABLE, end=True))
         for n in range(3, 35, 2):
             for peer in crowd:
-                whole = n % 8 == 3
-                peer.push(headers(n, block(request(ENCRYPT_V1))) + data(n, encrypt_v1(bytes(30 if whole else 960))[:-1 + whole or None], whole))
+                peer.push(encrypts([n], 30) if n % 8 == 3 else opened(n, ENCRYPT_V1) + data(n, encrypt_v1(bytes(960))[:-1]))
         return on.reach(on.answered, crowd)
 
 
@@ -422,8 +418,9 @@ def slow(on):
     """Prefaces, header blocks, frames, bodies: a byte now and then is no progress."""
     greeting, head = Peer.preface + settings(), block(request(STATUS))
     begun = greeting + frame(HEADERS, 0, 1, head[:20]) + frame(CONTINUATION, 0, 1, head[20:])[:9]
-    opened = greeting + headers(1, head) + data(1, encrypt_v1(bytes(100)))[:9]
-    starts = ((b'', greeting), (begun, head[20:]), (greeting + headers(1, head)[:4], headers(1, head)[4:]), (opened, encrypt_v1(bytes(100))))
+    body = greeting + headers(1, head) + data(1, encrypt_v1(bytes(100)))[:9]
+    starts = ((b'', greeting), (begun, head[20:]), (greeting + headers(1, head)[:4], headers(1, head)[4:]),
+              (body, encrypt_v1(bytes(100))))
     with on.peers(240, hello=False) as crowd:
         begin = time.monotonic()
         for i, peer in enumerate(crowd):
@@ -448,7 +445,7 @@ def idle_connections(on):
 
 @attack(10000, 'connections that ended in the middle of a request', wrong=[])
 def dropped(on):
-    whole = Peer.preface + settings() + headers(1, block(request(ENCRYPT_V1))) + body_frames(1, encrypt_v1(bytes(300)))
+    whole = Peer.preface + settings() + encrypts([1], 300)
     for i in range(on.least):
         with Raw(on.path, hello=False) as peer:
             peer.send(whole[:i % len(whole)])
@@ -477,7 +474,7 @@ def garbage(on):
 
 @attack(200, 'windows past 2^31-1 refused')
 def window_overflow(on):
-    wide, stream = window_update(0, WINDOW_MAX), headers(1, block(request(STATUS)))
+    wide, stream = window_update(0, WINDOW_MAX), opened(1, STATUS)
     attempts = ((wide, True), (settings([(INITIAL_WINDOW_SIZE, 0x80000000)]), True),
                 (window_update(1, WINDOW_MAX) * 2, False), (window_update(0, 0), True))
     refused = 0
@@ -578,7 +575,7 @@ class Subject:
             time.sleep(1)
 
     def attempt(self, name):
-        """One round: what was reached, peak memory, the other client's slowest call, as the plugin is to blame for it, and as it was."""
+        """One round: what was reached, peak memory, the other client's slowest call (to blame on the plugin, and as it was)."""
         function, least, what, _ = ATTACKS[name]
         with open(f'/proc/{self.server.pid}/clear_refs', 'w', encoding='ascii') as file:
             file.write('5')     # a new peak

@@ -1,7 +1,6 @@
 """What the tests share: starting the plugin, and calling its methods."""
 import atexit
 import base64
-import hashlib
 import hmac
 import importlib
 import os

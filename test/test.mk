@@ -146,7 +146,7 @@ test-tpm:
 test-deploy: kmsplugin
 	test/deploy.sh
 
-bench-memory: $(STATIC) build/bench/load build/bench/start
+bench-memory: $(STATIC) build/bench/load
 	/usr/bin/python3 test/bench/run.py memory $(sort $(STATIC) $(wildcard build/static/*/kmsplugin))
 
 test-distros:
@@ -175,7 +175,7 @@ build/bench/%: test/bench/%.c test/test.mk
 	$(CC) -std=c11 $(WARN) -O2 -o $@ $< -lnghttp2
 
 RUST = test/bench/rust
-bench: $(KMSPLUGIN) build/bench/start build/bench/load
+bench: $(KMSPLUGIN) build/bench/load
 	cd test/bench/go && go build -trimpath -ldflags='-s -w' -o $(CURDIR)/build/bench/ ./peer ./client
 	rm -f build/bench/rust/release/peer
 	! command -v cargo >/dev/null || cargo build --release --locked --manifest-path $(RUST)/Cargo.toml --target-dir build/bench/rust

@@ -271,7 +271,8 @@ class PassedDescriptors(Case):
     def pass_to(self, address, command=(), **options):
         """Status and SIGTERM of a server to which a peer passes such descriptors; what the kernel said to the peer."""
         ours = fresh_dir() + '/kms.sock'
-        server = self.start('--listen', f'unix:///{address}' if address[0] == '@' else f'unix://{address}', path=ours, **options)
+        endpoint = f'unix:///{address}' if address[0] == '@' else f'unix://{address}'
+        server = self.start('--listen', endpoint, path=ours, **options)
         with Raw(ours) as client:
             self.assertTrue(client.works())
             server.signal(signal.SIGSTOP)       # so that the server is who closes them last

@@ -33,7 +33,7 @@ count() {
         kill -0 "$pid" 2>/dev/null || { cat "$tmp/log" >&2; exit 1; }
         sleep 0.05
     done
-    timeout 100 "$load" -c "$connections" -m "$streams" -n "$1" "$tmp/kms.sock" /v2.KeyManagementService/Encrypt \
+    timeout 100 "$load" "$connections" "$streams" "$1" "$tmp/kms.sock" /v2.KeyManagementService/Encrypt \
         "$tmp/body" >"$tmp/load" || { cat "$tmp/log" >&2; exit 1; }
     kill "$pid"
     wait "$pid" || { cat "$tmp/log" >&2; exit 1; }

@@ -1,18 +1,23 @@
 /*
  * load - sends unary gRPC requests over UNIX sockets and measures the answers.
  *
- *     load [-c CONNECTIONS] [-m STREAMS] [-n ROUNDS] [-w] SOCKET PATH BODY
- *     load pingpong ROUNDS       150 bytes each way between two processes: the least that a request can take
+ *     load CONNECTIONS STREAMS ROUNDS SOCKET PATH BODY
+ *     load start ROUNDS SOCKET PATH BODY PROGRAM [ARGUMENT]...
+ *     load pingpong ROUNDS
  *
  * A round is a batch on each connection: STREAMS requests in one write(2), and then all their answers. BODY is a file
- * with a gRPC frame. -w keeps the connections until standard input ends.
+ * with a gRPC frame. `start` measures from the spawn of a PROGRAM that makes SOCKET to its first answer, and pingpong
+ * the least that a request can take: 150 bytes each way between two processes.
  *
  * It is here for what other clients cannot show, as they cost more than a fast server: how long one request takes when
  * client and server share a core, and how many a second keep a server's core busy. So requests are bytes made in
  * advance (RFC 9113, RFC 7541). Answers are all checked, with nghttp2's HPACK decoder, outside of what p50 measures.
  */
 #define _GNU_SOURCE
+#include <fcntl.h>
 #include <nghttp2/nghttp2.h>
+#include <sched.h>
+#include <signal.h>
 #include <stdbool.h>
 #include <stdint.h>
 #include <stdio.h>
@@ -20,6 +25,7 @@
 #include <string.h>
 #include <sys/socket.h>
 #include <sys/un.h>
+#include <sys/wait.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -27,6 +33,7 @@ enum {
     DATA, HEADERS, RST_STREAM = 3, SETTINGS, PING = 6, GOAWAY, WINDOW_UPDATE,
     END_STREAM = 1, ACK = 1, END_HEADERS = 4, PADDED_OR_PRIORITY = 0x28,
     FRAME_HEAD = 9,
+    SECONDS_MAX = 300,
     PING_BYTES = 150,           /* about as long as an Encrypt and its answer */
     IN_BYTES = 256 * 1024,
     OUT_BYTES = 128 * 1024,
@@ -212,7 +219,7 @@ static uint64_t take_batch(struct conn *c, size_t streams) {
     return ns;
 }
 
-/* Connects and exchanges SETTINGS. */
+/* Connects, as soon as there is a server, and exchanges SETTINGS. */
 static struct conn *conn_new(const char *path) {
     struct conn *c = calloc(1, sizeof *c);
     struct sockaddr_un address = {.sun_family = AF_UNIX};
@@ -221,8 +228,8 @@ static struct conn *conn_new(const char *path) {
     strcpy(address.sun_path, path);
     c->stream = 1;
     c->fd = socket(AF_UNIX, SOCK_STREAM, 0);
-    if (connect(c->fd, (struct sockaddr *)&address, sizeof address) < 0)
-        die("cannot connect");
+    while (connect(c->fd, (struct sockaddr *)&address, sizeof address) < 0)
+        sched_yield();
     c->out_len = (size_t)(stpcpy((char *)c->out, "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n") - (char *)c->out);
     put_frame(c, SETTINGS, 0, 0, "\0\4\x7f\xff\xff\xff", 6);            /* INITIAL_WINDOW_SIZE */
     put_frame(c, WINDOW_UPDATE, 0, 0, "\x7f\xff\0\0", 4);
@@ -234,6 +241,12 @@ static struct conn *conn_new(const char *path) {
     return c;
 }
 
+static void conn_free(struct conn *c) {
+    nghttp2_hd_inflate_del(c->inflater);
+    close(c->fd);
+    free(c);
+}
+
 static int by_value(const void *a, const void *b) {
     const uint32_t x = *(const uint32_t *)a, y = *(const uint32_t *)b;
     return (x > y) - (x < y);
@@ -241,16 +254,23 @@ static int by_value(const void *a, const void *b) {
 
 static void report(size_t requests, double seconds, uint32_t *samples, size_t count) {
     qsort(samples, count, sizeof *samples, by_value);
-    printf("requests=%zu seconds=%.6f p50_us=%.3f\n", requests, seconds, samples[count / 2] / 1e3);
-    fflush(stdout);
+    printf("requests=%zu seconds=%.6f p50_us=%.3f least_us=%.3f\n", requests, seconds, samples[count / 2] / 1e3,
+           samples[0] / 1e3);
 }
 
-static int pingpong(size_t rounds) {
+static uint32_t *samples_new(size_t count) {
+    uint32_t *samples = calloc(count, sizeof *samples);
+    if (!samples || count == 0)
+        die("no memory, or nothing to do");
+    return samples;
+}
+
+static void pingpong(size_t rounds) {
     int pair[2];
     char bytes[PING_BYTES] = {0};
-    uint32_t *samples = calloc(rounds, sizeof *samples);
-    if (!samples || rounds == 0 || socketpair(AF_UNIX, SOCK_STREAM, 0, pair) < 0)
-        die("no memory, or nothing to do");
+    uint32_t *samples = samples_new(rounds);
+    if (socketpair(AF_UNIX, SOCK_STREAM, 0, pair) < 0)
+        die("socketpair");
     pid_t child = fork();
     if (child < 0)
         die("fork");
@@ -266,39 +286,45 @@ static int pingpong(size_t rounds) {
     }
     if (child > 0)
         report(rounds, 0, samples, rounds);
-    return 0;
 }
 
-int main(int argc, char **argv) {
-    size_t conns = 1, streams = 1, rounds = 1;
-    bool wait = false;
-    if (argc == 3 && strcmp(argv[1], "pingpong") == 0)
-        return pingpong(strtoul(argv[2], NULL, 10));
-    for (int option; (option = getopt(argc, argv, "c:m:n:w")) != -1;) {
-        switch (option) {
-        case 'c': conns = strtoul(optarg, NULL, 10); break;
-        case 'm': streams = strtoul(optarg, NULL, 10); break;
-        case 'n': rounds = strtoul(optarg, NULL, 10); break;
-        case 'w': wait = true; break;
-        default: die("usage: load [-c N] [-m N] [-n N] [-w] SOCKET PATH BODY | pingpong N");
-        }
-    }
-    argv += optind;
-    if (argc - optind != 3)
-        die("SOCKET, PATH and BODY are needed");
-    FILE *file = fopen(argv[2], "rb");
+static void request_init(const char *path, const char *body_path, size_t streams) {
+    FILE *file = fopen(body_path, "rb");
     if (!file || (body_len = fread(body, 1, sizeof body, file)) < 5 || body_len * streams > BATCH_MAX)
         die("no body, or one too long for so many streams");
     fclose(file);
-    fields_init(argv[1]);
+    fields_init(path);
+}
 
+static void start(size_t rounds, const char *path, char **argv) {
+    uint32_t *samples = samples_new(rounds);
+    int silence = open("/dev/null", O_WRONLY | O_CLOEXEC);
+    for (size_t i = 0; i < rounds; i++) {
+        uint64_t begin = now_ns();
+        pid_t pid = vfork(); /* as cheap as can be: the child borrows our memory until it is another program */
+        if (pid == 0) {
+            dup2(silence, STDERR_FILENO);
+            execve(argv[0], argv, environ);
+            _exit(127);
+        }
+        struct conn *c = conn_new(path);
+        send_batch(c, 1);
+        take_batch(c, 1);
+        samples[i] = (uint32_t)(now_ns() - begin);
+        conn_free(c);
+        kill(pid, SIGKILL);
+        waitpid(pid, NULL, 0);
+        unlink(path);
+    }
+    report(rounds, 0, samples, rounds);
+}
+
+static void load(size_t conns, size_t streams, size_t rounds, const char *path) {
     size_t count = rounds * conns;
-    uint32_t *samples = calloc(count, sizeof *samples);
+    uint32_t *samples = samples_new(count);
     struct conn **all = calloc(conns, sizeof *all);
-    if (!samples || !all || count == 0)
-        die("no memory, or nothing to do");
     for (size_t i = 0; i < conns; i++)
-        all[i] = conn_new(argv[0]);
+        all[i] = conn_new(path);
     uint64_t begin = now_ns();
     for (size_t i = 0; i < count + conns; i++) { /* a connection's next batch as soon as it has its last */
         if (i >= conns)
@@ -307,7 +333,21 @@ int main(int argc, char **argv) {
             send_batch(all[i % conns], streams);
     }
     report(count * streams, (double)(now_ns() - begin) / 1e9, samples, count);
-    while (wait && getchar() != EOF)
-        continue;
+}
+
+int main(int argc, char **argv) {
+    alarm(SECONDS_MAX);
+    if (argc == 3 && strcmp(argv[1], "pingpong") == 0) {
+        pingpong(strtoul(argv[2], NULL, 10));
+    } else if (argc > 6 && strcmp(argv[1], "start") == 0) {
+        request_init(argv[4], argv[5], 1);
+        start(strtoul(argv[2], NULL, 10), argv[3], argv + 6);
+    } else if (argc == 7) {
+        size_t streams = strtoul(argv[2], NULL, 10);
+        request_init(argv[5], argv[6], streams);
+        load(strtoul(argv[1], NULL, 10), streams, strtoul(argv[3], NULL, 10), argv[4]);
+    } else {
+        die("usage: see the head of load.c");
+    }
     return 0;
 }

@@ -18,7 +18,6 @@ import platform
 import re
 import shutil
 import signal
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -30,7 +29,7 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.dirname(HERE))
 import sealed
 from plugin import KEK
-from raw import EMPTY, ENCRYPT, PREFACE, STATUS, Raw, call, field, message, settings, until
+from raw import EMPTY, ENCRYPT, Raw, field, message, until
 
 QUICK = bool(os.environ.get('QUICK'))
 ROUNDS = 1 if QUICK else 5
@@ -83,6 +82,10 @@ def listening(path):
         return any(words[3] == '00010000' and words[-1] == path for words in map(str.split, file))
 
 
+def asked(name):
+    return f'/v2.KeyManagementService/{name}', path_of(name, BODIES[name])
+
+
 class Server:
     """A server that runs while the `with` lasts, and not longer than this process."""
 
@@ -117,8 +120,7 @@ class Server:
             return int(re.search(rf'^{name}:\s*(\d+)', file.read(), re.M)[1])
 
     def load(self, name, conns=1, streams=1, rounds=1, cpu=CLIENT_CPU):
-        return figures(run(BUILD + '/load', '-c', conns, '-m', streams, '-n', rounds, self.socket,
-                           f'/v2.KeyManagementService/{name}', path_of(name, BODIES[name]), cpu=cpu))
+        return figures(run(BUILD + '/load', conns, streams, rounds, self.socket, *asked(name), cpu=cpu))
 
 
 # ---------------------------------------------------------------- Measurements
@@ -165,12 +167,11 @@ def memory(subject):
             server.load('Encrypt')
         time.sleep(1.5)         # what a server gives back it has given back
         take('used', subject, server.memory())
-        client = subprocess.Popen([BUILD + '/load', '-w', '-c', str(IDLE), '-n', '1', server.socket, ENCRYPT,
-                                   path_of('Encrypt')], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-        client.stdout.readline()
-        time.sleep(1.5)
-        take('idle', subject, (server.memory() - samples['used', subject][-1]) / IDLE)
-        client.communicate()
+        with contextlib.ExitStack() as stack:
+            for _ in range(IDLE):
+                assert stack.enter_context(Raw(server.socket)).works()
+            time.sleep(1.5)
+            take('idle', subject, (server.memory() - samples['used', subject][-1]) / IDLE)
     with Server(subject) as server:
         server.load('Encrypt', 8, 100, 3)
         take('peak', subject, server.memory('VmHWM'))
@@ -178,9 +179,9 @@ def memory(subject):
 
 def start(subject):
     """Spawn to the answer of a Status, on a socket that the program makes."""
-    said = path_of('start', PREFACE + settings() + call(1, STATUS, EMPTY))
     server = Server(subject)
-    got = figures(run(BUILD + '/start', STARTS, server.socket, said, *server.command, cpu=f'{SERVER_CPU},{CLIENT_CPU}'))
+    got = figures(run(BUILD + '/load', 'start', STARTS, server.socket, *asked('Status'), *server.command,
+                      cpu=f'{SERVER_CPU},{CLIENT_CPU}'))
     take('start', subject, got['p50_us'])
     take('start-least', subject, got['least_us'])
 
