@@ -158,6 +158,7 @@ FOREIGN = {
     'v1, a short one': sealed.stored_v1(b'\0' + os.urandom(30), os.urandom(90)),
     'v2, a resource name': other_v2('projects/p/locations/l/keyRings/r/cryptoKeys/k', os.urandom(113)),
     'v2, ours in its shape': other_v2('arn:aws:kms:eu-west-1:111122223333:key/1234', b'\x01' + os.urandom(88)),
+    'v2, a newline at its end': other_v2('arn:aws:kms:eu-west-1:111122223333:key/1234', os.urandom(88) + b'\n'),
     'v2, a hash': other_v2(os.urandom(32).hex(), b'vault:v1:' + base64.b64encode(os.urandom(60)))}
 STRANGE = {'nothing': b'', 'text': b'10.0.0.7:2379', 'another tenant\'s': b'\x08\x96\x01\x12\x07tenant-b', 'octets': b'\0\xff' * 20}
 
@@ -195,6 +196,7 @@ class Inputs(Case):
             for name, value in values.items():
                 with self.subTest(name=name):
                     self.assert_told(kind, '', value, 'unseal', K)
+                    self.assert_told(kind, '', value + b'\n', 'unseal', K)
                     self.assert_told(kind, '', sealed.range_response((ETCD_KEY, value)), 'unseal')
 
     def test_a_terminal_is_told(self):

@@ -214,6 +214,7 @@ class Environment(Case):
                     process.communicate()
 
     @needs_root
+    @unittest.skipUnless(OWN_MEMORY, 'sanitizers make nothing of mlock')
     def test_the_page_of_the_keks(self):
         """Locked, and in no core file, whoever makes that."""
         server = self.start()

@@ -286,21 +286,3 @@ func TestDamage(t *testing.T) {
 	e.audited(t, []kek{key}, 1, []string{"plaintext"}, "--strict") // the rest of the registry is not encrypted
 	figures(t, "audit found %d damaged, 4 other-kek, 3 missing-kek of %d values, as the apiserver did; /readyz then fails %v", len(damage), len(s), ready)
 }
-
-// Damage to the keyID, the sign by which a value is known for ours, is still no other plugin's value; without a trace of
-// ours it is.
-func TestDamagedKeyID(t *testing.T) {
-	key := newKEK()
-	e, p := startEtcd(t, tempDir(t)), newPlugin(t)
-	p.start(t, key)
-	a := newAPIServer(t, e)
-	a.configure(t, "secrets: "+v2("vault", p))
-	a.start(t)
-	write(t, "good", 3, a).sealed(t, e, "k8s:enc:kms:v2:vault:", key)
-	a.stop(t)
-	value := e.raw(t, registry)[registry+"good-1"].Value
-	e.put(t, registry+"good-1", bytes.Replace(value, []byte(key.id()), []byte("g"+key.id()[1:]), 1))
-	e.audited(t, []kek{key}, 1, []string{"values=2 sealing-kek", "1 are damaged"})
-	e.put(t, registry+"good-1", []byte("k8s:enc:kms:v2:vault:"))
-	e.audited(t, []kek{key}, 0, []string{"values=2 sealing-kek", "foreign values=1"})
-}
