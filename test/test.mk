@@ -34,7 +34,7 @@ help::
 # that does not return, and sees no over-read in the arguments of die(). test/unit.c: die_over_read_is_seen.
 SANITIZE = -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer \
 	-Dnoreturn= -fno-ipa-pure-const -Wno-return-type -Wno-maybe-uninitialized
-TESTED = $(SOURCES) $(HEADERS) test/test.mk
+TESTED = $(SOURCES) $(HEADERS) Makefile test/test.mk
 
 # What includes kmsplugin.c is built as it is.
 build/unit build/sandbox build/without: build/%: test/%.c test/responses.h $(TESTED)
@@ -129,6 +129,7 @@ HOSTILE = ./kmsplugin $(wildcard build/static/kmsplugin)
 test-hostile: kmsplugin
 	for p in $(HOSTILE); do \
 		KMSPLUGIN=$$p /usr/bin/python3 test/hostile.py || exit 1; done
+	/usr/bin/python3 test/hostile.py --broken
 
 # Half an hour of mixed load, restarts and hostile peers.
 SOAK_SECONDS ?= 1800
