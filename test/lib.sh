@@ -71,6 +71,15 @@ fails() {
     ! "$@"
 }
 
+# says STATUS PATTERN COMMAND...: it ends so, and says so.
+says() {
+    status=0 wanted=$1 pattern=$2
+    shift 2
+    "$@" >"$tmp/says" 2>&1 || status=$?
+    cat "$tmp/says"
+    [ "$status" -eq "$wanted" ] && grep -q -e "$pattern" "$tmp/says"
+}
+
 # soon COMMAND...: it succeeds within ten seconds.
 soon() {
     for _ in $(seq 100); do

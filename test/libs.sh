@@ -28,8 +28,9 @@ nghttp2() {
     if [ -d munit ]; then
         set -- -Imunit munit/munit.c
     else
-        (cd "$top" && release/sources.sh cunit >/dev/null && dpkg-source --no-check -x build/src/cunit_*.dsc "$tmp/cunit") || return 1
-        units=$tmp/cunit/CUnit
+        mkdir "$tmp/cunit"
+        (cd "$top" && release/sources.sh cunit && dpkg-source --no-check -x build/src/cunit_*.dsc "$tmp/cunit/src") || return 1
+        units=$tmp/cunit/src/CUnit
         ln -s "$units/Headers" "$tmp/cunit/CUnit"
         set -- -I"$tmp/cunit" -I"$units/Headers" "$units"/Sources/Framework/*.c "$units"/Sources/Basic/*.c
     fi

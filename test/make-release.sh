@@ -12,14 +12,6 @@ arch=$(uname -m)
 export ARCHES="${ARCHES:-$arch}"
 version=$("$MAKE" -s version)
 
-# says STATUS SENTENCE COMMAND...: ends so, and the last line that is not make's is so.
-says() {
-    status=0 wanted=$1 sentence=$2
-    shift 2
-    "$@" >"$tmp/all" 2>&1 || status=$?
-    cat "$tmp/all"
-    [ "$status" -eq "$wanted" ] && grep -v '^make' "$tmp/all" | tail -n 1 | grep -q -e "$sentence"
-}
 make_release() { # FOLDER [VARIABLE...], in $tree
     folder=$1
     shift

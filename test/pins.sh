@@ -9,14 +9,6 @@ label='pins: ' MAKE=${MAKE:-make}
 unset MAKEFLAGS MFLAGS MAKELEVEL
 arch=$(uname -m)
 
-says() { # STATUS PATTERN COMMAND...
-    status=0 wanted=$1 pattern=$2
-    shift 2
-    "$@" >"$tmp/out" 2>"$tmp/err" || status=$?
-    cat "$tmp/err"
-    [ "$status" -eq "$wanted" ] && grep -q -e "$pattern" "$tmp/err" && [ "$(wc -l <"$tmp/err")" -eq 1 ]
-}
-
 check 'sources are here, or come' release/sources.sh
 mkdir -p "$tmp/tree/build" "$tmp/tree/test"
 cp -R Makefile kmsplugin.c kms.pb-c.c kms.pb-c.h release "$tmp/tree/"

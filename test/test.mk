@@ -17,6 +17,7 @@ help::
 	@echo 'make test-browser   doc/tour.html in a browser; needs chromium-driver, tidy and python3-html5lib'
 	@echo 'make test-release   image, tarball, reproducibility, SBOM, Debian package (root)'
 	@echo 'make test-custody   that the test of the key tool notices a tool with one safeguard less (two minutes)'
+	@echo 'make test-tpm       the KEK sealed to a software TPM, on Debian'\''s kernel under qemu-system (root, debootstrap, swtpm)'
 	@echo 'make soak           half an hour of load, restarts and hostile peers, an hour of the key tool, or SOAK_SECONDS= each (root)'
 	@echo 'make fuzz           fuzzers, FUZZ_SECONDS=60 each; needs clang'
 	@echo 'make prove          no undefined behaviour in the byte parsers; needs Frama-C'
@@ -33,7 +34,7 @@ help::
 # that does not return, and sees no over-read in the arguments of die(). test/unit.c: die_over_read_is_seen.
 SANITIZE = -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer \
 	-Dnoreturn= -fno-ipa-pure-const -Wno-return-type -Wno-maybe-uninitialized
-TESTED = $(SOURCES) $(HEADERS) test/test.mk
+TESTED = $(SOURCES) $(HEADERS) Makefile test/test.mk
 
 # What includes kmsplugin.c is built as it is.
 build/unit build/sandbox build/without: build/%: test/%.c test/responses.h $(TESTED)
@@ -128,6 +129,7 @@ HOSTILE = ./kmsplugin $(wildcard build/static/kmsplugin)
 test-hostile: kmsplugin
 	for p in $(HOSTILE); do \
 		KMSPLUGIN=$$p /usr/bin/python3 test/hostile.py || exit 1; done
+	/usr/bin/python3 test/hostile.py --broken
 
 # Half an hour of mixed load, restarts and hostile peers.
 SOAK_SECONDS ?= 1800
@@ -137,6 +139,9 @@ soak: kmsplugin
 
 test-custody: kmsplugin
 	/usr/bin/python3 test/custody.py mutants
+
+test-tpm:
+	test/tpm.sh
 
 test-deploy: kmsplugin
 	test/deploy.sh
@@ -187,5 +192,5 @@ lint:
 	scan-build --status-bugs -o build/scan clang $(STD) -c -o /dev/null kmsplugin.c >/dev/null
 	shellcheck -x $(wildcard *.sh test/*.sh test/*/*.sh release/*.sh) deploy/openrc/kmsplugin deploy/kmsplugin-ring deploy/metrics/kmsplugin-textfile .ci/run
 
-.PHONY: test test-kube test-cluster test-hostile test-inject test-ct test-custody test-deploy test-distros test-arch test-kernel test-libs test-release soak fuzz fuzz-seeds \
+.PHONY: test test-kube test-cluster test-hostile test-inject test-ct test-custody test-tpm test-deploy test-distros test-arch test-kernel test-libs test-release soak fuzz fuzz-seeds \
 	prove lint gate bench bench-memory bench-doc

@@ -47,6 +47,7 @@ CALLS = {
     'fcntl': 72, 'capset': 126, 'chmod': 90, 'fchmodat': 268, 'umask': 95, 'accept4': 288, 'getsockopt': 55, 'setsockopt': 54,
     'connect': 42, 'unlink': 87, 'readlink': 89, 'readlinkat': 267, 'seccomp': 317, 'poll': 7, 'mprotect': 10,
     'timer_create': 222, 'setitimer': 38, 'rt_sigreturn': 15, 'gettid': 186, 'brk': 12, 'munmap': 11}
+FILTERS = re.compile(r'Seccomp_filters:\t(\d+)')       # since Linux 5.9
 x86_64_only = unittest.skipUnless(platform.machine() == 'x86_64' and not EMULATED, 'the numbers are those of x86-64')
 
 
@@ -120,7 +121,9 @@ class Kernel(Case):
                     self.assertEqual((status, len(lines)), (1, 1), lines)
                     self.assertRegex(lines[0], rf'require.*({says}).*{os.strerror(error)}')
         server = self.start('--sandbox', 'require', wrapper=denied('clone fork', errno.EAGAIN))
-        self.assertIn(b'Seccomp_filters:\t2', server.proc('status'))
+        with open('/proc/self/status', encoding='utf-8') as file:
+            ours = FILTERS.search(file.read())[1]
+        self.assertEqual(int(FILTERS.search(server.proc('status').decode())[1]), int(ours) + 2)
 
     @x86_64_only
     def test_no_entropy_yet(self):
@@ -130,7 +133,10 @@ class Kernel(Case):
             process = subprocess.Popen([*denied('getrandom', 0), BINARY, 'serve', '--listen', 'unix://' + path],
                                        env=environment(KEK, None), stderr=subprocess.PIPE)
             try:
-                self.assertRegex(process.stderr.readline(), b'level=(warn|info) .*(random|entropy)')
+                line = process.stderr.readline()
+                if b'kmsplugin' not in line and b'level=' not in line:
+                    self.skipTest('no such filter here: ' + line.decode())
+                self.assertRegex(line, b'level=(warn|info) .*(random|entropy)')
                 self.assertFalse(os.path.lexists(path))
                 until(lambda: self.waits(process.pid), 'it waits')
                 process.send_signal(number)

@@ -302,19 +302,6 @@ bound='mkdir -p /tmp/kms; mount --bind -o ro "$1" /tmp/kms; mount -o remount,bin
 check 'a read-only bind mount reaches the plugin after a restart' unshare --mount sh -euc "$bound
     kmsplugin probe unix:///tmp/kms/kms.sock" sh /run/kmsplugin kmsplugin.service
 check 'and after systemd-tmpfiles' sh -c 'systemd-tmpfiles --create kmsplugin.conf && kmsplugin probe'
-cat >/etc/systemd/system/runtimedir.service <<'X'
-[Service]
-Type=notify
-RuntimeDirectory=runtimedir
-Environment=KMS_KEK_FILE=/etc/kmsplugin/kek
-ExecStart=kmsplugin serve --listen unix:///run/runtimedir/kms.sock
-X
-systemctl start runtimedir.service
-check 'with RuntimeDirectory= it would not (which is why)' unshare --mount sh -euc "$bound
-    kmsplugin probe unix:///run/runtimedir/kms.sock
-    ! kmsplugin probe --timeout 1 unix:///tmp/kms/kms.sock" sh /run/runtimedir runtimedir.service
-systemctl stop runtimedir.service
-
 # ---- another user
 useradd --system --user-group --no-create-home kube-apiserver
 doc nonroot

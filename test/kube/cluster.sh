@@ -1,7 +1,7 @@
 #!/bin/sh
-# All tests with Kubernetes' own code: its client code (this folder), the client
-# halves of older API servers (compat/), and a real kube-apiserver with a real etcd,
-# or with kine on SQLite (cluster/). The last line is "N passed, N failed", with "N skipped" if some were
+# All tests with Kubernetes' own code: the client halves of API servers from 1.28 on
+# (compat/), and a real kube-apiserver with a real etcd, or with kine on SQLite
+# (cluster/). The last line is "N passed, N failed", with "N skipped" if some were
 # (they need root); to fail is also to run nothing.
 #
 #     cluster.sh          all of it
@@ -87,7 +87,6 @@ cluster() {
     go test -count=1 -timeout "$limit" $short -run "${KUBE_RUN:-.}" -v .
 }
 
-tests client go test -count=1 -timeout 10m -v .
 mkdir "$tmp/compat"
 for file in compat/v*.mod; do
     tests "${file#compat/}" compat "${file#compat/}"

@@ -267,28 +267,6 @@ func TestKine(t *testing.T) {
 	figures(t, "%d values audited out of SQLite in %v; put back with etcdctl, deleted by a transaction and through the API", len(s), auditing)
 }
 
-// The same with KMS v1, whose provider's name may hold colons.
-func TestKineV1(t *testing.T) {
-	needsSQLite(t)
-	one := newKEK()
-	e, p := startKine(t, tempDir(t)), newPlugin(t)
-	p.start(t, one)
-	a := newAPIServer(t, e, "--feature-gates=KMSv1=true")
-	a.configure(t, "secrets: "+v1("'arn:aws:kms:eu-west-1:111122223333:key/1'", p, 1000))
-	a.start(t)
-	s := write(t, "v1", 20, a)
-	s = s.withExample(t, a)
-	s.read(t, a)
-	a.stop(t)
-	p.stop(t)
-	e.answers(t, "sqlite-audit", []kek{one}, 0, "v1 provider=arn:aws:kms:eu-west-1:111122223333:key/1 key_id="+one.id()+" values=21 sealing-kek")
-	e.answers(t, "sqlite-all", []kek{one}, 0)
-	if files, _ := filepath.Glob(e.dir + "/objects/*"); len(files) != 21 {
-		t.Errorf("%d files, not 21", len(files))
-	}
-	e.audited(t, []kek{one}, 0, []string{"key_id=" + one.id() + " values=21 sealing-kek"})
-}
-
 // withExample adds the Secret that the guide's recipes name.
 func (s secrets) withExample(t *testing.T, a *apiserver) secrets {
 	t.Helper()
