@@ -1,6 +1,6 @@
 #!/bin/sh
-# Fails when one KMS v2 Encrypt takes more instructions than LIMIT, or when a request's share grows with the number of
-# connections or streams.
+# Fails when one KMS v2 Encrypt takes more instructions than LIMIT, when a request's share grows with the number of
+# connections or streams, or when the release build is larger than BYTES.
 #
 #     gate.sh PROGRAM        the release build: build/static/kmsplugin
 #
@@ -8,6 +8,7 @@
 # the CPU are part of it.
 set -eu
 LIMIT=20000             # instructions, 8 connections x 32 streams
+BYTES=262144            # of the release build on x86_64
 GROWTH=20               # percent between the least and the most, over all shapes of load
 
 here=$(dirname "$0")
@@ -36,5 +37,6 @@ for shape in '8 32' '1 32' '64 32' '8 1' '8 250'; do
 done
 at_most "$LIMIT" "$usual" 'instructions an Encrypt'
 at_most $((100 + GROWTH)) $((100 * most / least)) 'from the least shape to the most, %'
+case $(uname -m):$1 in x86_64:*/static/*) at_most "$BYTES" "$(wc -c <"$1")" 'bytes of the program' ;; esac
 echo "$passed passed, $failed failed"
 [ "$failed" -eq 0 ]
