@@ -61,7 +61,8 @@ tour: kmsplugin build/tour/program
 
 # What the client says in it, recorded anew: grpc-go as kube-apiserver uses it.
 tour-record: build/tour/program
-	cd test/kube && go build -o $(CURDIR)/build/tour/client ../tour/client.go
+	cp test/kube/go.mod test/kube/go.sum build/tour/
+	cd test/kube && go build -mod=mod -modfile=$(CURDIR)/build/tour/go.mod -o $(CURDIR)/build/tour/client ../tour/client.go
 	/usr/bin/python3 -B test/tour/talk.py record build/tour/client
 
 test-browser:

@@ -277,16 +277,16 @@ class Http(RawCase):
                 self.assertEqual(head.blocks[0]['content-type'], page.blocks[0]['content-type'])
 
     def test_content_types(self):
-        for good in ('application/grpc', 'application/grpc+proto'):
+        for good in ('application/grpc', 'application/grpc+proto', 'Application/GRPC', 'application/grpc;charset=utf-8', 'application/grpc+proto;x'):
             self.assert_status(self.raw.call(STATUS, content_type=good), OK)
         for bad in (None, '', 'text/plain', 'application/json', 'application/grpcx', 'application/grpc+json',
-                    'application/grpc-web', 'application/grp'):
+                    'application/grpc-web', 'application/grp', 'application/grpc+', ';'):
             with self.subTest(kind=bad):
                 answer = self.raw.call(STATUS, content_type=bad)
                 self.assertEqual((answer.http, answer.ended), ('415', True), answer)
 
     def test_unknown_methods(self):
-        for path in ('/', '/x', '/v2.KeyManagementService', '/v2.KeyManagementService/', STATUS.lower(), STATUS + '/',
+        for path in ('/', '/x', '/v2.KeyManagementService', '/v2.KeyManagementService/', STATUS.lower(), STATUS + '/', '/V2' + STATUS[3:], '*',
                      STATUS + 'X', STATUS[:-1], STATUS + '?x', '/v1.KeyManagementService/Version',
                      '/v1beta1.KeyManagementService/Status', '/v2.KeyManagementService/Version', '/' + STATUS,
                      '/metrics', '/grpc.health.v1.Health/Check', '/peer-%00%0a-bytes'):

@@ -65,6 +65,7 @@ class Unseal(Case):
             value = sealed.etcd_v1(KEK, ETCD_KEY, OBJECT, name=name)
             self.assert_opens(value, ETCD_KEY)
             self.assertIn(key_id(KEK), self.assert_fails(value, ETCD_KEY, kek=OTHER))
+            self.assert_fails(value[:-1] + bytes([value[-1] ^ 1]), ETCD_KEY)
 
     def test_missing_kek_is_named(self):
         for name, value in self.values().items():

@@ -50,7 +50,7 @@ class Calls(ServerCase):
 
     def test_v1_version_mismatch(self):
         cipher = self.rpc.encrypt_v1(b'ping')
-        for version in ('', 'v1', 'v2', 'v1beta2', 'V1beta1', 'v1beta1 ', 'v1beta11'):
+        for version in ('', 'v1', 'v2', 'v1beta2', 'V1beta1', 'V1BETA1', 'v1beta', 'v1beta1 ', 'v1beta11'):
             with self.subTest(version=version):
                 self.fails(INVALID, self.rpc.version, version)
                 self.fails(INVALID, self.rpc.encrypt_v1, b'ping', version)
