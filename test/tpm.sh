@@ -130,6 +130,7 @@ StandardOutput=null
 WantedBy=multi-user.target
 END
 ln -s ../walk.service "$tmp/root/etc/systemd/system/multi-user.target.wants/"
+ln -s /dev/null "$tmp/root/etc/systemd/system/serial-getty@ttyS0.service" # it would hang up the console
 systemd-machine-id-setup --root="$tmp/root" >/dev/null 2>&1 || :
 mkfs.ext4 -q -d "$tmp/root" "$tmp/disk" 3G >"$tmp/said"
 rm -rf "$tmp/root"
