@@ -892,95 +892,17 @@ TEST(seal_nonces_differ) {
 
 /* -------------------------------------------------------------------- Keys
  *
- * Where keys come from (ring_load, key_file_read), and what is told of wrong ones (key_mistake): test_keys.py, too.
+ * Where keys come from (ring_load, key_file_read), and what is told of wrong ones (key_mistake): test_keys.py.
  */
 
 /* 32 bytes in base64: one repeated, or a password. */
 #define KEY_ZEROS "AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA="
-#define KEY_ONES "AQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQE="
-#define KEY_FF "//////////////////////////////////////////8="
 #define KEY_PASSWORD "Y29ycmVjdCBob3JzZSBiYXR0ZXJ5IHN0YXBsZSAxMjM=" /* correct horse battery staple 123 */
 #define KEY_GOOD "AAECAwQFBgcICQoLDA0ODxAREhMUFRYXGBkaGxwdHh8="
 #define KEY_OTHER "4OHi4+Tl5ufo6err7O3u7/Dx8vP09fb3+Pn6+/z9/v8="
-#define KEY_TWO KEY_GOOD "," KEY_OTHER
-
-/* The text of some keys, the place (from 1; 0: none) of the key that is refused, and what is said of it. */
-static const struct ring_case {
-    const char *name, *text;
-    unsigned refused;
-    size_t keys;
-    const char *what;
-} ring_cases[] = {
-    {"one", KEY_GOOD, 0, 1, NULL},
-    {"two", KEY_TWO, 0, 2, NULL},
-    {"white space around", " \t\r\n\v\f" KEY_GOOD "\n", 0, 1, NULL},
-    {"white space around both", "\n" KEY_GOOD " ,\r\n\t" KEY_OTHER "  \n", 0, 2, NULL},
-    {"nothing", "", 1, 0, "empty"},
-    {"only white space", " \n", 1, 0, "empty"},
-    {"comma first", "," KEY_GOOD, 1, 0, "empty"},
-    {"comma last", KEY_GOOD ",", 2, 1, "empty"},
-    {"two commas", KEY_GOOD ",," KEY_OTHER, 2, 1, "empty"},
-    {"a newline for a comma", KEY_GOOD "\n" KEY_OTHER, 1, 0, "commas"},
-    {"white space inside", "AAECAwQFBgcICQoLDA0O DxAREhMUFRYXGBkaGxwdHh8=", 1, 0, "base64"},
-    {"no padding", "AAECAwQFBgcICQoLDA0ODxAREhMUFRYXGBkaGxwdHh8", 1, 0, "padding"},
-    {"42 characters", "AAECAwQFBgcICQoLDA0ODxAREhMUFRYXGBkaGxwdHh", 1, 0, "standard base64"},
-    {"trailing bits", "AAECAwQFBgcICQoLDA0ODxAREhMUFRYXGBkaGxwdHh9=", 1, 0, "standard base64"},
-    {"base64url", "4OHi4-Tl5ufo6err7O3u7_Dx8vP09fb3-Pn6-_z9_v8=", 1, 0, "URL-safe"},
-    {"hex", "000102030405060708090a0b0c0d0e0f101112131415161718191a1b1c1d1e1f", 1, 0, "hexadecimal"},
-    {"hex in capitals", "E0E1E2E3E4E5E6E7E8E9EAEBECEDEEEFF0F1F2F3F4F5F6F7F8F9FAFBFCFDFEFF", 1, 0, "hexadecimal"},
-    {"a variable", "KMS_KEK=" KEY_GOOD, 1, 0, "standard base64"},
-    {"a byte order mark", "\xef\xbb\xbf" KEY_GOOD, 1, 0, "byte order mark"},
-    {"UTF-16", "\xff\xfe" KEY_GOOD, 1, 0, "UTF-16"},
-    {"binary", "\x8f\x02\xb1\x7f\xc3\x05\x99\xe0\x8f\x02\xb1\x7f\xc3\x05\x99\xe0", 1, 0, "ASCII"},
-    {"31 bytes", "AAECAwQFBgcICQoLDA0ODxAREhMUFRYXGBkaGxwdHg==", 1, 0, "32 bytes"},
-    {"33 bytes", "AAECAwQFBgcICQoLDA0ODxAREhMUFRYXGBkaGxwdHh8g", 1, 0, "32 bytes"},
-    {"64 bytes", "AAECAwQFBgcICQoLDA0ODxAREhMUFRYXGBkaGxwdHh8gISIjJCUmJygpKissLS4vMDEyMzQ1Njc4OTo7PD0+Pw==", 1, 0,
-     "32 bytes"},
-    {"zeros", KEY_ZEROS, 1, 0, "one byte repeated"},
-    {"one byte repeated", KEY_ONES, 1, 0, "one byte repeated"},
-    {"ff repeated", KEY_GOOD "," KEY_FF, 2, 1, "one byte repeated"},
-    {"a password", KEY_PASSWORD, 1, 0, "a password"},
-    {"a password behind a key", KEY_GOOD "," KEY_PASSWORD, 2, 1, "a password"},
-    {"twice", KEY_GOOD "," KEY_GOOD, 2, 1, "twice"},
-    {"twice with white space", KEY_GOOD "," KEY_OTHER ", " KEY_GOOD "\n", 3, 2, "twice"},
-};
 
 static void body_ring_parse(const void *text) {
     ring_parse(ring_new(), "SOURCE", text, strlen(text));
-}
-
-/* Whether eight characters in a row of `text` that could be of a key stand in `message`. */
-static bool echoes(const char *message, const char *text) {
-    char window[9];
-    for (size_t i = 0; i + 8 <= strlen(text); i++) {
-        memcpy(window, text + i, 8);
-        window[8] = '\0';
-        if (strcspn(window, " ,;\t\r\n") == 8 && strstr(message, window))
-            return true;
-    }
-    return false;
-}
-
-TEST(ring_parse_forms) {
-    for (size_t i = 0; i < LEN(ring_cases); i++) {
-        const struct ring_case *k = &ring_cases[i];
-        row("%s", k->name);
-        if (k->refused == 0) {
-            struct ring *ring = ring_new();
-            ring_parse(ring, "SOURCE", k->text, strlen(k->text));
-            CHECK(ring->count == k->keys && strcmp(ring->keks[0].key_id, "14c740c2e9cfd299daba6c1dd0a86c1f") == 0);
-            CHECK(k->keys < 2 || strcmp(ring->keks[1].key_id, "0779863873c3f6576cc25424c8a33e60") == 0);
-            ring_free(ring);
-            continue;
-        }
-        char place[16];
-        snprintf(place, sizeof place, "key %u ", k->refused);
-        const struct child *c = child_run(body_ring_parse, k->text);
-        row("%s: %s", k->name, c->err);
-        CHECK(child_died(c));
-        CHECK(strstr(c->err, "SOURCE") && strstr(c->err, place) && strstr(c->err, k->what));
-        CHECK(!echoes(c->err, k->text) && !strstr(c->err, "correct") && !strstr(c->err, "battery"));
-    }
 }
 
 TEST(ring_parse_16_keys) {
@@ -997,7 +919,7 @@ TEST(ring_parse_16_keys) {
         CHECK(ring_find(ring, ring->keks[k].fingerprint) == &ring->keks[k]);
     CHECK(ring_find(ring, (const uint8_t *)"no such KEK here") == NULL);
     const struct child *c = child_run(body_ring_parse, text);
-    CHECK(child_died(c) && strstr(c->err, "key 17 ") && !echoes(c->err, text));
+    CHECK(child_died(c) && strstr(c->err, "key 17 "));
     ring_free(ring);
 }
 

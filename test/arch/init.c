@@ -350,7 +350,7 @@ static bool stops(void) {
 /* A server that did not start: allowed only where it must refuse or may, in one sentence that says why. */
 static void test_refusal(bool allowed) {
     const char *log = file_text(LOG), *said = strstr(log, "kmsplugin: "), *end = said ? strchr(said, '\n') : NULL;
-    bool named = strstr(log, world->error == EPERM ? strerror(EPERM) : "seccomp does not work here: ");
+    bool named = strstr(log, has_filter ? strerror(EPERM) : "seccomp does not work here: ");
     show(log);
     if (check(allowed && server_status == 1 << 8 && end && end[1] == '\0' && named,
               "refuses to start with one sentence (%s)", end_text(server_status)))
