@@ -64,7 +64,7 @@ done
 check 'make deb says what it lacks' says 2 '^make deb needs packages: apt-get install build-essential' env PATH="$tmp/none" "$MAKE" -s deb
 check 'make deb' "$MAKE" -s deb
 cp "$tmp/output" "$tmp/log"
-check 'its build has passed the unit tests' grep '^ok self_test' "$tmp/log"
+check 'its build has passed the unit tests' grep '^ok sealing_self_test' "$tmp/log"
 check 'lintian' lint
 deb=$(echo build/deb/kmsplugin_*.deb)
 check 'unpacks' dpkg-deb -x "$deb" "$tmp/x"

@@ -886,7 +886,6 @@ struct service {
     struct kms kms;
     struct answer a;
     void *response; /* if the last call was answered with one */
-    size_t request_len;
 };
 
 static struct service *service_new(struct ring *ring) {
@@ -914,7 +913,6 @@ static void service_free(struct service *s) {
 static enum grpc_code service_call_bytes(struct service *s, enum rpc rpc, const uint8_t *bytes, size_t len) {
     uint8_t *exact = copy_of(bytes, len);
     service_done(s);
-    s->request_len = len;
     kms_call(&s->kms, rpc, exact, len, &s->a);
     memset(exact, 0xdd, len); /* no answer borrows from the request's bytes */
     free(exact);
