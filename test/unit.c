@@ -1207,7 +1207,7 @@ static void session_feed(struct conn *c, int fd, const uint8_t *bytes, size_t le
         len -= (size_t)n;
         for (int turns = 0; !c->closed && session_pending(c); turns++) {
             CHECK(turns < 10000);
-            conn_ready(c, c->blocked ? EPOLLOUT : EPOLLIN);
+            conn_ready(c);
             session_drain(fd, out);
         }
     }
@@ -1574,7 +1574,7 @@ TEST(stack_wipe_reaches) {
         struct conn *c = session_open(s, &fd);
         CHECK(c && write(fd, said, len) == (ssize_t)len);
         stack_paint();
-        conn_ready(c, EPOLLIN);
+        conn_ready(c);
         size_t depth = stack_depth();
         row("%s: %zu bytes deep", suites[i].name, depth);
         CHECK(s->metrics.requests[V2_ENCRYPT][GRPC_OK] == 2 && s->metrics.requests[V2_DECRYPT][GRPC_OK] == 2);

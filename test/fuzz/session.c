@@ -175,11 +175,8 @@ static void turns(void) {
             struct conn *c = peer_conn(p);
             if (!c)
                 continue;
-            if (c->blocked && p->room > 0) {
-                conn_ready(c, EPOLLOUT);
-                busy = true;
-            } else if (!c->blocked && (p->in_at < p->in_len || p->ended)) {
-                conn_ready(c, EPOLLIN);
+            if (c->blocked ? p->room > 0 : p->in_at < p->in_len || p->ended) {
+                conn_ready(c);
                 busy = true;
             }
         }
