@@ -60,7 +60,7 @@ help::
 	@echo 'make verify         is the folder RELEASE= as it was signed by the key KEY=; needs signify-openbsd'
 	@echo 'make pins           release/pins anew: the sources that Debian has today, for make static'
 
-kmsplugin: $(SOURCES) $(HEADERS) Makefile
+kmsplugin: $(SOURCES) $(HEADERS) Makefile $(CHANGELOG)
 	$(CC) $(STD) $(WARN) $(HARDEN_CC) $(CPPFLAGS) $(CFLAGS) -o $@ $(SOURCES) $(HARDEN_LD) $(LDFLAGS) $(LIBS)
 
 # A server to try out. KMS_KEK or KMS_KEK_FILE, if set, is used; else a throw-away KEK.
@@ -98,7 +98,7 @@ STATIC_SUMS = build/static/$(ARCH)/SHA256SUMS
 STATIC_NEEDS = $(STATIC_SUMS) $(STATIC_STRING)
 static: $(STATIC)
 $(STATIC): BEARSSL_VERSION = $(shell sed -n 's/.* bearssl_\([0-9.]*\).*\.dsc$$/\1/p' $(STATIC_SUMS))
-$(STATIC): $(SOURCES) $(HEADERS) Makefile $(STATIC_NEEDS)
+$(STATIC): $(SOURCES) $(HEADERS) Makefile $(CHANGELOG) $(STATIC_NEEDS)
 	$(STATIC_CC) $(STD) $(WARN) $(STATIC_FLAGS) -o $@ $(SOURCES) $(STATIC_STRING) $(STATIC_LD) -Wl,-Map=$@.map $(LIBS)
 $(STATIC_SUMS): release/pins release/sources.sh release/static-libs.sh
 	ARCH=$(ARCH) CC= AR= CFLAGS='$(STATIC_FLAGS)' release/static-libs.sh

@@ -393,11 +393,11 @@ def large_bodies(on):
     return on.hold(40, 8, encrypt_v1(bytes(65400)))
 
 
-@attack(15000, 'bodies of 60 to 14,000 bytes kept, one size after the other')
+@attack(15000, 'bodies of 60 to 65,000 bytes kept, one size after the other')
 def sizes_in_turn(on):
     """Blocks that are kept for reuse, of each size, would add up."""
     return sum(on.hold(16, STREAMS if size <= 1000 else 17, encrypt_v1(bytes(size)))
-               for size in (60, 120, 250, 500, 1000, 14000))
+               for size in (60, 120, 250, 500, 1000, 14000, 65000))
 
 
 @attack(400, 'answers made on 250 connections that hold all they may: tables, bodies, answers')

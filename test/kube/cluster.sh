@@ -72,13 +72,15 @@ build() {
     echo "$stamp" >"$KUBE_PROGRAMS/stamp"
 }
 
-# Generations from old to new, since each reads what the earlier ones stored.
+# Generations from old to new, since each reads what the earlier ones stored. Go completes a copy of the module's file.
 compat() {
     cd compat
-    KMS_COMPAT_APISERVER=$(module_version "-modfile=$1" k8s.io/apiserver)
-    KMS_COMPAT_GRPC=$(module_version "-modfile=$1" google.golang.org/grpc)
+    cp "$1" "${1%.mod}.sum" "$tmp/"
+    export GOFLAGS="-mod=mod -modfile=$tmp/$1"
+    KMS_COMPAT_APISERVER=$(module_version k8s.io/apiserver)
+    KMS_COMPAT_GRPC=$(module_version google.golang.org/grpc)
     export KMS_COMPAT_APISERVER KMS_COMPAT_GRPC KMS_COMPAT_DIR="$tmp/compat"
-    go test -count=1 -timeout 10m "-modfile=$1" -v .
+    go test -count=1 -timeout 10m -v . && cmp "${1%.mod}.sum" "$tmp/${1%.mod}.sum"
 }
 
 cluster() {

@@ -125,10 +125,10 @@ func TestGuide(t *testing.T) {
 	// As in a busy cluster: between reading and writing, one Secret is changed and one is deleted.
 	busy := `kubectl() {
 		[ "$1" = replace ] || { command kubectl "$@"; return; }
-		cat >"$0.json"
+		cat >"$0/list.json"
 		command kubectl -n ` + namespace + ` label secret plain-1 busy=yes
 		command kubectl -n ` + namespace + ` delete secret plain-2
-		command kubectl "$@" <"$0.json"
+		command kubectl "$@" <"$0/list.json"
 	}
 	`
 	code, out := a.operator(t, dir, "encrypt", busy)

@@ -1,6 +1,6 @@
 // Package compat has the client halves of several generations of kube-apiserver,
 // each with the grpc-go of its time, write and read through one plugin. Each has
-// a go.mod of its own here, vX.Y.mod: go test -modfile=v0.28.mod.
+// a go.mod of its own here, vX.Y.mod, which cluster.sh completes in a copy.
 //
 // KMS_COMPAT_APISERVER and KMS_COMPAT_GRPC are the versions (a test cannot find
 // them out by itself), KMS_COMPAT_DIR is a folder with the values that earlier generations stored:

@@ -1,4 +1,4 @@
-// The modules are in v*.mod: go test -modfile=v0.37.mod. Go wants a file of this name, too.
+// The modules are in v*.mod, which cluster.sh takes. Go wants a file of this name, too.
 module kmsplugin/test/kube/compat
 
 go 1.26.0
