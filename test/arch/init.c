@@ -251,7 +251,7 @@ static bool pass_lingering(void) {
     struct ifreq loopback = {.ifr_name = "lo", .ifr_flags = IFF_UP};
     struct sockaddr_in address;
     socklen_t len = sizeof address;
-    struct linger linger = {1, 10 * PATIENCE_SECONDS};
+    const struct linger linger = {1, 10 * PATIENCE_SECONDS};
     union {
         struct cmsghdr header;
         char bytes[CMSG_SPACE(sizeof(int))];
@@ -264,18 +264,16 @@ static bool pass_lingering(void) {
         return false;
     while (send(fd, text, sizeof text, MSG_DONTWAIT) > 0)
         continue;
-    bool unsent = errno == EAGAIN && setsockopt(fd, SOL_SOCKET, SO_LINGER, &linger, sizeof linger) == 0;
+    bool unsent = errno == EAGAIN;
     memcpy(CMSG_DATA(&rights.header), &fd, sizeof fd);
     kill(server, SIGSTOP);
     bool stopped = waitpid(server, &status, WUNTRACED) == server && WIFSTOPPED(status);
     bool passed = sendmsg(peer, &message, MSG_NOSIGNAL) == 3, refused = !passed && errno == EPERM;
     printf("    a descriptor is %s\n", passed ? "passed" : strerror(errno));
-    linger.l_linger = 0;
-    if (!passed)
-        setsockopt(fd, SOL_SOCKET, SO_LINGER, &linger, sizeof linger);
+    bool lingers = passed && setsockopt(fd, SOL_SOCKET, SO_LINGER, &linger, sizeof linger) == 0;
     close(fd);
     kill(server, SIGCONT);
-    return unsent && stopped && (passed || refused);
+    return unsent && stopped && (lingers || refused);
 }
 
 /* --------------------------------------------------------- Random bytes */
