@@ -313,13 +313,20 @@ class Messages(RawCase):
     def test_undecodable(self):
         bodies = {'field past the end': b'\x0a\x05ab', 'length missing': b'\x0a', 'tag without end': b'\xff' * 11,
                   'wire type 7': b'\x0f\0', 'huge length': b'\x0a\xff\xff\xff\xff\x0f', 'tag 0': b'\x00\x00',
-                  'half a varint': b'\x78\x80', 'half a double': b'\x79\0\0'}
+                  'half a varint': b'\x78\x80', 'half a double': b'\x79\0\0', 'a group': b'\x0b\x0c', 'garbage': b'\xff\xff\xff'}
         for name, body in bodies.items():
             for path in (STATUS, ENCRYPT, DECRYPT, VERSION_V1, ENCRYPT_V1, DECRYPT_V1):
                 with self.subTest(name=name, path=path):
                     self.assert_status(self.raw.call(path, message(body)), INTERNAL)
         good = field(1, sealed.seal(KEK, b'seed', sealed.V2)) + field(3, key_id(KEK).encode())
         self.assert_status(self.raw.call(DECRYPT, message(good + field(4, b'\x0a\x05ab'))), INTERNAL)
+        self.assert_status(self.raw.call(ENCRYPT, message(b'\x08\x05')), INTERNAL)     # a plaintext that is a varint
+
+    def test_fields_that_are_missing_or_repeated(self):
+        for path, code in ((STATUS, OK), (ENCRYPT, OK), (DECRYPT, INVALID), (VERSION_V1, INVALID), (ENCRYPT_V1, INVALID), (DECRYPT_V1, INVALID)):
+            self.assert_status(self.raw.call(path, EMPTY), code)
+        self.assert_status(self.raw.call(DECRYPT_V1, message(field(1, b'v1beta1'))), INVALID)
+        self.assert_sealed(self.raw.call(ENCRYPT_V1, message(field(1, b'v1beta1') + field(2, b'a') + field(2, b'b'))), b'b')
 
     def test_uids_are_not_judged(self):
         for uid in (b'', 'a\u00e9\u20ac\U0001f511'.encode(), b'\x7f\x01', b'\xff\xc3('):
