@@ -77,6 +77,7 @@ def word(name, shown=None):
 def expand(text, where, /, **values):
     """A text with its marks: $value, {f:function}, {w:word} or {w:word|as shown}."""
     text = string.Template(text).safe_substitute({name: str(value) for name, value in values.items()})
+    text = re.sub(r'(?<![\d,.])1 (octet|character)s\b', r'1 \1', text)
     text = re.sub(r'\{f:(\w+)\}', lambda mark: function(mark[1], where), text)
     return re.sub(r'\{w:([^}|]+)(?:\|([^}]*))?\}', lambda mark: word(mark[1], mark[2]), text)
 
