@@ -194,7 +194,7 @@ if strace -o /dev/null true 2>/dev/null; then
 else
     line 'skip ring: no KEK is an argument: needs strace, and to be allowed to trace'
 fi
-unset ring kek others rest longer content back one before wanted
+unset -v ring kek others rest longer content back one before wanted
 new=$(id "$tmp/new")
 begin old new
 check 'print refuses a terminal' says 'is a terminal' script -qec "sh $tool --root $tmp/root print" /dev/null
