@@ -197,6 +197,24 @@ fi
 unset -v ring kek others rest longer content back one before wanted
 new=$(id "$tmp/new")
 begin old new
+after_restore() { # the medium has what was retired elsewhere, and is older: it does not come back; what waits does
+    begin new
+    cp "$tmp/old" "$tmp/usb/kek-$old" && touch -d '1 hour ago' "$tmp/usb/kek-$old" && touch "$tmp/usb/kek-$new"
+    rm "$file" && ring init "$tmp/usb/kek-$new" && ring add "$tmp/usb" >"$tmp/said" && [ "$(cat "$file")" = "$(join new third)" ] || return 1
+    grep -q "seal-with $third" "$tmp/said" && join new >"$file" && cp "$tmp/third" "$file.retired-$third" && ring copy "$tmp/usb" || return 1
+    rm "$file.retired-$third" && touch -r "$tmp/usb/kek-$new" "$tmp/usb/kek-$old" && says "kek-$old: waits on the medium" ring add "$tmp/usb"
+}
+check 'add after a restore takes nothing retired' after_restore
+whole() { # of two KEKs, one was there
+    begin old
+    join old new | ring add - >"$tmp/said" && [ "$(grep -c seal-with "$tmp/said")" -eq 1 ] && grep -q "seal-with $new" "$tmp/said"
+}
+check 'add names what came' whole
+begin
+cp "$tmp/new" "$tmp/usb/typed"
+check 'a name without a KEY_ID' says 'its name says no KEY_ID' ring init "$tmp/usb/typed"
+check 'it is given' ring init "$tmp/usb/typed" "$new"
+check 'another medium' says 'is the medium mounted' ring add "$tmp/two"
 check 'print refuses a terminal' says 'is a terminal' script -qec "sh $tool --root $tmp/root print" /dev/null
 check 'so does standard input' says 'is a terminal' script -qec "sh $tool --root $tmp/root add -" /dev/null
 
