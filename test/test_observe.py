@@ -261,9 +261,9 @@ class Log(Case):
         for line in server.lines:
             self.assertEqual(line[:3], f'<{levels[pairs(line[3:])["level"]]}>')
         self.assertTrue({'<6>', '<4>'} <= {line[:3] for line in server.lines}, server.lines)
-        self.assertRegex(run('serve', '--listen', 'unix:///no/where/kms.sock', kek=KEK, wrapper=ours).stderr, r'\A<3>kmsplugin: .*\n\Z')
+        self.assertRegex(run('serve', '--sandbox', 'off', '--listen', 'unix:///no/where/kms.sock', kek=KEK, wrapper=ours).stderr, r'\A<3>kmsplugin: .*\n\Z')
         for stream in ('1:2', '', 'nonsense', '0:0'):
-            done = run('serve', '--listen', 'unix:///no/where/kms.sock', kek=KEK, env={'JOURNAL_STREAM': stream})
+            done = run('serve', '--sandbox', 'off', '--listen', 'unix:///no/where/kms.sock', kek=KEK, env={'JOURNAL_STREAM': stream})
             self.assertTrue(done.stderr.startswith('kmsplugin: '), done.stderr)
 
     def test_never_plaintext(self):

@@ -163,6 +163,7 @@ class Signals(Case):
         with Raw(server.path) as raw:
             self.assertTrue(raw.works())
 
+    @unittest.skipIf(EMULATED, 'the emulator has signals of its own')
     def test_no_other_signal_ends_it(self):
         server = self.start()
         ends = {signal.SIGKILL, signal.SIGTERM, signal.SIGINT}
@@ -177,6 +178,7 @@ class Signals(Case):
         with Raw(server.path) as raw:
             self.assertTrue(raw.works())
 
+    @unittest.skipIf(EMULATED, 'the emulator has signals of its own')
     def test_no_signal_of_the_threads_either(self):
         """32 to 34, which sigfillset leaves out."""
         server = self.start()
