@@ -83,7 +83,7 @@ STATIC_CC = build/static/$(ARCH)/bin/cc
 # Each flag is here for its share of an Encrypt's CPU or of the program's bytes (doc/contributing.md, The release build), or for
 # the hardening that make has, too. -O2 is for x86_64, which is what is measured.
 STATIC_FLAGS = $(if $(filter x86_64,$(ARCH)),-O2,-Os) -flto -fPIE -fno-asynchronous-unwind-tables -fno-unwind-tables \
-	-fstack-protector-strong -fno-inline-small-functions
+	-fstack-protector-strong --param=max-inline-insns-auto=4
 # exclude-libs: s390x' linker else leaves relocations by name, which a static-pie's start does not do. noseparate-code is the
 # default but on x86. Debian 12's linker has pack-relative-relocs for x86 alone. partition=one: else gcc warns that it could
 # use more processors. -static-pie is not known to gcc 12's specs for ARM and RISC-V: so -static, no-dynamic-linker and text

@@ -262,13 +262,18 @@ if [ "$(command id -u)" -ne 0 ]; then
     exit
 fi
 chmod 755 "$tmp/root" "$tmp/root/etc"
-check 'an ordinary user is told' says 'this is for root' setpriv --reuid=12345 --regid=12345 --clear-groups env KMSPLUGIN=/bin/true sh "$tool" --root "$tmp/root" show
+check 'an ordinary user is told' says 'this is for root' \
+    setpriv --reuid=12345 --regid=12345 --clear-groups env KMSPLUGIN=/bin/true sh -s -- --root "$tmp/root" show <"$tool"
 
 # ---- a medium
 begin
-mkdir -p "$tmp/memory" "$tmp/disk"
+mkdir -p "$tmp/memory" "$tmp/disk" "$tmp/here"
 plainly() { sh "$tool" --root "$tmp/root" "$@"; }
-check 'no medium: the same disk' says "is on this machine's disk; is the medium mounted?" plainly new "$tmp/usb"
+if mount --bind / "$tmp/here" 2>/dev/null; then # as $tmp may be memory
+    check 'no medium: the same disk' says "is on this machine's disk; is the medium mounted?" \
+        env KMSPLUGIN=/bin/false sh "$tool" --root "$tmp/here" --file "$tmp/root/etc/kmsplugin/kek" new "$tmp/here"
+    umount "$tmp/here"
+fi
 if mount -t tmpfs tmpfs "$tmp/memory" 2>/dev/null; then
     check 'no medium: memory' says 'is memory; is the medium mounted?' plainly new "$tmp/memory"
 fi
