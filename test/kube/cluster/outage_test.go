@@ -95,8 +95,8 @@ func crash(t *testing.T, activated bool) {
 	end(loads)
 	refused = strings.Count(tail(a.log, 1<<30), "connection refused")
 	figures(t, "an outage of %v: v1 writes again %v after it; %v; refused connects %d", outage, healed, loads, refused)
-	if activated && (healed > 2*time.Second || refused > 0) {
-		t.Errorf("healed after %v, refused connects %d", healed, refused)
+	if activated && refused > 0 { // then it backs off: v1 would go on to fail for up to two minutes
+		t.Errorf("refused connects: %d", refused)
 	}
 	loads[2].flawless(t) // v2 has its data key: nobody notices
 	if loads[0].bad == 0 {
