@@ -206,14 +206,14 @@ after_restore() { # the medium has what was retired elsewhere, and is older: it 
     rm "$file" && ring init "$tmp/usb/kek-$new" && ring add "$tmp/usb" >"$tmp/said" && [ "$(cat "$file")" = "$(join new third)" ] || return 1
     grep -q "seal-with $third" "$tmp/said" && join new >"$file" && cp "$tmp/third" "$file.retired-$third" && ring copy "$tmp/usb" || return 1
     rm "$file.retired-$third" && touch -r "$tmp/usb/kek-$new" "$tmp/usb/kek-$old" && echo third >"$tmp/next" || return 1
-    says "kek-$old: waits on the medium" ring add "$tmp/usb" && sh -euc "$(sed -n 's/^retired elsewhere: *//p' "$tmp/said")" && ring add "$tmp/usb"
+    says "kek-$old: waits on the medium" ring add "$tmp/usb" && sh -euc "$(grep '^touch ' "$tmp/said")" && ring add "$tmp/usb"
 }
 check 'add after a restore takes nothing retired' after_restore
 newest() { # what add makes is, whatever the clock said; of what cp has copied, and in whatever order, none is
     begin new
-    touch -d '1 year' "$tmp/usb/kek-$new" && ring add "$tmp/usb" && rm "$file" || return 1
-    for each in "$new" "$third"; do cp "$tmp/usb/kek-$each" "$tmp/two" && says 'is not newer than' ring init "$tmp/usb/kek-$new" || return 1; done
-    says 'is not newer than' ring init "$tmp/two/kek-$new" && says 'is not newer than' ring init "$tmp/two/kek-$third" && ring init "$tmp/usb/kek-$third"
+    touch -d '1 year' "$tmp/usb/kek-$new" && ring add "$tmp/usb" && rm "$file" && cp "$tmp/usb"/kek-* "$tmp/two" || return 1
+    for each in "usb/kek-$new" "two/kek-$new" "two/kek-$third"; do says 'is not newer than' ring init "$tmp/$each" || return 1; done
+    ring init "$tmp/usb/kek-$third"
 }
 check 'init knows the newest copy, or asks' newest
 moved() { # what cannot be read is moved away as it says, and nothing that was moved is overwritten; a moved KEK is still one that was left
