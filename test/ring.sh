@@ -142,6 +142,9 @@ check 'retire: nothing runs' expected 1 "$old stays: the running plugin seals un
 check 'retire: a value is under it' expected 2 "$old stays: audit does not say"
 check 'retire: one value' expected 1 "$old stays: this is a single value"
 check 'retire: what audit looked at' expected 4 '^looked at '
+check 'seal-with says what to wait for' expected 2 "Wait 15 minutes, rewrite all Secrets, and then:    kmsplugin-ring retire $old"
+check 'retire, too early: the way back' expected 2 "^kmsplugin-ring add .*kek.retired-$old"
+check 'nothing comes from a pipe' expected 1 'standard input: is empty'
 check 'what was retired does not seal again' expected 3 'was retired here'
 check 'the ring is lost, and a plugin runs' expected 5 'DO NOT RESTART'
 check 'the ring is lost: no new one' expected 1 "there was a ring here ($tmp/root/etc/kmsplugin/kek.retired-$old)"
@@ -202,9 +205,28 @@ after_restore() { # the medium has what was retired elsewhere, and is older: it 
     cp "$tmp/old" "$tmp/usb/kek-$old" && touch -d '1 hour ago' "$tmp/usb/kek-$old" && touch "$tmp/usb/kek-$new"
     rm "$file" && ring init "$tmp/usb/kek-$new" && ring add "$tmp/usb" >"$tmp/said" && [ "$(cat "$file")" = "$(join new third)" ] || return 1
     grep -q "seal-with $third" "$tmp/said" && join new >"$file" && cp "$tmp/third" "$file.retired-$third" && ring copy "$tmp/usb" || return 1
-    rm "$file.retired-$third" && touch -r "$tmp/usb/kek-$new" "$tmp/usb/kek-$old" && says "kek-$old: waits on the medium" ring add "$tmp/usb"
+    rm "$file.retired-$third" && touch -r "$tmp/usb/kek-$new" "$tmp/usb/kek-$old" && echo third >"$tmp/next" || return 1
+    says "kek-$old: waits on the medium" ring add "$tmp/usb" && sh -euc "$(grep '^touch ' "$tmp/said")" && ring add "$tmp/usb"
 }
 check 'add after a restore takes nothing retired' after_restore
+newest() { # what add makes is, whatever the clock said; of what cp has copied, and in whatever order, none is
+    begin new
+    touch -d '1 year' "$tmp/usb/kek-$new" && ring add "$tmp/usb" && rm "$file" && cp "$tmp/usb"/kek-* "$tmp/two" || return 1
+    for each in "usb/kek-$new" "two/kek-$new" "two/kek-$third"; do says 'is not newer than' ring init "$tmp/$each" || return 1; done
+    ring init "$tmp/usb/kek-$third"
+}
+check 'init knows the newest copy, or asks' newest
+moved() { # what cannot be read is moved away as it says, and nothing that was moved is overwritten; a moved KEK is still one that was left
+    begin new
+    for each in 1 2; do
+        cp "$file" "$tmp/good" && echo $each >"$file" && says 'no ring can be read' ring show && sh -euc "$(grep '^mv ' "$tmp/said")" && mv "$tmp/good" "$file" || return 1
+    done
+    [ "$(cat "$file".lost*)" = "$(printf '1\n2')" ] && cp "$tmp/old" "$file.retired-$old.lost" && ring copy "$tmp/two" && ring add - <"$tmp/old" &&
+        says 'was retired here' ring seal-with "$old" && : >"$tmp/two/kek-$new" && says "kek-$new: move it away" ring copy "$tmp/two"
+}
+check 'what is moved away' moved
+printed() { (umask 022; ring print >"$tmp/printed") && [ "$(stat -c %a "$tmp/printed")" = 600 ] && [ "$(cat "$tmp/printed")" = "$(cat "$file")" ]; }
+check 'print into a file: for root alone' printed
 whole() { # of two KEKs, one was there
     begin old
     join old new | ring add - >"$tmp/said" && [ "$(grep -c seal-with "$tmp/said")" -eq 1 ] && grep -q "seal-with $new" "$tmp/said"

@@ -26,6 +26,7 @@ CONFIGMAP = pathlib.Path('/var/lib/kubeadm-config')
 SECRETS = '/registry/secrets/'
 OBJECT = b'k8s\0\n\x0c\n\x02v1\x12\x06Secret' + bytes(range(256)) + b'\n'
 FLAG = 'encryption-provider-config'
+ADDRESS = '- --advertise-address=192.0.2.1\n'       # of that API server alone: kubeadm finds another one anew
 
 
 def run(*argv, **how):
@@ -128,6 +129,7 @@ def cluster(verb, *argv):
     certificate()
     CONFIGMAP.write_text('apiVersion: kubeadm.k8s.io/v1beta4\nkind: ClusterConfiguration\n')
     kubeadm('init', 'phase', 'control-plane', 'apiserver', '--config', CONFIGMAP)
+    MANIFEST.write_text(MANIFEST.read_text() + ADDRESS)
     url = 'https://127.0.0.1:2379'
     run('systemd-run', '--quiet', '--unit=etcd-test', 'etcd', '--data-dir', '/var/lib/etcd-test', '--listen-client-urls', url,
         '--advertise-client-urls', url, '--client-cert-auth', f'--trusted-ca-file={PKI}/ca.crt', f'--cert-file={PKI}/server.crt',

@@ -107,6 +107,7 @@ tool show
 doc config
 doc edit
 doc apiserver
+check 'it shows an address that kubeadm has not kept' says '< - --advertise-address=192.0.2.1'
 doc encrypt
 doc audit
 check 'the page: both Secrets are encrypted' says 'values=2 sealing-kek'
