@@ -1162,7 +1162,7 @@ static void session_feed(struct conn *c, int fd, const uint8_t *bytes, size_t le
 
 /* ------------------------------------------------------------------- Room
  *
- * Blocks (held_malloc, held_calloc, held_realloc, held_free, block_class, server_spare_free) and streams (stream_new,
+ * Blocks (held_malloc, held_calloc, held_realloc, held_free, block_class, chunk_cut) and streams (stream_new,
  * stream_free) are those of the sessions below, under AddressSanitizer in build/unit-asan, and of make test-inject. The trace
  * of uses (conn_use) and server_minute_end: test_observe.py.
  */
@@ -1568,7 +1568,7 @@ TEST(conn_has_room_less_and_less) {
 
 /* --------------------------------------------------------------- Endpoints
  *
- * Sockets made, replaced and inherited (listener_open, listener_made, socket_clear, directory_check, owner_check,
+ * Sockets made, replaced and inherited (listener_open, listener_made, socket_clear, directory_lock, owner_check,
  * endpoint_mistake, listeners_open, listeners_inherit, listener_inherit, listeners_close, notify_open): test_socket.py,
  * test_cli.py and, for each call that fails, inject.py.
  */
