@@ -393,6 +393,17 @@ def large_bodies(on):
     return on.hold(40, 8, encrypt_v1(bytes(65400)))
 
 
+@attack(60, 'bodies of 64 KiB kept, beside 62 connections that have reset all but 43 of 256 streams each')
+def pinned_pages(on):
+    """What those have left, lies on the pages of what they gave back."""
+    with on.peers(62) as crowd:
+        for kept in (True, False):
+            for peer in crowd:
+                peer.push(b''.join(opened(n, ENCRYPT_V1) if kept else reset(n) for n in odd(STREAMS) if kept or n % 12 > 1))
+            on.sent(crowd)
+        return on.hold(40, 8, encrypt_v1(bytes(65400)))
+
+
 @attack(15000, 'bodies of 60 to 65,000 bytes kept, one size after the other')
 def sizes_in_turn(on):
     """Blocks that are kept for reuse, of each size, would add up."""

@@ -1568,10 +1568,21 @@ TEST(conn_has_room_less_and_less) {
 
 /* --------------------------------------------------------------- Endpoints
  *
- * Sockets made, replaced and inherited (listener_open, listener_made, socket_clear, directory_lock, owner_check,
+ * Sockets made, replaced and inherited (listener_open, listener_made, socket_clear, owner_check,
  * endpoint_mistake, listeners_open, listeners_inherit, listener_inherit, listeners_close, notify_open): test_socket.py,
  * test_cli.py and, for each call that fails, inject.py.
  */
+
+/* Of two starts, one has the directory; a lock that somebody holds for ever keeps neither from it. */
+TEST(directory_lock_is_one_at_a_time) {
+    int first = directory_lock("/kms.sock"), other = open("/", O_RDONLY);
+    CHECK(first >= 0 && flock(other, LOCK_EX | LOCK_NB) < 0 && errno == EWOULDBLOCK);
+    close(first);
+    CHECK(flock(other, LOCK_EX | LOCK_NB) == 0);
+    CHECK((first = directory_lock("/kms.sock")) >= 0 && flock(first, LOCK_EX | LOCK_NB) < 0);
+    close(first);
+    close(other);
+}
 
 #define X10 "xxxxxxxxxx"
 #define X100 X10 X10 X10 X10 X10 X10 X10 X10 X10 X10
