@@ -223,8 +223,8 @@ def rehearsals():
 
 # Calls that never fail, or whose failure changes nothing that could be told.
 SAFE = set("""__assert_fail __cxa_finalize __errno_location __libc_start_main __stack_chk_fail _exit close clock_gettime
-    dl_iterate_phdr dprintf environ exit free getenv geteuid getgrnam getpagesize getpid getrlimit64 getpwnam gmtime_r time strnlen
-    malloc_usable_size memchr memcmp memcpy memmove memset munmap sigaddset sigdelset sigemptyset sigfillset signal
+    dl_iterate_phdr dprintf environ exit flock free getenv geteuid getgrnam getpagesize getpid getrlimit64 getpwnam gmtime_r time strnlen
+    malloc_usable_size memchr memcmp memcpy memmove memset munmap poll sigaddset sigdelset sigemptyset sigfillset signal
     snprintf strchr strcmp strcspn strerror strlen strncasecmp strncmp strrchr strtok strtoul strtoull umask vdprintf vsnprintf
     _GLOBAL_OFFSET_TABLE_""".split())
 
