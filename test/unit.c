@@ -1796,6 +1796,7 @@ TEST(value_open_others) {
         {VALUE_DAMAGED, "v2, no name", "k8s:enc:kms:v2:x", 0},
         {VALUE_DAMAGED, "v2, no message", "k8s:enc:kms:v2:vault:\xff\xff\xff", 0},
         {VALUE_FOREIGN, "v2, another plugin's", "k8s:enc:kms:v2:vault:\x0a\x04" "data\x12\x03key\x1a\x08vault:v1", 0},
+        {VALUE_DAMAGED, "v2, cut off behind its data", "k8s:enc:kms:v2:vault:\x0a\x04" "data", 0},
         {VALUE_FOREIGN, "v1, nothing behind the name", "k8s:enc:kms:v1:vault:", 0},
         {VALUE_FOREIGN, "v1, half a length", "k8s:enc:kms:v1:vault:\x01", 0},
         {VALUE_FOREIGN, "v1, a length too large", "k8s:enc:kms:v1:vault:\xff\xffxyz", 0},
@@ -1825,6 +1826,8 @@ TEST(value_open_v1_names) {
     memset(bytes + PREFIX_LEN, ':', V1_NAME_MAX);
     memcpy(bytes + PREFIX_LEN + V1_NAME_MAX, made + PREFIX_LEN + NAME_LEN, len - PREFIX_LEN - NAME_LEN);
     CHECK(value_of(&v, ring, ETCD_KEY, bytes, len - NAME_LEN + V1_NAME_MAX) == VALUE_FOREIGN);
+    made[PREFIX_LEN + NAME_LEN + 1 + 2] ^= 2; /* the format: the fingerprint alone tells that it is ours */
+    CHECK(value_of(&v, ring, ETCD_KEY, made, len) == VALUE_DAMAGED);
     ring_free(ring);
 }
 
