@@ -32,8 +32,7 @@ help::
 
 # Without noreturn, as an attribute or found out by the compiler: AddressSanitizer makes the stack readable before a call
 # that does not return, and sees no over-read in the arguments of die(). test/unit.c: die_over_read_is_seen.
-# Freed blocks of a connection are poisoned: the header for that comes first, so it needs the macros of kmsplugin.c, too.
-POISON = -include sanitizer/asan_interface.h -D_GNU_SOURCE= -D_FILE_OFFSET_BITS=64 -D_TIME_BITS=64
+POISON = -include sanitizer/asan_interface.h -D_GNU_SOURCE= -D_FILE_OFFSET_BITS=64 -D_TIME_BITS=64 # kmsplugin.c's macros come later
 SANITIZE = -O1 -g $(POISON) -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer \
 	-Dnoreturn= -fno-ipa-pure-const -Wno-return-type -Wno-maybe-uninitialized
 TESTED = $(SOURCES) $(HEADERS) Makefile test/test.mk
